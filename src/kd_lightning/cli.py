@@ -1,0 +1,104 @@
+"""The command line: the only place that knows Hydra's decorator. Compose, validate, run, print."""
+
+import logging
+import os
+import sys
+import warnings
+
+import hydra
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from kd_lightning import config as configuration
+from kd_lightning.errors import InputError, RunError
+
+log = logging.getLogger(__name__)
+
+_exit_codes: list[int] = []
+"""Of the failed runs of this process: a sweep goes on after a failure and reports it at the end."""
+
+
+def main() -> None:
+    """Run what the command line says; exit with 0, 1 (failed while running) or 2 (wrong input)."""
+    # Hydra prints tracebacks and exits by itself unless it is asked not to.
+    os.environ["HYDRA_FULL_ERROR"] = "1"
+    try:
+        _app()
+    except KeyboardInterrupt:
+        _fail("stopped", 130)
+    except InputError as error:
+        _fail(str(error), 2)
+    except (HydraException, OmegaConfBaseException) as error:
+        _fail(composition_error(error), 2)
+    except OSError as error:
+        _fail(f"output_dir cannot be written: {error.strerror}: {error.filename}", 2)
+    if _exit_codes:
+        sys.exit(max(_exit_codes))
+
+
+@hydra.main(version_base="1.3", config_path=configuration.tree(), config_name="train")
+def _app(composed: DictConfig) -> float | None:
+    run_dir = HydraConfig.get().runtime.output_dir
+    try:
+        config = configuration.plain(composed)
+        configuration.check_sections(config)
+        # Torch and Lightning take seconds to import: not before there is something to run.
+        from kd_lightning.summary import print_summary
+        from kd_lightning.training import run
+
+        quiet_lightning()
+        metrics = run(config, run_dir)
+        print_summary(metrics, run_dir)
+        return float(metrics["val_accuracy"])
+    except InputError as error:
+        _report(str(error), 2)
+    except RunError as error:
+        _report(f"{error} (run: {run_dir})", 1)
+    except OSError as error:
+        _report(f"{error.strerror or error}: {error.filename or run_dir}", 1)
+    except Exception as error:
+        log.info("failed", exc_info=error)  # to the log file only
+        reason = str(error).splitlines() or [""]
+        _report(f"{type(error).__name__}: {reason[0]} (traceback in {run_dir}/train.log)", 1)
+    return None
+
+
+def _report(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    _exit_codes.append(code)
+
+
+def _fail(message: str, code: int) -> None:
+    _report(message, code)
+    sys.exit(code)
+
+
+def composition_error(error: Exception) -> str:
+    """Hydra's complaint about the command line, in one sentence."""
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, choice = error.missing_cfg_file.rpartition("/")
+        return f"{group}={choice} does not exist; choose from {', '.join(error.options)}"
+    lines: list[str] = []
+    cause: BaseException | None = error
+    while cause is not None:
+        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
+        cause = cause.__cause__
+    if lines and lines[0].startswith("Could not override '"):
+        key = lines[0].split("'")[1]
+        return f"there is no key '{key}'; see --help for those that exist, or add it with +{key}=..."
+    return "; ".join(dict.fromkeys(lines[:2]))
+
+
+def quiet_lightning() -> None:
+    """Leave out what Lightning says about every training whatever its outcome."""
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
+    # Workers would only pass indices on: pixels are made where the model is.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning's own use of a torch function, of no concern to whoever runs this.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # Short epochs log every step of theirs that there is.
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+

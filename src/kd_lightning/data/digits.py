@@ -1,0 +1,47 @@
+"""The handwritten digits of scikit-learn (UCI, Alpaydin & Kaynak 1998): real images that come
+with a package, so that everything can be tried without a download."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from kd_lightning.data.module import ImageDataModule, Images, stratified_split
+from kd_lightning.errors import InputError
+
+TEST_FRACTION = 0.2
+TEST_SEED = 0
+
+
+class DigitsDataModule(ImageDataModule):
+    """1,797 digits of 8x8 grey pixels, enlarged to `image_size` and RGB; a fifth is the test set.
+
+    Args:
+        settings: see `ImageDataModule`.
+    """
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(**settings)
+
+    @property
+    def classes(self) -> list[str]:
+        """'0' to '9'."""
+        return [str(digit) for digit in range(10)]
+
+    def load(self) -> Images:
+        """Read the digits out of scikit-learn."""
+        try:
+            from sklearn.datasets import load_digits
+        except ImportError as error:
+            raise InputError(
+                "data=digits needs scikit-learn; install it with: pip install 'kd-lightning[digits]'"
+            ) from error
+        digits = load_digits()
+        grey = torch.from_numpy(digits.images).float().mul_(255 / 16).unsqueeze(1)  # 0 to 16
+        size = (self.image_size, self.image_size)
+        large = F.interpolate(grey, size, mode="bilinear", align_corners=False)
+        pixels = large.round().to(torch.uint8).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+        labels = torch.from_numpy(digits.target).long()
+        train, test = stratified_split(labels, TEST_FRACTION, TEST_SEED, self.classes)
+        order = torch.cat([train, test])
+        return Images(pixels[order].contiguous(), labels[order], train_size=len(train))

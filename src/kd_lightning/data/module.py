@@ -1,0 +1,226 @@
+"""The one data module: uint8 images in memory, whole batches of views rendered where the model is."""
+
+import copy
+import hashlib
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning.pytorch import LightningDataModule
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from kd_lightning.data.sampling import ViewSampler
+from kd_lightning.data.views import Augmentation
+from kd_lightning.errors import InputError
+
+Batch = dict[str, Tensor]
+
+
+class Images(NamedTuple):
+    """Decoded images: pixels (N, H, W, 3) uint8 and labels (N,) int64, training images first."""
+
+    pixels: Tensor
+    labels: Tensor
+    train_size: int
+
+
+class _Identity(Dataset[Batch]):
+    """The sampler already yields whole batches; there is nothing left to look up."""
+
+    def __getitem__(self, batch: Batch) -> Batch:  # type: ignore[override]
+        return batch
+
+
+class ImageDataModule(LightningDataModule):
+    """Images held once in memory as uint8; a source says where they come from.
+
+    A loader yields (index, view) pairs only. Pixels are made by `on_after_batch_transfer`, on the
+    device the batch is on: crop, flip and normalisation of a whole batch in a few tensor
+    operations. An index counts through the training images and then the test images; the
+    validation part is split off the training images, stratified by class.
+
+    A source derives from this class and provides `classes` and `load`.
+
+    Args:
+        name: what to call the data set.
+        batch_size: images in a training batch.
+        eval_batch_size: images in a validation or test batch.
+        val_fraction: share of the training images held out for validation, in (0, 1).
+        split_seed: chooses the validation images.
+        mean: per channel, of pixel values scaled to [0, 1].
+        std: per channel; mean and std of 0.5 normalise to [-1, 1].
+        padding: how far a training crop may be shifted, in pixels.
+        flip: whether half of the training views are mirrored.
+        view_seed: chooses the crops and flips.
+        seed: chooses the order of the training images.
+        image_size: height and width of the images, in pixels.
+        num_classes: number of classes; None takes as many as the source has.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        batch_size: int = 256,
+        eval_batch_size: int = 500,
+        val_fraction: float = 0.1,
+        split_seed: int = 0,
+        mean: Sequence[float] = (0.5, 0.5, 0.5),
+        std: Sequence[float] = (0.5, 0.5, 0.5),
+        padding: int = 4,
+        flip: bool = True,
+        view_seed: int = 0,
+        seed: int = 0,
+        image_size: int = 32,
+        num_classes: int | None = None,
+    ) -> None:
+        super().__init__()
+        for key, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{key} must be a whole number of at least 1, not {size}")
+        if not 0 < val_fraction < 1:
+            raise ValueError(f"val_fraction must be above 0 and below 1, not {val_fraction}")
+        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+            raise ValueError("mean and std need three numbers each, those of std above 0")
+        if not isinstance(image_size, int) or image_size < 1:
+            raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
+        if padding >= image_size:
+            raise ValueError(f"padding must be below the image size {image_size}, not {padding}")
+        self.name = name
+        self.batch_size = batch_size
+        self.eval_batch_size = eval_batch_size
+        self.val_fraction = val_fraction
+        self.split_seed = split_seed
+        self.mean = tuple(mean)
+        self.std = tuple(std)
+        self.augmentation = Augmentation(padding=padding, flip=flip, seed=view_seed)
+        self.seed = seed
+        self.image_size = image_size
+        if num_classes is not None and num_classes != len(self.classes):
+            raise ValueError(
+                f"num_classes is {num_classes}, but {name} has {len(self.classes)} classes"
+            )
+        self.splits: dict[str, Tensor] = {}
+
+    @property
+    def classes(self) -> list[str]:
+        """Names of the classes, in label order; known without decoding an image."""
+        raise NotImplementedError
+
+    def load(self) -> Images:
+        """Fetch and decode the images.
+
+        Raises:
+            InputError: they are missing, damaged or not what they should be.
+        """
+        raise NotImplementedError
+
+    def setup(self, stage: str | None = None) -> None:
+        """Load the images and split them, once; later calls do nothing.
+
+        Raises:
+            InputError: as `load`; or the training part is smaller than a batch.
+        """
+        if self.splits:
+            return
+        self._pixels, self._labels, train_size = self.load()
+        train, val = stratified_split(
+            self._labels[:train_size], self.val_fraction, self.split_seed, self.classes
+        )
+        if self.batch_size > len(train):
+            raise InputError(
+                f"data.batch_size={self.batch_size} is above the {len(train)} training images of "
+                f"{self.name}; choose at most {len(train)}"
+            )
+        test = torch.arange(train_size, len(self._labels))
+        self.splits = {"train": train, "val": val, "test": test}
+
+    def variant(self, **attributes: Any) -> "ImageDataModule":
+        """The same images in memory with another seed, mean or std."""
+        twin = copy.copy(self)
+        twin.trainer = None
+        for name, value in attributes.items():
+            setattr(twin, name, value)
+        return twin
+
+    def fingerprint(self) -> str:
+        """SHA-256 of every pixel, label and the split between training and test images."""
+        digest = hashlib.sha256(str((tuple(self._pixels.shape), len(self.splits["test"]))).encode())
+        digest.update(self._pixels.cpu().numpy())
+        digest.update(self._labels.cpu().numpy())
+        return digest.hexdigest()
+
+    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
+        sampler = ViewSampler(
+            self.splits[split],
+            self.batch_size if shuffle else self.eval_batch_size,
+            shuffle=shuffle,
+            seed=self.seed,
+        )
+        return DataLoader(_Identity(), sampler=sampler, batch_size=None)
+
+    def train_dataloader(self) -> DataLoader[Batch]:
+        """Views of the training images, in a new order every epoch."""
+        return self._loader("train", shuffle=True)
+
+    def val_dataloader(self) -> DataLoader[Batch]:
+        """The validation images as they are."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Batch]:
+        """The test images as they are."""
+        return self._loader("test")
+
+    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
+        """Lightning's hook: the batch is on its device, give it pixels."""
+        return self.render(batch)
+
+    def render(self, batch: Batch) -> Batch:
+        """Add ``images`` (B, 3, H, W) float32, channels-last, and ``labels`` (B,) to a batch."""
+        index = batch["index"]
+        if self._pixels.device != index.device:
+            self._pixels, self._labels = self._pixels.to(index.device), self._labels.to(index.device)
+        views = self.augmentation.render(self._pixels, index, batch["view"])
+        mean, std = torch.tensor((self.mean, self.std), device=index.device).view(2, 1, 3, 1, 1)
+        images = views.float().mul_(1 / (255 * std)).sub_(mean / std)
+        return {**batch, "images": images, "labels": self._labels[index]}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing to resume: a view follows from its numbers, the order from seed and epoch."""
+        return {}
+
+
+def stratified_split(
+    labels: Tensor, fraction: float, seed: int, classes: Sequence[str]
+) -> tuple[Tensor, Tensor]:
+    """Split the images so that every class gives the same share to validation.
+
+    Args:
+        labels: (N,) int64.
+        fraction: share of the validation part, in (0, 1).
+        seed: chooses the images.
+        classes: names of the classes.
+
+    Returns:
+        Indices of the training part and of the validation part, each in ascending order.
+
+    Raises:
+        InputError: a class has too few images to give one to each part.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    held_out = torch.zeros(len(labels), dtype=torch.bool)
+    for label, name in enumerate(classes):
+        members = (labels == label).nonzero().flatten()
+        if len(members) < 2:
+            raise InputError(
+                f"class '{name}' has {len(members)} training images; it needs at least 2, "
+                "one of them for validation"
+            )
+        count = min(max(1, math.floor(len(members) * fraction + 0.5)), len(members) - 1)
+        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
+    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()

@@ -1,0 +1,107 @@
+"""Views: which crop and which flip of an image a model is shown.
+
+A view is (sample index, view number) and nothing else. Its crop offset and flip follow from the
+two and the augmentation seed by a counter-based rule, so a view is the same in every process, on
+every device, after every resume and under every sampler. That is what makes it possible to store
+what a teacher says about a view.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+PLAIN = -1
+"""The view number of the image as it is: neither cropped nor flipped."""
+
+_MASK = 0xFFFFFFFF
+
+
+def _mix(x: Tensor) -> Tensor:
+    """Scatter 32-bit integers held in int64 (the finaliser of MurmurHash3, Appleby 2011).
+
+    Products of two 32-bit numbers overflow int64, but only above the 32 bits that are kept.
+    """
+    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & _MASK
+    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & _MASK
+    return x ^ (x >> 16)
+
+
+def counter_random(index: Tensor, view: Tensor, seed: int) -> Tensor:
+    """Pseudo-random 32-bit integers, one for each (index, view, seed).
+
+    Args:
+        index: sample indices (B,), int64.
+        view: view numbers (B,), int64.
+        seed: any integer of up to 32 bits.
+
+    Returns:
+        (B,) int64 in [0, 2^32).
+    """
+    state = _mix(torch.full_like(index, (seed ^ 0x9E3779B9) & _MASK))
+    state = _mix(state ^ (index & _MASK))
+    return _mix((state + (view & _MASK) * 0x9E3779B1) & _MASK)
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """The family of views of an image: shifted crops and horizontal flips.
+
+    Args:
+        padding: how far a crop may be shifted, in pixels; the border is filled by reflection.
+        flip: whether half of the views are mirrored left to right.
+        seed: chooses another set of views.
+    """
+
+    padding: int = 4
+    flip: bool = True
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.padding < 0:
+            raise ValueError(f"padding must be 0 or more pixels, not {self.padding}")
+
+    def parameters(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Row offset, column offset (int64, 0 to 2 * padding) and flip (bool), each (B,).
+
+        `PLAIN` views have offset `padding` and no flip: the image as it is.
+        """
+        bits = counter_random(index, view, self.seed)
+        offsets = 2 * self.padding + 1
+        # The low bit for the flip; the rest, modulo a number far smaller, for the offsets.
+        position = (bits >> 1) % (offsets * offsets)
+        rows = position.div(offsets, rounding_mode="floor")
+        plain = view == PLAIN
+        return (
+            torch.where(plain, self.padding, rows),
+            torch.where(plain, self.padding, position % offsets),
+            ((bits & 1) == 1) & ~plain & self.flip,
+        )
+
+    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+        """Cut the views out of the images, a whole batch in one gather.
+
+        Args:
+            images: all images (N, H, W, C), contiguous, any type.
+            index: which images (B,), int64.
+            view: which view of each (B,), int64.
+
+        Returns:
+            (B, C, H, W), channels-last in memory, of the images' type.
+        """
+        count, height, width, channels = images.shape
+        top, left, flip = self.parameters(index, view)
+        row = torch.arange(height, device=index.device)
+        column = torch.arange(width, device=index.device)
+        column = torch.where(flip[:, None], width - 1 - column, column)
+        rows = _reflect(top[:, None] - self.padding + row, height)
+        columns = _reflect(left[:, None] - self.padding + column, width)
+        pixels = (index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+        batch = images.view(count * height * width, channels).index_select(0, pixels.flatten())
+        return batch.view(len(index), height, width, channels).permute(0, 3, 1, 2)
+
+
+def _reflect(position: Tensor, size: int) -> Tensor:
+    """Fold positions outside [0, size) back in, without repeating the border pixel."""
+    position = position.abs()
+    return torch.where(position >= size, 2 * (size - 1) - position, position)

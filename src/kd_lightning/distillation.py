@@ -1,0 +1,227 @@
+"""The one Lightning module: a trainable student, a frozen teacher, and the terms between them."""
+
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import LightningModule
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from kd_lightning.config import Node, build, build_partial
+from kd_lightning.data.module import Batch
+from kd_lightning.errors import InputError, RunError
+from kd_lightning.frozen import FrozenTeacher
+from kd_lightning.losses import Term
+from kd_lightning.models.features import FeatureReader, layer_shapes
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class DistillationModule(LightningModule):
+    """Trains a student by a weighted sum of terms; without a teacher, plain supervised training.
+
+    Its hyper-parameters are plain dictionaries of primitives, and the objects are built from them
+    here: that is what lets Lightning save, load and resume with ``weights_only=True``.
+
+    Args:
+        student: `_target_` node of the student's model.
+        terms: term name to its `_target_` node, each with a `weight`.
+        optimizer: `_target_` node; called with the student's parameters.
+        scheduler: `_target_` node; called with the optimizer and ``total_steps``, and stepped
+            after every batch. None keeps the learning rate constant.
+        num_classes: number of classes.
+        image_size: height and width of the images, in pixels.
+        channels_last: memory format of student and teacher.
+        teacher: needed if a term needs one; neither a hyper-parameter nor saved.
+
+    Raises:
+        InputError: a node cannot be built, or a term cannot work between the two networks.
+    """
+
+    def __init__(
+        self,
+        student: Node,
+        terms: dict[str, Node],
+        optimizer: Node,
+        scheduler: Node | None,
+        num_classes: int,
+        image_size: int,
+        channels_last: bool = True,
+        teacher: FrozenTeacher | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["teacher"], logger=False)
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.student = build(student, "student.model").to(memory_format=self.memory_format)
+        self.optimizer_node, self.scheduler_node = optimizer, scheduler
+        self.weights = {name: float(node["weight"]) for name, node in terms.items()}
+        self.terms: dict[str, Term] = {
+            name: build({k: v for k, v in node.items() if k != "weight"}, f"method.terms.{name}")
+            for name, node in terms.items()
+        }
+        self.teacher = teacher
+        self._connect(num_classes, image_size)
+        accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+        self.train_accuracy = accuracy.clone()
+        self.accuracy = accuracy.clone()
+        self.teacher_accuracy = accuracy.clone()
+        self.agreement = accuracy.clone()
+        self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+
+    def _connect(self, num_classes: int, image_size: int) -> None:
+        """Show every term both networks, and set up the reading of the layers they ask for."""
+        student = self._shapes(self.student, "student", num_classes, image_size)
+        teacher = {}
+        if any(term.needs_teacher for term in self.terms.values()):
+            if self.teacher is None:
+                raise InputError("this method learns from a teacher, but none was given")
+            teacher = self._shapes(self.teacher.model, "teacher", num_classes, image_size)
+        for name, term in self.terms.items():
+            try:
+                term.connect(student, teacher)
+            except ValueError as error:
+                raise InputError(f"method.terms.{name}: {error}") from error
+        terms = self.terms.values()
+        self._read_student = FeatureReader(
+            self.student, dict.fromkeys(layer for term in terms for layer in term.student_reads)
+        )
+        if self.teacher is not None:
+            self.teacher.read(
+                dict.fromkeys(layer for term in terms for layer in term.teacher_reads)
+            )
+
+    @staticmethod
+    def _shapes(
+        model: torch.nn.Module, role: str, num_classes: int, image_size: int
+    ) -> dict[str, tuple[int, ...]]:
+        try:
+            shapes = layer_shapes(model, image_size)
+        except Exception as error:
+            raise InputError(
+                f"{role}.model cannot take images of {image_size}x{image_size} pixels: {error}"
+            ) from error
+        if shapes[""] != (num_classes,):
+            raise InputError(
+                f"{role}.model must give one logit for each of the {num_classes} classes, "
+                f"but its output for one image has the shape {shapes['']}"
+            )
+        return shapes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the student's logits (B, C)."""
+        return self.student(images.contiguous(memory_format=self.memory_format))
+
+    def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """The unweighted loss of every term, float32 scalars, and the student's logits (B, C)."""
+        images = batch["images"].contiguous(memory_format=self.memory_format)
+        remembered: dict[str, Tensor] = {}
+        if self.teacher is not None:
+            answer = self.teacher(images)
+            for name, term in self.terms.items():
+                if term.needs_teacher:
+                    remembered[name] = term.remember(answer)
+        student = self._read_student(images)
+        losses = {
+            name: term(student, remembered.get(name), batch["labels"])
+            for name, term in self.terms.items()
+        }
+        return losses, student.logits
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """One step of the weighted sum of all terms."""
+        losses, logits = self.losses(batch)
+        loss = torch.stack([self.weights[name] * losses[name] for name in losses]).sum()
+        self.train_accuracy.update(logits, batch["labels"])
+        self._images_seen += len(logits)
+        logging = self.global_step % self.trainer.log_every_n_steps == 0
+        if logging:
+            self.log("loss/total", loss)
+            for name, value in losses.items():
+                self.log(f"loss/{name}", value)
+                self.log(f"loss_weighted/{name}", self.weights[name] * value)
+        # On an accelerator looking at the loss would make every step wait for it.
+        if (logging or loss.device.type == "cpu") and not torch.isfinite(loss):
+            bad = [name for name, value in losses.items() if not torch.isfinite(value)]
+            raise RunError(
+                f"the loss is not finite at step {self.global_step} "
+                f"(term: {', '.join(bad) or 'their sum'}); lower the learning rate or its weight"
+            )
+        return loss
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock and the count of images."""
+        self._images_seen = 0
+        self._epoch_began = time.perf_counter()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the epoch's speed and its accuracy on the training views."""
+        self.log("train/accuracy", self.train_accuracy)
+
+    def on_validation_start(self) -> None:
+        """During training this comes right after the last step of an epoch: stop the clock."""
+        self._place_teacher()
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            seconds = time.perf_counter() - self._epoch_began
+            self.images_per_second = self._images_seen / seconds
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The student on the validation images, and the teacher unless training goes on."""
+        logits = self(batch["images"])
+        self.accuracy.update(logits, batch["labels"])
+        self.log("val/accuracy", self.accuracy)
+        self.log("val/loss", F.cross_entropy(logits.float(), batch["labels"]))
+        if self.trainer.state.fn == TrainerFn.FITTING:
+            self.log("images_per_second", self.images_per_second)
+        elif self.teacher is not None:
+            self._score_teacher(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Student and teacher on the test images, and how often they name the same class."""
+        logits = self(batch["images"])
+        self.accuracy.update(logits, batch["labels"])
+        self.confusion.update(logits, batch["labels"])
+        self.log("test/accuracy", self.accuracy)
+        if self.teacher is not None:
+            teacher = self._score_teacher(batch, "test")
+            self.agreement.update(logits, teacher.argmax(dim=1))
+            self.log("test/agreement", self.agreement)
+
+    def _score_teacher(self, batch: Batch, part: str) -> Tensor:
+        assert self.teacher is not None
+        images = batch["images"].contiguous(memory_format=self.memory_format)
+        logits = self.teacher(images).logits.clone()
+        self.teacher_accuracy.update(logits, batch["labels"])
+        self.log(f"{part}/teacher_accuracy", self.teacher_accuracy)
+        return logits
+
+    def _place_teacher(self) -> None:
+        if self.teacher is not None:
+            dtype = AUTOCAST.get(str(self.trainer.precision))
+            self.teacher.prepare(self.device, self.memory_format, dtype)
+
+    def on_fit_start(self) -> None:
+        """The student is on its device: bring the teacher there."""
+        self._place_teacher()
+
+    def on_test_start(self) -> None:
+        """The student is on its device: bring the teacher there."""
+        self._place_teacher()
+
+    def on_test_epoch_start(self) -> None:
+        """Testing twice (last epoch, best epoch) must not add up."""
+        self.confusion.reset()
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the student's parameters, and its schedule by steps."""
+        optimizer = build_partial(self.optimizer_node, "optimizer")(self.student.parameters())
+        if self.scheduler_node is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        scheduler = build_partial(self.scheduler_node, "scheduler")(optimizer, total_steps=steps)
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
+        }

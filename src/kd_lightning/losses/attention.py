@@ -1,0 +1,165 @@
+"""Attention transfer: Zagoruyko & Komodakis (2017), "Paying More Attention to Attention",
+section 3.1 (activation-based)."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.losses.term import Shapes, Term
+from kd_lightning.models.features import Output, map_sizes, unknown_layer
+
+
+class _MeanSquare(torch.autograd.Function):
+    """Mean over channels of the squared activations, in float32.
+
+    Written out because autograd would keep a float32 copy of the whole feature map and walk over
+    it several times: five to ten times slower on a CPU in bfloat16. This keeps the map it is given.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, feature_map: Tensor) -> Tensor:
+        ctx.save_for_backward(feature_map)
+        # `.to(copy=True)`: the squaring is in place and must never reach a float32 input.
+        return feature_map.to(torch.float32, copy=True).square_().mean(dim=1)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        (feature_map,) = ctx.saved_tensors
+        scale = gradients[0] * (2 / feature_map.shape[1])
+        return feature_map * scale.unsqueeze(1).to(feature_map.dtype)
+
+
+def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    """Where a layer looks: mean over channels of A^2, flattened, of unit length per image.
+
+    Squared before it is resized, so that activations of opposite sign do not cancel.
+
+    Args:
+        feature_map: A, (B, C, H, W).
+        size: (h, w) that the map is average-pooled to; as it is if None.
+
+    Returns:
+        (B, h * w), float32.
+    """
+    energy = _MeanSquare.apply(feature_map)
+    if size is not None and size != tuple(energy.shape[1:]):
+        energy = F.adaptive_avg_pool2d(energy.unsqueeze(1), size)
+    return F.normalize(energy.flatten(1), dim=1)
+
+
+class Attention(Term):
+    """The student is drawn to look where the teacher looks, layer pair by layer pair.
+
+    By default layers are paired by resolution: of the layers named, the deepest of each network at
+    every height and width that both have; if they have none in common, the deepest with the
+    deepest. `pairs` names the pairs instead, of any channel counts and sizes: the larger map is
+    pooled to the smaller.
+
+    Args:
+        student_layers: layers of the student to choose from, from input to output.
+        teacher_layers: layers of the teacher to choose from, from input to output.
+        pairs: explicit pairs [[student layer, teacher layer], ...].
+        distance: ``mean_square`` is the mean over batch and positions of (Q_s - Q_t)^2, as in the
+            authors' code, where the weight is 1000; ``norm`` is ||Q_s - Q_t||_2, the mean over the
+            batch, as in equation 2 of the paper, whose beta / 2 is this term's weight. Either is
+            summed over pairs.
+    """
+
+    def __init__(
+        self,
+        student_layers: Sequence[str] = (),
+        teacher_layers: Sequence[str] = (),
+        pairs: Sequence[Sequence[str]] | None = None,
+        distance: str = "mean_square",
+    ) -> None:
+        super().__init__()
+        if distance not in ("mean_square", "norm"):
+            raise ValueError(f"distance must be 'mean_square' or 'norm', not '{distance}'")
+        if pairs is not None and (not pairs or any(len(pair) != 2 for pair in pairs)):
+            raise ValueError("pairs must be a list of [student layer, teacher layer]")
+        if pairs is None and not (student_layers and teacher_layers):
+            raise ValueError("attention needs layers of both networks, or pairs of them")
+        self.distance = distance
+        self.candidates = (tuple(student_layers), tuple(teacher_layers))
+        self.pairs = [(student, teacher) for student, teacher in pairs or ()]
+        self.sizes: list[tuple[int, int]] = []
+
+    def connect(self, student: Shapes, teacher: Shapes) -> None:
+        """Choose the pairs and the size at which each is compared.
+
+        Raises:
+            ValueError: a layer does not exist, or what it puts out is not a map (C, H, W).
+        """
+        student_maps, teacher_maps = map_sizes(student), map_sizes(teacher)
+        explicit = bool(self.pairs)
+        names = tuple(zip(*self.pairs, strict=True)) if explicit else self.candidates
+        for whose, layers, maps, shapes in (
+            ("student", names[0], student_maps, student),
+            ("teacher", names[1], teacher_maps, teacher),
+        ):
+            for layer in layers:
+                if layer not in shapes:
+                    raise ValueError(f"in the {whose} {unknown_layer(layer, shapes)}")
+                if layer not in maps:
+                    raise ValueError(
+                        f"layer '{layer}' of the {whose} puts out {shapes[layer]}, "
+                        "but attention needs a map (channels, height, width)"
+                    )
+        if not explicit:
+            self.pairs = pair_by_resolution(
+                {layer: student_maps[layer] for layer in names[0]},
+                {layer: teacher_maps[layer] for layer in names[1]},
+            )
+        self.sizes = [
+            (min(student_maps[s][0], teacher_maps[t][0]), min(student_maps[s][1], teacher_maps[t][1]))
+            for s, t in self.pairs
+        ]
+        self.student_reads = tuple(dict.fromkeys(s for s, _ in self.pairs))
+        self.teacher_reads = tuple(dict.fromkeys(t for _, t in self.pairs))
+
+    def remember(self, teacher: Output) -> Tensor:
+        """The teacher's attention maps side by side: (B, sum of h * w)."""
+        return torch.cat(
+            [
+                attention_map(teacher.features[layer], size)
+                for (_, layer), size in zip(self.pairs, self.sizes, strict=True)
+            ],
+            dim=1,
+        )
+
+    def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
+        """The student's feature maps and the teacher's attention maps to a scalar."""
+        assert remembered is not None
+        targets = remembered.split([height * width for height, width in self.sizes], dim=1)
+        return torch.stack(
+            [
+                self._compare(attention_map(student.features[layer], size), target)
+                for (layer, _), size, target in zip(self.pairs, self.sizes, targets, strict=True)
+            ]
+        ).sum()
+
+    def _compare(self, student: Tensor, teacher: Tensor) -> Tensor:
+        if self.distance == "mean_square":
+            return F.mse_loss(student, teacher)
+        return torch.linalg.vector_norm(student - teacher, dim=1).mean()
+
+
+def pair_by_resolution(
+    student: dict[str, tuple[int, int]], teacher: dict[str, tuple[int, int]]
+) -> list[tuple[str, str]]:
+    """Pair the deepest layers of each resolution that both networks have.
+
+    Args:
+        student: layer name to (height, width), from input to output.
+        teacher: the same of the teacher.
+    """
+    # Later layers overwrite earlier ones: what is left at each resolution is the deepest.
+    deepest_student = {size: layer for layer, size in student.items()}
+    deepest_teacher = {size: layer for layer, size in teacher.items()}
+    shared = [size for size in deepest_student if size in deepest_teacher]
+    if shared:
+        return [(deepest_student[size], deepest_teacher[size]) for size in shared]
+    return [(list(student)[-1], list(teacher)[-1])]

@@ -1,0 +1,31 @@
+"""Cross-entropy with the true labels: the one term that needs no teacher."""
+
+from typing import ClassVar
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.losses.term import Term
+from kd_lightning.models.features import Output
+
+
+class CrossEntropy(Term):
+    """Cross-entropy of the student's logits with the labels.
+
+    Args:
+        label_smoothing: share of the target that is spread over all classes, in [0, 1).
+    """
+
+    needs_teacher: ClassVar[bool] = False
+
+    def __init__(self, label_smoothing: float = 0.0) -> None:
+        super().__init__()
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
+        self.label_smoothing = label_smoothing
+
+    def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
+        """Logits (B, C) and labels (B,) to a scalar."""
+        return F.cross_entropy(
+            student.logits.float(), labels, label_smoothing=self.label_smoothing
+        )

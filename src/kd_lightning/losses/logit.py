@@ -1,0 +1,53 @@
+"""Logit distillation: Hinton, Vinyals & Dean (2015), "Distilling the Knowledge in a Neural
+Network", section 2."""
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from kd_lightning.losses.term import Term
+from kd_lightning.models.features import Output
+
+
+def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), a float32 scalar.
+
+    Summed over classes and averaged over the batch. The factor T^2 keeps the size of the gradient
+    independent of the temperature, so that the term's weight means the same at every T.
+
+    Args:
+        student: logits (B, C).
+        teacher: logits (B, C).
+        temperature: T, positive.
+    """
+    divergence = F.kl_div(
+        F.log_softmax(student.float() / temperature, dim=1),
+        F.log_softmax(teacher.float() / temperature, dim=1),
+        reduction="batchmean",
+        log_target=True,
+    )
+    return divergence * temperature**2
+
+
+class Logit(Term):
+    """The student's softened class probabilities are drawn towards the teacher's.
+
+    Args:
+        temperature: softens both distributions; finite and above 0.
+    """
+
+    def __init__(self, temperature: float = 4.0) -> None:
+        super().__init__()
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature must be a number above 0, not {temperature}")
+        self.temperature = temperature
+
+    def remember(self, teacher: Output) -> Tensor:
+        """The teacher's logits (B, C), before any temperature."""
+        return teacher.logits.float()
+
+    def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
+        """Student logits (B, C) and the teacher's to a scalar."""
+        assert remembered is not None
+        return soft_target_loss(student.logits, remembered, self.temperature)

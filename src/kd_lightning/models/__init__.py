@@ -1,0 +1,16 @@
+"""The published family, the residual teachers, and reading features out of any model."""
+
+from kd_lightning.models.cifar_resnet import CifarResNet
+from kd_lightning.models.convnet import ConvNet
+from kd_lightning.models.features import FeatureReader, Output, count_parameters, layer_shapes
+from kd_lightning.models.resnet9 import ResNet9
+
+__all__ = [
+    "CifarResNet",
+    "ConvNet",
+    "FeatureReader",
+    "Output",
+    "ResNet9",
+    "count_parameters",
+    "layer_shapes",
+]

@@ -1,0 +1,64 @@
+"""The published family: a few 3x3 convolutions, one pooling step, two linear layers."""
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+from torch import Tensor, nn
+
+
+class ConvNet(nn.Module):
+    """Plain convolutional network; the published students and their teacher are four sizes of it.
+
+    ``channels=[16, 32], hidden=64`` has 530,090 parameters, ``[32, 64], 128`` has 2,117,962,
+    ``[48, 96], 256`` has 6,337,194, and the teacher's ``[64, 128, 256], 512`` has 33,930,890
+    (ten classes, 32x32 images).
+
+    The published table fixes the sizes but not where the one pooling step stands. Parameter counts
+    are the same either way; `pool_after` says after which convolution it comes.
+
+    Args:
+        channels: output channels of each convolution.
+        hidden: width of the hidden linear layer.
+        num_classes: number of classes.
+        image_size: height and width of the images, in pixels; even.
+        pool_after: the convolution, counted from 1, that the 2x2 max-pooling follows.
+
+    Layers to read features from: ``stage1``, ``stage2``, ... each after its activation.
+    """
+
+    def __init__(
+        self,
+        channels: Sequence[int],
+        hidden: int,
+        num_classes: int = 10,
+        image_size: int = 32,
+        pool_after: int = 1,
+    ) -> None:
+        super().__init__()
+        if not channels or min(channels) < 1 or hidden < 1 or num_classes < 2:
+            raise ValueError("channels and hidden must be positive, num_classes at least 2")
+        if image_size < 2 or image_size % 2:
+            raise ValueError(f"image_size must be an even number of pixels, not {image_size}")
+        if not 1 <= pool_after <= len(channels):
+            raise ValueError(f"pool_after must be from 1 to {len(channels)}, not {pool_after}")
+        self.stages = len(channels)
+        for number, (inputs, outputs) in enumerate(pairwise([3, *channels]), start=1):
+            stage = nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1))
+            if number == pool_after:
+                stage.append(nn.MaxPool2d(2))
+            # After the pooling: the maximum commutes with ReLU, which then sees a quarter of it.
+            stage.append(nn.ReLU(inplace=True))
+            self.add_module(f"stage{number}", stage)
+        self.classifier = nn.Sequential(
+            nn.Flatten(),
+            nn.Linear(channels[-1] * (image_size // 2) ** 2, hidden),
+            nn.ReLU(inplace=True),
+            nn.Linear(hidden, num_classes),
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, num_classes)."""
+        x = images
+        for number in range(1, self.stages + 1):
+            x = self.get_submodule(f"stage{number}")(x)
+        return self.classifier(x)

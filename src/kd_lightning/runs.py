@@ -1,0 +1,186 @@
+"""What a run leaves behind, written atomically, and how a model is rebuilt from it."""
+
+import json
+import platform
+import subprocess
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kd_lightning.config import Node, build, find_target
+from kd_lightning.errors import InputError
+from kd_lightning.files import replacing, write_json, write_text
+
+# A `_target_` in a file on disk is honoured only if it names a class or function defined in one of
+# these packages: what a stranger's run directory names must not be able to run anything else.
+TRUSTED = ("kd_lightning.", "torch.nn.", "torchvision.models.")
+
+
+class RunDirectory:
+    """The folder of one run: `config.yaml`, `metrics.json`, `student.safetensors`, checkpoints
+    for resuming, and TensorBoard's events.
+
+    Args:
+        path: the folder; it need not exist yet.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def write_config(self, config: Node) -> None:
+        """Store the complete configuration, interpolations resolved."""
+        write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+
+    def read_config(self) -> Node:
+        """The configuration of the run.
+
+        Raises:
+            InputError: there is none, or it is not a configuration.
+        """
+        path = self.path / "config.yaml"
+        try:
+            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise InputError(f"{self.path} is not a run directory: no {path.name} in it") from error
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise InputError(f"{path} is damaged and cannot be read as YAML") from error
+        if not isinstance(config, dict) or "student" not in config:
+            raise InputError(f"{path} is not the configuration of a run")
+        return config
+
+    def write_metrics(self, metrics: dict[str, Any]) -> None:
+        """Replace `metrics.json`."""
+        write_json(self.path / "metrics.json", metrics)
+
+    def read_metrics(self) -> dict[str, Any]:
+        """The metrics as far as they are known; empty if there are none that can be read."""
+        try:
+            metrics = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        return metrics if isinstance(metrics, dict) else {}
+
+    def save_weights(self, model: nn.Module, name: str = "student") -> Path:
+        """Store a model's weights and buffers as `<name>.safetensors`."""
+        path = self.path / f"{name}.safetensors"
+        state = {key: value.contiguous() for key, value in model.state_dict().items()}
+        with replacing(path) as partial:
+            save_file(state, partial)
+        return path
+
+    def load_student(self) -> tuple[nn.Module, Node]:
+        """Rebuild the student and return it with the configuration it was trained by.
+
+        Raises:
+            InputError: something is missing or damaged, or names code that is not trusted.
+        """
+        config = self.read_config()
+        model = build_trusted(config["student"]["model"], "student.model")
+        load_weights(model, self.path / "student.safetensors")
+        return model, config
+
+
+def build_trusted(node: Node, path: str) -> Any:
+    """Instantiate a `_target_` node that was read from a file.
+
+    Raises:
+        InputError: the target, wherever its name leads, is not defined in a trusted package.
+    """
+    for nested in _targets(node):
+        target = find_target(nested, path)
+        # The name alone proves nothing: `kd_lightning.models.convnet.nn.Module` walks elsewhere.
+        home = f"{getattr(target, '__module__', '')}."
+        if not (nested.startswith(TRUSTED) and home.startswith(TRUSTED)):
+            raise InputError(
+                f"{path}._target_={nested} is not one of {', '.join(TRUSTED)}*: refused, "
+                "because code named in a file from elsewhere could do anything"
+            )
+    return build(node, path)
+
+
+def _targets(node: Any) -> list[str]:
+    if isinstance(node, dict):
+        own = [str(node["_target_"])] if "_target_" in node else []
+        return own + [target for value in node.values() for target in _targets(value)]
+    if isinstance(node, list):
+        return [target for value in node for target in _targets(value)]
+    return []
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load weights stored by `RunDirectory.save_weights`.
+
+    Raises:
+        InputError: the file is missing, damaged, or of another architecture.
+    """
+    try:
+        state = load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    fit_state(model, state, str(path))
+
+
+def fit_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
+    """Load a state dict that must fit the model exactly.
+
+    Raises:
+        InputError: naming the first difference.
+    """
+    own = model.state_dict()
+    for key in own:
+        if key not in state:
+            raise InputError(
+                f"{origin} is of another architecture than {type(model).__name__}: "
+                f"it has no '{key}', but has '{next(iter(state), 'nothing')}' and so on"
+            )
+        if own[key].shape != state[key].shape:
+            raise InputError(
+                f"{origin} is of another architecture than {type(model).__name__}: '{key}' has "
+                f"the shape {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"
+            )
+    if extra := [key for key in state if key not in own]:
+        raise InputError(
+            f"{origin} is of another architecture than {type(model).__name__}: "
+            f"its '{extra[0]}' has no place here"
+        )
+    model.load_state_dict(state)
+
+
+def versions() -> dict[str, str]:
+    """Versions of what a result depends on, and the commit if this is a checkout."""
+    packages = {"torch": torch.__version__, "lightning": version("lightning")}
+    return {"git_commit": _git_commit(), "python": platform.python_version(), **packages}
+
+
+def _git_commit() -> str:
+    """The checkout's commit, with ``-dirty`` if files differ; empty outside a checkout."""
+    root = Path(__file__).resolve().parents[2]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        result = subprocess.run(command, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return result.stdout.strip()
+
+
+def device_name(device: torch.device) -> str:
+    """The device as people know it: the GPU's or the processor's name, and the threads used."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    name = platform.processor() or platform.machine()
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as info:
+            name = next(line.split(":")[1].strip() for line in info if "model name" in line)
+    except (OSError, StopIteration):
+        pass  # not Linux
+    return f"{name}, {torch.get_num_threads()} threads" if device.type == "cpu" else device.type

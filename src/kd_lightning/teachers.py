@@ -1,0 +1,189 @@
+"""The teacher store: a teacher is trained once, under a lock, checked, and kept for ever.
+
+A teacher is named by a hash of everything that changes its weights. It is trained into a folder of
+its own beside its place, and moved there in one step when it is complete.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from kd_lightning.config import Node, trainer_node, without
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.errors import InputError
+from kd_lightning.files import write_json
+
+log = logging.getLogger(__name__)
+
+FORMAT = 1  # raise it when the same configuration comes to mean another training
+
+# What does not change the weights: where the files are, what is shown, which machine it runs on.
+ELSEWHERE = ("name", "root", "cache_dir", "eval_batch_size", "seed")
+UNSEEN = ("accelerator", "log_every_n_steps", "memory_format")
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """A complete teacher on disk.
+
+    Attributes:
+        path: its folder.
+        facts: accuracies on validation and test, parameters, epochs, seconds.
+    """
+
+    path: Path
+    facts: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        """The safetensors file."""
+        return self.path / "teacher.safetensors"
+
+
+def teacher_key(config: Node, data: ImageDataModule, precision: str) -> str:
+    """SHA-256, in hex, of everything that changes the teacher's weights.
+
+    Args:
+        config: the run's configuration.
+        data: the data set, loaded.
+        precision: the precision it is trained in, resolved.
+    """
+    teacher = config["teacher"]
+    recipe = {
+        "format": FORMAT,
+        **{part: teacher[part] for part in ("model", "seed", "optimizer", "scheduler")},
+        "normalization": [teacher["mean"], teacher["std"]],
+        "trainer": {**without(trainer_node(config, teacher=True), *UNSEEN), "precision": precision},
+        "data": without(config["data"], *ELSEWHERE),
+        "images": data.fingerprint(),
+    }
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+class TeacherStore:
+    """The folder that keeps teachers.
+
+    Args:
+        root: the folder; made when the first teacher is.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def obtain(
+        self, name: str, key: str, train: Callable[[Path], dict[str, Any]]
+    ) -> StoredTeacher:
+        """The teacher with this key: the stored one, or else the one that `train` makes.
+
+        Processes that ask for the same teacher at once wait for the first to train it.
+
+        Args:
+            name: for people, the beginning of the folder's name.
+            key: from `teacher_key`.
+            train: trains a teacher into a folder, leaves `teacher.safetensors` there, and returns
+                its facts. The folder may hold what an interrupted training left.
+        """
+        place = self.root / f"{name}-{key[:16]}"
+        try:
+            self.root.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(f"{place}.lock")
+            lock.acquire(timeout=0)
+        except Timeout:
+            log.warning("another process is training the teacher %s; waiting for it", place.name)
+            lock.acquire()
+        except OSError as error:
+            raise InputError(
+                f"output_dir: the teacher store {self.root} cannot be written ({error.strerror})"
+            ) from error
+        with lock:
+            lock.release()  # the `with` holds it too
+            stored = self._find(place, key)
+            if stored is None:
+                stored = self._train(place, key, train)
+        return stored
+
+    def _find(self, place: Path, key: str) -> StoredTeacher | None:
+        if not place.exists():
+            return None
+        try:
+            manifest = json.loads((place / "teacher.json").read_text(encoding="utf-8"))
+            stored = StoredTeacher(place, manifest["facts"])
+            whole = manifest["key"] == key and manifest["sha256"] == file_sha256(stored.weights)
+        except (OSError, ValueError, KeyError, TypeError):
+            whole = False
+        if whole:
+            return stored
+        number = 1
+        while (aside := place.with_name(f"{place.name}.damaged-{number}")).exists():
+            number += 1
+        place.rename(aside)
+        log.warning(
+            "the stored teacher %s is damaged; it was moved to %s and is trained again",
+            place, aside.name,
+        )  # fmt: skip
+        return None
+
+    def _train(self, place: Path, key: str, train: Callable[[Path], dict[str, Any]]) -> StoredTeacher:
+        partial = place.with_name(f"{place.name}.partial")
+        partial.mkdir(exist_ok=True)
+        facts = train(partial)
+        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        digest = file_sha256(partial / "teacher.safetensors")
+        write_json(partial / "teacher.json", {"key": key, "sha256": digest, "facts": facts})
+        partial.rename(place)
+        return StoredTeacher(place, facts)
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_checkpoint(path: Path, rename_keys: dict[str, str]) -> dict[str, torch.Tensor]:
+    """The state dict in a user's own checkpoint: safetensors, or torch's format.
+
+    Torch's format is read with ``weights_only=True``, so the file cannot run code. The state dict
+    may stand by itself or under ``state_dict`` or ``model``.
+
+    Args:
+        path: the file.
+        rename_keys: beginnings of keys to what replaces them, applied in order.
+
+    Raises:
+        InputError: the file is missing or is not such a checkpoint.
+    """
+    if not path.is_file():
+        raise InputError(f"teacher.checkpoint={path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            state = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, Exception) as error:
+        raise InputError(
+            f"teacher.checkpoint={path} is not a checkpoint that can be read safely "
+            "(safetensors, or torch.save of a state dict)"
+        ) from error
+    for nest in ("state_dict", "model"):
+        if isinstance(state, dict) and isinstance(state.get(nest), dict):
+            state = state[nest]
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise InputError(f"teacher.checkpoint={path} holds no state dict (names of tensors)")
+    renamed = {}
+    for key, tensor in state.items():
+        for old, new in rename_keys.items():
+            if key.startswith(old):
+                key = new + key[len(old) :]
+        renamed[key] = tensor
+    return renamed

@@ -1,0 +1,345 @@
+"""A run from beginning to end: data, teacher, module, trainer, in the order one would tell it."""
+
+import logging
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from kd_lightning.config import (
+    Node,
+    build,
+    build_partial,
+    check,
+    check_node,
+    check_sections,
+    find_target,
+    select,
+    trainer_node,
+    without,
+)
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distillation import DistillationModule
+from kd_lightning.errors import InputError
+from kd_lightning.frozen import FrozenTeacher, Normalization
+from kd_lightning.hardware import choose_memory_format, choose_precision
+from kd_lightning.models import count_parameters
+from kd_lightning.pictures import Pictures
+from kd_lightning.progress import ProgressBar
+from kd_lightning.runs import (
+    RunDirectory,
+    device_name,
+    fit_state,
+    load_weights,
+    versions,
+)
+from kd_lightning.teachers import StoredTeacher, TeacherStore, read_checkpoint, teacher_key
+
+log = logging.getLogger(__name__)
+
+SUPERVISED = {"cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", "weight": 1.0}}
+"""The terms a teacher is trained by."""
+
+
+def run(config: Node, run_dir: str | Path) -> dict[str, Any]:
+    """Train and test one student; return what `metrics.json` then holds.
+
+    Args:
+        config: the complete configuration, plain (see `kd_lightning.config.plain`).
+        run_dir: the folder of this run.
+
+    Raises:
+        InputError: before any training, if the configuration, the data or a file is wrong.
+        RunError: training could not go on.
+    """
+    directory = RunDirectory(run_dir)
+    if directory.read_metrics().get("status") == "finished":
+        raise InputError(f"{directory.path} already holds a finished run; choose another folder")
+    check_sections(config)
+    metrics: dict[str, Any] = {
+        "status": "running",
+        **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},
+        "seed": config["seed"],
+    }
+    directory.write_metrics(metrics)
+    try:
+        metrics |= _distil(config, directory)
+    except BaseException as error:
+        directory.write_metrics({**metrics, "status": "failed", "error": str(error)})
+        raise
+    metrics["status"] = "finished"
+    directory.write_metrics(metrics)
+    return metrics
+
+
+def _distil(config: Node, directory: RunDirectory) -> dict[str, Any]:
+    # Everything that can be wrong comes first; data, teacher and training cost more and more.
+    check_node(config["data"], "data")
+    data = build(config["data"], "data")
+    config = fill_in(config, data)
+    check(config)
+    precision = resolve_precision(trainer_node(config))
+    directory.write_config(config)
+    teacher = build_teacher(config) if needs_teacher(config) else None
+    module = build_module(config, teacher, precision)
+    for role in ("", "teacher.") if teacher else ("",):
+        try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
+    trainer = build_trainer(trainer_node(config), precision, directory.path, title(config))
+    data.setup()
+
+    facts: dict[str, Any] = {}
+    if teacher is not None:
+        facts = equip_teacher(teacher, config, data, precision)
+        if "teacher_val_accuracy" not in facts:
+            trainer.validate(module, data, verbose=False)
+            facts["teacher_val_accuracy"] = _metric(trainer, "val/teacher_accuracy")
+
+    # Again: training a teacher must not change what the student draws.
+    seed_everything(config["seed"], verbose=False)
+    results = fit_and_test(trainer, module, data, directory, weights="student")
+    parameters = count_parameters(module.student)
+    teacher_parameters = _teacher_parameters(config, teacher)
+    return {
+        "parameters": parameters,
+        "teacher_parameters": teacher_parameters,
+        "compression_ratio": teacher_parameters / parameters,
+        **results,
+        "teacher_val_accuracy": None,
+        "teacher_test_accuracy": None,
+        "agreement": None,
+        "teacher_key": None,
+        **facts,
+        **_teacher_results(trainer),
+        **versions(),
+        "device": device_name(module.device),
+        "precision": precision,
+    }
+
+
+def fill_in(config: Node, data: ImageDataModule) -> Node:
+    """The configuration with what only the data set knows: its number of classes."""
+    if config["data"].get("num_classes") is not None:
+        return config
+    classes = len(data.classes)
+
+    def fill(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        node = {key: fill(value) for key, value in node.items()}
+        if node.get("num_classes", classes) is None:
+            node["num_classes"] = classes
+        return node
+
+    return fill(config)
+
+
+def needs_teacher(config: Node) -> bool:
+    """Whether any term of the method learns from a teacher."""
+    return any(
+        getattr(find_target(term["_target_"], f"method.terms.{name}"), "needs_teacher", True)
+        for name, term in config["method"]["terms"].items()
+    )
+
+
+def resolve_precision(trainer: Node) -> str:
+    """The precision to train in: as configured, or what the hardware is fast at."""
+    precision = trainer["precision"]
+    return choose_precision(trainer["accelerator"]) if precision == "auto" else precision
+
+
+def channels_last(trainer: Node, precision: str) -> bool:
+    """Whether networks and images are laid out channels-last."""
+    if trainer["memory_format"] == "auto":
+        return choose_memory_format(precision) == torch.channels_last
+    return bool(trainer["memory_format"] == "channels_last")
+
+
+def title(config: Node) -> str:
+    """What a run is called: `combined-small-s0`."""
+    return f"{config['method']['name']}-{config['student']['name']}-s{config['seed']}"
+
+
+def normalizations(config: Node) -> tuple[Normalization, Normalization]:
+    """The teacher's normalisation, and the data's."""
+    data, teacher = config["data"], config["teacher"]
+    given = Normalization(tuple(data["mean"]), tuple(data["std"]))
+    return Normalization(
+        tuple(teacher["mean"] or given.mean), tuple(teacher["std"] or given.std)
+    ), given
+
+
+def build_teacher(config: Node) -> FrozenTeacher:
+    """The teacher's network; with the user's weights if there is a `teacher.checkpoint`."""
+    model = build(config["teacher"]["model"], "teacher.model")
+    if config["teacher"]["checkpoint"] is not None:
+        path = Path(str(config["teacher"]["checkpoint"])).expanduser()
+        state = read_checkpoint(path, config["teacher"]["rename_keys"] or {})
+        fit_state(model, state, f"teacher.checkpoint={path}")
+    expects, given = normalizations(config)
+    return FrozenTeacher(model, expects=expects, given=given)
+
+
+def build_module(
+    config: Node, teacher: FrozenTeacher | None, precision: str
+) -> DistillationModule:
+    """The student, freshly initialised from the run's seed, and the method's terms."""
+    seed_everything(config["seed"], verbose=False)
+    return DistillationModule(
+        student=config["student"]["model"],
+        terms=config["method"]["terms"],
+        optimizer=config["optimizer"],
+        scheduler=config["scheduler"],
+        num_classes=config["data"]["num_classes"],
+        image_size=config["data"]["image_size"],
+        channels_last=channels_last(trainer_node(config), precision),
+        teacher=teacher,
+    )
+
+
+def try_optimizer(optimizer: Node, scheduler: Node | None, role: str = "") -> None:
+    """Build both for a single number, so that a bad value shows before anything is trained."""
+    number = torch.nn.Parameter(torch.zeros(1))
+    trial = build_partial(optimizer, f"{role}optimizer")([number])
+    if scheduler is not None:
+        build_partial(scheduler, f"{role}scheduler")(trial, total_steps=100)
+
+
+def equip_teacher(
+    teacher: FrozenTeacher, config: Node, data: ImageDataModule, precision: str
+) -> dict[str, Any]:
+    """Give the teacher its weights, training it first if nobody has.
+
+    Returns:
+        What is known of it: key and accuracies; nothing of the user's own checkpoint.
+    """
+    if config["teacher"]["checkpoint"] is not None:
+        return {}
+    key = teacher_key(config, data, precision)
+    store = TeacherStore(Path(config["output_dir"]) / "teachers")
+    stored: StoredTeacher = store.obtain(
+        config["teacher"]["name"],
+        key,
+        lambda folder: train_teacher(config, data, precision, RunDirectory(folder)),
+    )
+    load_weights(teacher.model, stored.weights)
+    return {
+        "teacher_key": key,
+        "teacher_val_accuracy": stored.facts["val_accuracy"],
+        "teacher_test_accuracy": stored.facts["test_accuracy"],
+    }
+
+
+def train_teacher(
+    config: Node, data: ImageDataModule, precision: str, directory: RunDirectory
+) -> dict[str, Any]:
+    """Train the configured teacher on the labels and leave `teacher.safetensors`."""
+    teacher = config["teacher"]
+    settings = trainer_node(config, teacher=True)
+    expects, _ = normalizations(config)
+    data = data.variant(seed=teacher["seed"], mean=expects.mean, std=expects.std)
+    seed_everything(teacher["seed"], verbose=False)
+    module = DistillationModule(
+        student=teacher["model"],
+        terms=SUPERVISED,
+        optimizer=teacher["optimizer"],
+        scheduler=teacher["scheduler"],
+        num_classes=config["data"]["num_classes"],
+        image_size=config["data"]["image_size"],
+        channels_last=channels_last(settings, precision),
+    )
+    directory.write_config(config)
+    trainer = build_trainer(settings, precision, directory.path, f"teacher {teacher['name']}")
+    results = fit_and_test(trainer, module, data, directory, weights="teacher")
+    return {"parameters": count_parameters(module.student), **results, **versions()}
+
+
+def build_trainer(settings: Node, precision: str, folder: Path, name: str) -> Trainer:
+    """Lightning's Trainer with what every training of ours has: logs, checkpoints, a bar."""
+    checkpoints = folder / "checkpoints"
+    fixed = {
+        "precision": precision,
+        "default_root_dir": str(folder),
+        "logger": TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+        "callbacks": [
+            ModelCheckpoint(
+                checkpoints, "best", monitor="val/accuracy", mode="max",
+                save_weights_only=True, enable_version_counter=False,
+            ),
+            ModelCheckpoint(checkpoints, "last", enable_version_counter=False),
+            LearningRateMonitor("step"),
+            Pictures(),
+            ProgressBar(name),
+        ],
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        # The sampler shards and shuffles by itself; the networks are checked before training.
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    for key in fixed.keys() - {"precision"}:
+        if key in settings:
+            raise InputError(f"trainer.{key} cannot be set: this project sets it itself")
+    return build_partial(without(settings, "memory_format", "precision"), "trainer")(**fixed)
+
+
+def fit_and_test(
+    trainer: Trainer,
+    module: DistillationModule,
+    data: ImageDataModule,
+    directory: RunDirectory,
+    weights: str,
+) -> dict[str, Any]:
+    """Train, keep the last epoch's weights, and test them and those of the best epoch.
+
+    The best epoch is chosen on the validation images; the test images play no part in it.
+    """
+    began = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - began
+    directory.save_weights(module.student, weights)
+    results = {"val_accuracy": _metric(trainer, "val/accuracy")}
+    best = trainer.checkpoint_callback
+    assert isinstance(best, ModelCheckpoint) and best.best_model_score is not None
+    results["best_val_accuracy"] = float(best.best_model_score)
+    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+    results["best_epoch"] = checkpoint["epoch"] + 1
+    if results["best_epoch"] < trainer.current_epoch:
+        last = {key: value.clone() for key, value in module.state_dict().items()}
+        module.load_state_dict(checkpoint["state_dict"])
+        trainer.test(module, data, verbose=False)
+        results["test_accuracy_at_best"] = _metric(trainer, "test/accuracy")
+        module.load_state_dict(last)
+    # The last epoch is the headline and is tested last, so that its pictures are what remains.
+    trainer.test(module, data, verbose=False)
+    results["test_accuracy"] = _metric(trainer, "test/accuracy")
+    results.setdefault("test_accuracy_at_best", results["test_accuracy"])
+    return {
+        **results,
+        "epochs": trainer.current_epoch,
+        "train_seconds": round(seconds, 2),
+        "images_per_second": round(module.images_per_second, 1),
+    }
+
+
+def _teacher_parameters(config: Node, teacher: FrozenTeacher | None) -> int:
+    if teacher is not None:
+        return count_parameters(teacher.model)
+    with torch.device("meta"):  # counted, never computed with
+        return count_parameters(build(config["teacher"]["model"], "teacher.model"))
+
+
+def _teacher_results(trainer: Trainer) -> dict[str, float]:
+    found = {"agreement": "test/agreement", "teacher_test_accuracy": "test/teacher_accuracy"}
+    return {
+        key: _metric(trainer, name)
+        for key, name in found.items()
+        if name in trainer.callback_metrics
+    }
+
+
+def _metric(trainer: Trainer, name: str) -> float:
+    return float(trainer.callback_metrics[name])
