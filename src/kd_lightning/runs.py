@@ -19,7 +19,7 @@ from kd_lightning.files import replacing, write_json, write_text
 
 # A `_target_` in a file on disk is honoured only if it names a class or function defined in one of
 # these packages: what a stranger's run directory names must not be able to run anything else.
-TRUSTED = ("kd_lightning.", "torch.nn.", "torchvision.models.")
+TRUSTED = ("kd_lightning.models.", "kd_lightning.data.", "torch.nn.", "torchvision.models.")
 
 
 class RunDirectory:
@@ -81,16 +81,17 @@ class RunDirectory:
             InputError: something is missing or damaged, or names code that is not trusted.
         """
         config = self.read_config()
-        model = build_trusted(config["student"]["model"], "student.model")
+        check_trusted(config["student"]["model"], "student.model")
+        model = build(config["student"]["model"], "student.model")
         load_weights(model, self.path / "student.safetensors")
         return model, config
 
 
-def build_trusted(node: Node, path: str) -> Any:
-    """Instantiate a `_target_` node that was read from a file.
+def check_trusted(node: Node, path: str) -> None:
+    """Check that a node read from a file may be built.
 
     Raises:
-        InputError: the target, wherever its name leads, is not defined in a trusted package.
+        InputError: a target in it, wherever its name leads, is not defined in a trusted package.
     """
     for nested in _targets(node):
         target = find_target(nested, path)
@@ -101,7 +102,6 @@ def build_trusted(node: Node, path: str) -> Any:
                 f"{path}._target_={nested} is not one of {', '.join(TRUSTED)}*: refused, "
                 "because code named in a file from elsewhere could do anything"
             )
-    return build(node, path)
 
 
 def _targets(node: Any) -> list[str]:

@@ -1,0 +1,33 @@
+"""Test the student of a finished run again, from its folder alone.
+
+    python scripts/evaluate.py outputs/runs/combined-small-s0/2026-01-31_12-00-00_000000
+"""
+
+import argparse
+import sys
+
+from kd_lightning.errors import InputError
+
+
+def main() -> None:
+    """Read the command line and print the test accuracy."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run", help="folder of the run")
+    parser.add_argument("--data-root", help="where the images are, if they have moved")
+    arguments = parser.parse_args()
+
+    from kd_lightning.cli import quiet_lightning
+    from kd_lightning.evaluation import evaluate
+    from kd_lightning.summary import percent
+
+    quiet_lightning()
+    try:
+        result = evaluate(arguments.run, arguments.data_root)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"test accuracy {percent(result['accuracy'])} (reported: {percent(result['recorded'])})")
+
+
+if __name__ == "__main__":
+    main()

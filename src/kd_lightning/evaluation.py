@@ -1,0 +1,64 @@
+"""A finished run, tested again from what it left behind."""
+
+from pathlib import Path
+
+from lightning.pytorch import Trainer
+
+from kd_lightning.config import build
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distillation import DistillationModule
+from kd_lightning.errors import InputError
+from kd_lightning.runs import RunDirectory, check_trusted, load_weights
+from kd_lightning.training import SUPERVISED, channels_last, resolve_precision, trainer_node
+
+
+def evaluate(run_dir: str | Path, data_root: str | None = None) -> dict[str, float]:
+    """Rebuild the student of a run from its folder alone, and test it.
+
+    Args:
+        run_dir: folder of the run.
+        data_root: where the images are now, if not where they were.
+
+    Returns:
+        ``accuracy`` on the test set now, and ``recorded``, the one the run reported.
+
+    Raises:
+        InputError: the folder is not that of a finished run, or something in it is damaged or not
+            to be trusted, or the images are not there.
+    """
+    directory = RunDirectory(run_dir)
+    config, metrics = directory.read_config(), directory.read_metrics()
+    if metrics.get("status") != "finished":
+        raise InputError(f"{run_dir} holds no finished run (status: {metrics.get('status')})")
+    for path, node in (("student.model", config["student"]["model"]), ("data", config["data"])):
+        check_trusted(node, path)
+    if data_root is not None:
+        config["data"]["root"] = data_root
+    settings = trainer_node(config)
+    # The precision it was tested in then, unless this machine has other hardware.
+    precision = resolve_precision(settings)
+    module = DistillationModule(
+        student=config["student"]["model"],
+        terms=SUPERVISED,
+        optimizer=config["optimizer"],
+        scheduler=None,
+        num_classes=config["data"]["num_classes"],
+        image_size=config["data"]["image_size"],
+        channels_last=channels_last(settings, precision),
+    )
+    load_weights(module.student, directory.path / "student.safetensors")
+    data: ImageDataModule = build(config["data"], "data")
+    trainer = Trainer(
+        accelerator=settings["accelerator"],
+        devices=1,
+        precision=precision,  # type: ignore[arg-type]
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.test(module, data, verbose=False)
+    return {
+        "accuracy": float(trainer.callback_metrics["test/accuracy"]),
+        "recorded": float(metrics["test_accuracy"]),
+    }

@@ -1,0 +1,114 @@
+"""What tests share: a small image folder, and the command line driven as a user would."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from kd_lightning import cli
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Small enough for seconds, complete enough to go through every part of a run.
+TINY = (
+    "student.model.channels=[4,8]",
+    "student.model.hidden=8",
+    "teacher.model.channels=[8,16]",
+    "teacher.model.hidden=16",
+    "teacher.layers=[stage1,stage2]",
+    "trainer.accelerator=cpu",
+    "trainer.max_epochs=2",
+    "teacher.trainer.max_epochs=1",
+    "optimizer.lr=0.01",
+    "teacher.optimizer.lr=0.01",
+)
+
+
+class Finished(NamedTuple):
+    """What a command left: its exit code, what it printed, and its run directories."""
+
+    code: int
+    out: str
+    err: str
+    runs: list[Path]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """`metrics.json` of the only run."""
+        (run,) = self.runs
+        return json.loads((run / "metrics.json").read_text())
+
+
+def write_folder(root: Path, classes: int = 3, per_class: int = 12, size: int = 16) -> Path:
+    """Class sub-folders of images whose colour tells the class."""
+    generator = np.random.default_rng(0)
+    for part, count in (("train", per_class), ("test", per_class // 3)):
+        for label in range(classes):
+            folder = root / part / f"class{label}"
+            folder.mkdir(parents=True)
+            for number in range(count):
+                pixels = generator.integers(0, 100, (size, size, 3), dtype=np.uint8)
+                pixels[:, :, label % 3] += 120
+                suffix = "png" if number % 2 else "jpg"
+                Image.fromarray(pixels).save(folder / f"{number}.{suffix}")
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder of 36 training and 12 test images in three classes."""
+    return write_folder(tmp_path / "images")
+
+
+@pytest.fixture
+def train(
+    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Finished]:
+    """Run `train.py` in this process on the small folder, with a tiny student and teacher."""
+
+    def run(*arguments: str, tiny: bool = True, data: bool = True) -> Finished:
+        given = [f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path / 'data'}"]
+        if data:
+            given += ["data=folder", f"data.root={folder}", "data.image_size=16"]
+            given += ["data.padding=2", "data.batch_size=16"]
+        given += TINY if tiny else ()
+        before = set(run_directories(tmp_path))
+        monkeypatch.setattr(sys, "argv", ["train.py", *given, *arguments])
+        monkeypatch.setattr(cli, "_exit_codes", [])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as stop:
+            code = int(stop.code or 0)
+        captured = capsys.readouterr()
+        new = sorted(set(run_directories(tmp_path)) - before)
+        return Finished(code, captured.out, captured.err, new)
+
+    return run
+
+
+def run_directories(root: Path) -> list[Path]:
+    """Folders below `root` that hold a `metrics.json`."""
+    return [path.parent for path in root.glob("outputs/*/**/metrics.json")]
+
+
+def in_a_new_process(*command: str, cwd: Path = REPOSITORY, **env: str) -> Finished:
+    """Run a Python command line as a user would, from another process."""
+    import os
+
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+    return Finished(done.returncode, done.stdout, done.stderr, [])

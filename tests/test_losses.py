@@ -1,0 +1,227 @@
+"""Losses against values computed by hand and against a slow, obvious reference."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_lightning.losses import Attention, CrossEntropy, Logit
+from kd_lightning.losses.attention import attention_map, pair_by_resolution
+from kd_lightning.losses.logit import soft_target_loss
+from kd_lightning.models.features import Output
+
+
+def output(logits=None, **features):
+    return Output(logits if logits is not None else torch.zeros(1, 2), features)
+
+
+# --- logit ---------------------------------------------------------------------------------------
+
+
+def test_soft_target_loss_by_hand():
+    # T = 2: teacher softmax([2, 0] / 2) = (e, 1) / (e + 1); student uniform.
+    # KL = p ln 2p + q ln 2q with p = e / (e + 1); times T^2 = 4.
+    p = math.e / (math.e + 1)
+    expected = 4 * (p * math.log(2 * p) + (1 - p) * math.log(2 * (1 - p)))
+    loss = soft_target_loss(torch.zeros(1, 2), torch.tensor([[2.0, 0.0]]), temperature=2.0)
+    assert float(loss) == pytest.approx(expected, rel=1e-6)
+
+
+def slow_soft_target_loss(student, teacher, temperature):
+    total = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        p = [math.exp(x / temperature) for x in t]
+        q = [math.exp(x / temperature) for x in s]
+        p, q = [x / sum(p) for x in p], [x / sum(q) for x in q]
+        total += sum(a * math.log(a / b) for a, b in zip(p, q, strict=True))
+    return temperature**2 * total / len(student)
+
+
+@settings(max_examples=50, deadline=None)
+@given(
+    st.integers(1, 5),
+    st.integers(2, 12),
+    st.floats(0.5, 20),
+    st.integers(0, 2**31),
+)
+def test_soft_target_loss_equals_the_slow_reference(batch, classes, temperature, seed):
+    generator = torch.Generator().manual_seed(seed)
+    student = 3 * torch.randn(batch, classes, generator=generator)
+    teacher = 3 * torch.randn(batch, classes, generator=generator)
+    loss = soft_target_loss(student, teacher, temperature)
+    assert loss.dtype == torch.float32
+    expected = slow_soft_target_loss(student, teacher, temperature)
+    assert float(loss) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+
+
+def test_logit_gradient_hardly_depends_on_a_high_temperature():
+    # The point of T^2 (Hinton et al., section 2.1): for large T the gradient is (z_s - z_t) / C
+    # for logits of zero mean, whatever T is.
+    student = torch.tensor([[1.0, -1.0]], requires_grad=True)
+    teacher = torch.tensor([[-2.0, 2.0]])
+    for temperature in (50.0, 500.0):
+        (gradient,) = torch.autograd.grad(
+            soft_target_loss(student, teacher, temperature), student
+        )
+        torch.testing.assert_close(gradient, (student - teacher) / 2, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("temperature", [0, -3, math.nan, math.inf])
+def test_logit_refuses_a_temperature_that_is_none(temperature):
+    with pytest.raises(ValueError, match="temperature"):
+        Logit(temperature)
+
+
+def test_logit_remembers_logits_so_that_every_temperature_shares_them():
+    teacher = output(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16))
+    remembered = Logit(4.0).remember(teacher)
+    assert torch.equal(remembered, Logit(1.0).remember(teacher))
+    assert remembered.dtype == torch.float32
+    same = output(torch.tensor([[1.0, 2.0]]))
+    assert float(Logit(4.0)(same, remembered, torch.tensor([0]))) == pytest.approx(0, abs=1e-6)
+
+
+# --- cross-entropy -------------------------------------------------------------------------------
+
+
+def test_cross_entropy_by_hand():
+    loss = CrossEntropy()(output(torch.tensor([[0.0, 0.0]])), None, torch.tensor([1]))
+    assert float(loss) == pytest.approx(math.log(2))
+
+
+def test_cross_entropy_is_computed_in_float32():
+    logits = torch.tensor([[20.0, 0.0]], dtype=torch.bfloat16)
+    loss = CrossEntropy()(output(logits), None, torch.tensor([0]))
+    assert loss.dtype == torch.float32
+
+
+# --- attention -----------------------------------------------------------------------------------
+
+
+def test_attention_map_by_hand():
+    # Two channels, two positions: mean of squares (1 + 9) / 2 = 5 and (4 + 16) / 2 = 10.
+    feature_map = torch.tensor([[[[1.0, 2.0]], [[-3.0, 4.0]]]])
+    length = math.hypot(5, 10)
+    torch.testing.assert_close(attention_map(feature_map), torch.tensor([[5 / length, 10 / length]]))
+
+
+def test_attention_map_squares_before_it_pools():
+    # Activations of opposite sign would cancel if they were averaged first.
+    feature_map = torch.tensor([[[[1.0, -1.0, 0.0, 0.0]] * 2]])
+    pooled = attention_map(feature_map, size=(1, 2))
+    torch.testing.assert_close(pooled, torch.tensor([[1.0, 0.0]]))
+
+
+def reference_map(feature_map):
+    return torch.nn.functional.normalize(feature_map.float().pow(2).mean(1).flatten(1), dim=1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_attention_map_and_its_gradient_equal_the_plain_expression(dtype, memory_format):
+    torch.manual_seed(0)
+    plain = torch.randn(4, 6, 5, 7).to(dtype).to(memory_format=memory_format).requires_grad_()
+    ours = plain.detach().clone().requires_grad_()
+    weight = torch.randn(4, 35)
+    (reference_map(plain) * weight).sum().backward()
+    (attention_map(ours) * weight).sum().backward()
+    torch.testing.assert_close(attention_map(ours), reference_map(plain))
+    tolerance = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 1e-3}
+    torch.testing.assert_close(ours.grad, plain.grad, **tolerance)
+
+
+def test_attention_map_leaves_a_float32_feature_map_alone():
+    feature_map = torch.randn(2, 3, 4, 4)
+    before = feature_map.clone()
+    attention_map(feature_map)
+    assert torch.equal(feature_map, before)
+
+
+def test_attention_gradient_passes_gradcheck():
+    feature_map = torch.randn(2, 3, 2, 2, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(2, 4)
+    assert torch.autograd.gradcheck(
+        lambda a: (attention_map(a) * weight).sum(), feature_map, eps=1e-2, atol=2e-2, rtol=2e-2
+    )
+
+
+def connected(**arguments):
+    term = Attention(**arguments)
+    shapes = {"a": (4, 8, 8), "b": (8, 4, 4)}
+    term.connect(shapes, {"x": (2, 8, 8), "y": (6, 8, 8), "z": (16, 2, 2)})
+    return term
+
+
+def test_attention_mean_square_is_that_of_the_authors_code():
+    torch.manual_seed(0)
+    term = connected(pairs=[["a", "y"]])
+    student, teacher = torch.randn(3, 4, 8, 8), torch.randn(3, 6, 8, 8)
+    remembered = term.remember(output(y=teacher))
+    loss = term(output(a=student), remembered, torch.zeros(3))
+    expected = (reference_map(student) - reference_map(teacher)).pow(2).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_attention_norm_is_that_of_the_papers_equation():
+    torch.manual_seed(0)
+    term = connected(pairs=[["a", "y"]], distance="norm")
+    student, teacher = torch.randn(3, 4, 8, 8), torch.randn(3, 6, 8, 8)
+    loss = term(output(a=student), term.remember(output(y=teacher)), torch.zeros(3))
+    expected = (reference_map(student) - reference_map(teacher)).norm(dim=1).mean()
+    torch.testing.assert_close(loss, expected)
+
+
+def test_attention_sums_over_pairs_of_any_sizes():
+    torch.manual_seed(0)
+    pairs = [["a", "z"], ["b", "x"]]  # 8x8 with 2x2, 4x4 with 8x8
+    term = connected(pairs=pairs)
+    student = output(a=torch.randn(3, 4, 8, 8), b=torch.randn(3, 8, 4, 4))
+    teacher = output(x=torch.randn(3, 2, 8, 8), z=torch.randn(3, 16, 2, 2))
+    remembered = term.remember(teacher)
+    assert remembered.shape == (3, 2 * 2 + 4 * 4)
+    singles = []
+    for pair in pairs:
+        one = connected(pairs=[pair])
+        singles.append(one(student, one.remember(teacher), torch.zeros(3)))
+    torch.testing.assert_close(term(student, remembered, torch.zeros(3)), sum(singles))
+
+
+def test_attention_of_a_network_with_itself_is_nothing():
+    term = connected(pairs=[["a", "y"]])
+    same = torch.randn(3, 4, 8, 8)
+    assert float(term(output(a=same), term.remember(output(y=same)), torch.zeros(3))) == 0
+
+
+def test_layers_are_paired_by_resolution_the_deepest_of_each():
+    student = {"s1": (32, 32), "s2": (16, 16), "s3": (16, 16)}
+    teacher = {"t1": (32, 32), "t2": (32, 32), "t3": (16, 16), "t4": (8, 8)}
+    assert pair_by_resolution(student, teacher) == [("s1", "t2"), ("s3", "t3")]
+
+
+def test_without_a_common_resolution_the_deepest_are_paired():
+    student = {"s1": (32, 32), "s2": (16, 16)}
+    assert pair_by_resolution(student, {"t1": (28, 28), "t2": (7, 7)}) == [("s2", "t2")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"pairs": [["nowhere", "x"]]}, "in the student there is no layer 'nowhere'.*a, b"),
+        ({"pairs": [["a", "nowhere"]]}, "in the teacher there is no layer 'nowhere'.*x, y"),
+        ({"pairs": [["a"]]}, "pairs"),
+        ({"pairs": [], "distance": "norm"}, "pairs"),
+        ({"student_layers": ["a"], "teacher_layers": ["x"], "distance": "far"}, "distance"),
+        ({}, "layers"),
+    ],
+)
+def test_attention_refuses_what_cannot_work(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        connected(**arguments)
+
+
+def test_attention_refuses_a_layer_without_a_map():
+    term = Attention(pairs=[["a", "x"]])
+    with pytest.raises(ValueError, match="map"):
+        term.connect({"a": (10,)}, {"x": (2, 8, 8)})
