@@ -79,7 +79,9 @@ def train(
             given += ["data.padding=2", "data.batch_size=16"]
         given += TINY if tiny else ()
         before = set(run_directories(tmp_path))
-        monkeypatch.setattr(sys, "argv", ["train.py", *given, *arguments])
+        flags = [argument for argument in arguments if argument.startswith("-")]
+        overrides = [argument for argument in arguments if not argument.startswith("-")]
+        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *given, *overrides])
         monkeypatch.setattr(cli, "_exit_codes", [])
         code = 0
         try:

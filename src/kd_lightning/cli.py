@@ -34,6 +34,8 @@ def main() -> None:
         _fail(composition_error(error), 2)
     except OSError as error:
         _fail(f"output_dir cannot be written: {error.strerror}: {error.filename}", 2)
+    except (ValueError, TypeError) as error:  # the rest of what Hydra's parser lets through
+        _fail(f"the command line cannot be read: {error}", 2)
     if _exit_codes:
         sys.exit(max(_exit_codes))
 

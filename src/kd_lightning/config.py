@@ -6,10 +6,12 @@ Two rules do most of the work. A `_target_` node must fit the signature of what 
 and by type. And no number anywhere is NaN or infinite.
 """
 
+import contextlib
 import difflib
 import functools
 import inspect
 import math
+import pkgutil
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from hydra.errors import InstantiationException
-from hydra.utils import get_object, instantiate
+from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -152,13 +154,8 @@ def check_node(node: Any, path: str, given: set[str] | None = None) -> None:
     if not isinstance(node, dict) or "_target_" not in node:
         raise InputError(f"{path} must be a node with a _target_, not {node!r}")
     target = find_target(node["_target_"], path)
-    try:
-        parameters = inspect.signature(target).parameters
-    except (TypeError, ValueError):
-        return  # built in, without a signature
-    hints = _type_hints(target)
+    parameters, hints, open_ended = _signature(target)
     arguments = {key: value for key, value in node.items() if not key.startswith("_")}
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     for key, value in arguments.items():
         if key not in parameters and not open_ended:
             raise InputError(unknown_key(f"{path}.{key}", set(parameters), path))
@@ -167,12 +164,9 @@ def check_node(node: Any, path: str, given: set[str] | None = None) -> None:
         elif key in hints and not _fits(value, hints[key]):
             raise InputError(f"{path}.{key} must be {_describe(hints[key])}, not {value!r}")
     for name, parameter in parameters.items():
-        if parameter.default is parameter.empty and parameter.kind in (
-            parameter.POSITIONAL_OR_KEYWORD,
-            parameter.KEYWORD_ONLY,
-        ):
-            if name not in arguments and name not in (given or ()):
-                raise InputError(f"{path}.{name} must be given: {node['_target_']} needs it")
+        required = parameter.default is parameter.empty
+        if required and name not in arguments and name not in (given or ()):
+            raise InputError(f"{path}.{name} must be given: {node['_target_']} needs it")
 
 
 def find_target(target: str, path: str) -> Any:
@@ -182,8 +176,8 @@ def find_target(target: str, path: str) -> Any:
         InputError: it cannot be imported.
     """
     try:
-        return get_object(target)
-    except Exception as error:
+        return pkgutil.resolve_name(target)
+    except Exception as error:  # whatever importing a module may raise
         raise InputError(f"{path}._target_={target} cannot be imported: {_reason(error)}") from error
 
 
@@ -262,11 +256,26 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _type_hints(target: Any) -> dict[str, Any]:
-    try:
-        return typing.get_type_hints(target.__init__ if inspect.isclass(target) else target)
-    except Exception:
-        return {}  # annotations that only their own module understands
+def _signature(target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
+    """Named parameters, their type hints, and whether any other keyword is taken as well.
+
+    A class whose constructor passes ``**settings`` on takes the parameters of its base class too.
+    """
+    is_class = inspect.isclass(target)
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for function in (base.__init__ for base in target.__mro__) if is_class else (target,):
+        try:
+            own = list(inspect.signature(function).parameters.values())[is_class:]
+        except (TypeError, ValueError):
+            return parameters, hints, True  # built in, without a signature
+        with contextlib.suppress(Exception):  # annotations that only their own module understands
+            hints = {**typing.get_type_hints(function), **hints}
+        named = (p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        parameters = {**{p.name: p for p in named}, **parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            return parameters, hints, False
+    return parameters, hints, True
 
 
 def _scalars(hint: Any) -> set[type] | None:

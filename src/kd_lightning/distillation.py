@@ -70,6 +70,8 @@ class DistillationModule(LightningModule):
         self.teacher_accuracy = accuracy.clone()
         self.agreement = accuracy.clone()
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+        self.images_per_second = 0.0
+        self._images_seen, self._epoch_began = 0, time.perf_counter()
 
     def _connect(self, num_classes: int, image_size: int) -> None:
         """Show every term both networks, and set up the reading of the layers they ask for."""

@@ -136,6 +136,9 @@ def fit_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> 
     """
     own = model.state_dict()
     for key in own:
+        if key.endswith("num_batches_tracked"):
+            # Unknown to BatchNorm before torch 0.4.1, and without effect on what is computed.
+            state.setdefault(key, own[key])
         if key not in state:
             raise InputError(
                 f"{origin} is of another architecture than {type(model).__name__}: "

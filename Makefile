@@ -1,0 +1,27 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+# Both set up a virtual environment of their own first, once.
+
+VENV ?= .venv
+PYTHON ?= python3
+RUN := $(VENV)/bin/python
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed ## teacher trained, student distilled, results printed: no download of data
+	$(RUN) train.py experiment=demo
+
+test: $(VENV)/installed ## the fast tests; `make test SLOW=1` adds the slow ones
+	$(RUN) -m pytest $(if $(SLOW),-m '')
+
+lint: $(VENV)/installed ## format, lint and types
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+	$(RUN) -m mypy
+
+$(VENV)/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,268 @@
+"""Errors are part of the interface: one clear sentence, exit code 2, nothing lost, no time spent."""
+
+import shutil
+
+import pytest
+import torch
+from conftest import in_a_new_process
+from lightning.pytorch import Trainer
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+
+@pytest.fixture
+def refused(train, tmp_path, monkeypatch):
+    """Run a command that must be refused before any training; return its sentence."""
+
+    def run(*arguments: str, **options: bool) -> str:
+        monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("training was begun"))
+        done = train(*arguments, **options)
+        assert done.code == 2, done.out + done.err
+        assert done.out == ""
+        lines = done.err.strip().splitlines()
+        assert len(lines) == 1, done.err
+        assert lines[0].startswith("error: ")
+        assert "Traceback" not in done.err
+        # Whatever the run wrote is whole: no partial file is left anywhere.
+        assert not [path for path in tmp_path.rglob("*partial*") if path.is_file()]
+        return lines[0]
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        # groups and keys
+        (["method=magic"], ["method=magic", "attention, combined, logit, none"]),
+        (["student=tiny"], ["student=tiny", "large, medium, small"]),
+        (["teacher=guru"], ["teacher=guru", "convnet", "resnet9"]),
+        (["data=imagenet"], ["data=imagenet", "cifar10, digits, folder"]),
+        (["typo=1"], ["'typo'"]),
+        (["+typo=1"], ["'typo'", "seed"]),
+        (["+traner.max_epochs=1"], ["'traner'", "trainer"]),
+        (["trainer.max_epoch=1"], ["trainer.max_epoch"]),
+        (["+trainer.max_epoch=1"], ["trainer.max_epoch", "trainer.max_epochs"]),
+        (["+optimizer.momentun=1"], ["optimizer.momentun", "optimizer.momentum"]),
+        (["+method.terms.logit.temprature=1"], ["temprature", "temperature"]),
+        (["+student.width=1"], ["student.width"]),
+        (["+data.paddin=1"], ["data.paddin", "data.padding"]),
+        (["method.terms.logit._target_=kd_lightning.losses.Logits"], ["Logits"]),
+        (["method.terms.logit._target_=nowhere.Loss"], ["nowhere.Loss"]),
+        (["=5"], ["command line"]),
+        # temperatures
+        (["method.terms.logit.temperature=0"], ["temperature", "above 0", "0"]),
+        (["method.terms.logit.temperature=-3"], ["temperature", "above 0", "-3"]),
+        (["method.terms.logit.temperature=nan"], ["method.terms.logit.temperature", "finite"]),
+        (["method.terms.logit.temperature=hot"], ["temperature", "a number", "hot"]),
+        (["method.terms.logit.temperature=null"], ["temperature", "a number"]),
+        # weights
+        (["method.terms.logit.weight=-1"], ["method.terms.logit.weight", "-1"]),
+        (["method.terms.attention.weight=inf"], ["method.terms.attention.weight", "inf"]),
+        (["method.terms.cross_entropy.weight=much"], ["method.terms.cross_entropy.weight", "much"]),
+        # numbers
+        (["data.batch_size=0"], ["batch_size", "at least 1", "0"]),
+        (["data.batch_size=1.5"], ["batch_size", "whole number"]),
+        (["data.batch_size=1000"], ["batch_size=1000", "33 training images"]),
+        (["data.val_fraction=1"], ["val_fraction"]),
+        (["data.num_classes=4"], ["num_classes", "3 classes"]),
+        (["seed=-1"], ["seed", "-1"]),
+        (["seed=none"], ["seed", "none"]),
+        (["trainer.max_epochs=0"], ["trainer.max_epochs", "0"]),
+        (["trainer.max_epochs=many"], ["trainer.max_epochs", "many"]),
+        (["teacher.trainer.max_epochs=0"], ["teacher.trainer.max_epochs", "0"]),
+        (["trainer.precision=8"], ["trainer.precision", "bf16-mixed"]),
+        (["trainer.accelerator=quantum"], ["trainer", "quantum"]),
+        (["optimizer.lr=-1"], ["optimizer", "-1"]),
+        (["optimizer.lr=nan"], ["optimizer.lr", "nan"]),
+        (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
+        (["teacher.optimizer.lr=-1"], ["teacher.optimizer", "-1"]),
+        (["scheduler=cosine", "scheduler.warmup_fraction=2"], ["scheduler", "warmup_fraction"]),
+        (["student.model.pool_after=3"], ["student.model.pool_after"]),
+        (["+student.model.pool_after=3"], ["student.model", "pool_after", "3"]),
+        (["student.model.num_classes=7"], ["student.model", "3 classes"]),
+        (["teacher.model.hidden=wide"], ["teacher.model.hidden", "wide"]),
+        # layers
+        (["student.layers=[stage1,stage9]"], ["student", "'stage9'", "stage1, "]),
+        (["teacher.layers=[conv]"], ["teacher", "'conv'", "stage1, "]),
+        (["student.layers=[classifier]"], ["classifier", "map"]),
+        (["+method.terms.attention.pairs=[[a,stage1]]"], ["'a'", "stage1"]),
+        # files
+        (["teacher.checkpoint=/no/such/file.pt"], ["teacher.checkpoint=/no/such/file.pt", "exist"]),
+        (["data.root=/no/such/folder"], ["data.root=/no/such/folder", "train"]),
+        (["data.root=???"], ["data.root"]),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
+)
+def test_wrong_values_are_named_and_answered(refused, arguments, parts):
+    sentence = refused(*arguments)
+    for part in parts:
+        assert part in sentence
+
+
+def test_a_missing_root_is_asked_for(refused):
+    assert "data.root=VALUE" in refused("data=folder", data=False)
+
+
+def test_an_empty_class_folder(refused, folder):
+    shutil.rmtree(folder / "test" / "class1")
+    (folder / "test" / "class1").mkdir()
+    assert f"{folder}/test/class1 holds no images" in refused()
+
+
+def test_class_folders_that_differ(refused, folder):
+    (folder / "train" / "extra").mkdir()
+    assert "extra" in refused()
+
+
+@pytest.mark.parametrize("part", ["train", "test"])
+def test_a_file_that_is_not_an_image(refused, folder, part):
+    path = folder / part / "class0" / "broken.png"
+    path.write_bytes(b"not a picture")
+    assert str(path) in refused()
+    path.unlink()
+    other = folder / part / "class0" / "notes.txt"
+    other.write_text("hello")
+    assert str(other) in refused()
+    assert other.read_text() == "hello"
+
+
+def test_a_truncated_image(refused, folder):
+    path = folder / "train" / "class2" / "0.jpg"
+    path.write_bytes(path.read_bytes()[:300])
+    assert str(path) in refused()
+
+
+@pytest.fixture
+def offline(monkeypatch):
+    def fail(*_, **__):
+        raise OSError("Network is unreachable")
+
+    monkeypatch.setattr("urllib.request.urlopen", fail)
+
+
+def test_no_network(refused, offline, tmp_path):
+    sentence = refused("data=cifar10", data=False)
+    assert "could not be downloaded" in sentence
+    assert "Network is unreachable" in sentence
+
+
+@pytest.mark.parametrize("content", [b"", b"truncated" * 1000])
+def test_a_truncated_or_altered_archive(refused, offline, tmp_path, content):
+    archive = tmp_path / "data" / CIFAR10.filename
+    archive.parent.mkdir()
+    archive.write_bytes(content)
+    sentence = refused("data=cifar10", data=False)
+    assert str(archive) in sentence
+    assert "wrong checksum" in sentence
+    assert archive.read_bytes() == content
+
+
+def test_a_checkpoint_that_is_none(refused, tmp_path):
+    path = tmp_path / "teacher.pt"
+    path.write_bytes(b"not a checkpoint")
+    sentence = refused(f"teacher.checkpoint={path}")
+    assert str(path) in sentence
+    assert path.read_bytes() == b"not a checkpoint"
+
+
+def test_a_checkpoint_of_another_architecture(refused, tmp_path):
+    path = tmp_path / "teacher.pt"
+    torch.save({"state_dict": {"conv1.weight": torch.zeros(3)}}, path)
+    sentence = refused(f"teacher.checkpoint={path}")
+    assert "another architecture" in sentence
+    assert "stage1.0.weight" in sentence
+    torch.save({"stage1.0.weight": torch.zeros(3)}, path)
+    assert "shape (3,)" in refused(f"teacher.checkpoint={path}")
+
+
+def test_an_output_folder_that_cannot_be_written(refused, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    sentence = refused(f"output_dir={tmp_path / 'file'}")
+    assert str(tmp_path / "file") in sentence
+    assert (tmp_path / "file").read_text() == "in the way"
+
+
+def test_a_teacher_store_that_cannot_be_written(train, tmp_path):
+    (tmp_path / "outputs").mkdir()
+    (tmp_path / "outputs" / "teachers").write_text("in the way")
+    done = train()
+    assert done.code == 2
+    assert "teacher store" in done.err
+
+
+def test_a_refused_run_is_recorded_as_failed(train):
+    done = train("optimizer.lr=-1")
+    assert done.metrics["status"] == "failed"
+    assert "optimizer" in done.metrics["error"]
+
+
+def test_a_failure_while_running_has_exit_code_1_and_names_the_run(train):
+    done = train("method=none", "optimizer.lr=1e30", "trainer.precision=32-true")
+    assert done.code == 1
+    assert "not finite" in done.err
+    assert str(done.runs[0]) in done.err
+    assert done.metrics["status"] == "failed"
+
+
+def test_the_exit_code_and_the_sentence_reach_the_shell(tmp_path):
+    done = in_a_new_process("train.py", "method=magic", f"output_dir={tmp_path}")
+    assert done.code == 2
+    assert done.out == ""
+    assert done.err == (
+        "error: method=magic does not exist; choose from attention, combined, logit, none\n"
+    )
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("break_it", "message"),
+    [
+        (lambda run: shutil.rmtree(run), "not a run directory"),
+        (lambda run: (run / "config.yaml").write_text("]["), "config.yaml is damaged"),
+        (lambda run: (run / "config.yaml").write_text("a: 1"), "not the configuration"),
+        (lambda run: (run / "metrics.json").write_text("garbage"), "no finished run"),
+        (lambda run: (run / "student.safetensors").write_bytes(b"half"), "is damaged"),
+        (lambda run: (run / "student.safetensors").unlink(), "does not exist"),
+    ],
+)
+def test_evaluate_refuses_what_is_no_run(train, break_it, message):
+    from kd_lightning.errors import InputError
+    from kd_lightning.evaluation import evaluate
+
+    (run,) = train("method=none", "trainer.max_epochs=1").runs
+    break_it(run)
+    with pytest.raises(InputError, match=message):
+        evaluate(run)
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        "os.system",
+        "subprocess.Popen",
+        "torch.load",
+        "kd_lightning.files.write_text",
+        "kd_lightning.models.features.torch.load",
+        "kd_lightning.data.folder.save_file",
+        "kd_lightning.data.folder.os.system",
+    ],
+)
+def test_a_strangers_run_cannot_name_any_code(train, target):
+    import yaml
+
+    from kd_lightning.errors import InputError
+    from kd_lightning.evaluation import evaluate
+
+    (run,) = train("method=none", "trainer.max_epochs=1").runs
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["student"]["model"] = {"_target_": target}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match="refused"):
+        evaluate(run)
+
+
+def test_an_image_bomb_is_refused(refused, folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
+    assert "bomb" in refused()
+

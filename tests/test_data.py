@@ -1,0 +1,256 @@
+"""Every source gives the same kind of images, splits are stratified and stay apart."""
+
+import hashlib
+import io
+import pickle
+import tarfile
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.datasets import CIFAR10
+
+from kd_lightning.data import CIFAR10DataModule, DigitsDataModule, FolderDataModule
+from kd_lightning.data.module import stratified_split
+from kd_lightning.errors import InputError
+
+
+def folder_data(root: Path, **settings) -> FolderDataModule:
+    settings = {"batch_size": 8, "image_size": 16, "padding": 2, **settings}
+    return FolderDataModule(str(root), name="folder", **settings)
+
+
+def test_folder_decodes_every_image(folder):
+    data = folder_data(folder)
+    data.setup()
+    assert data.classes == ["class0", "class1", "class2"]
+    assert {name: len(index) for name, index in data.splits.items()} == {
+        "train": 33,
+        "val": 3,
+        "test": 12,
+    }
+    (batch,) = folder_data_batches(data, "test")
+    with Image.open(folder / "test" / "class0" / "0.jpg") as file:
+        expected = torch.from_numpy(np.array(file)).permute(2, 0, 1).float() / 127.5 - 1
+    torch.testing.assert_close(batch["images"][0], expected)
+    assert batch["labels"].tolist() == [0] * 4 + [1] * 4 + [2] * 4
+
+
+def folder_data_batches(data, split):
+    loader = getattr(data, f"{split}_dataloader")()
+    return [data.on_after_batch_transfer(batch, 0) for batch in loader]
+
+
+def test_images_of_other_sizes_and_modes_are_brought_to_one(folder):
+    Image.new("L", (40, 25), 128).save(folder / "test" / "class0" / "grey.png")
+    Image.new("RGBA", (16, 16), (0, 0, 255, 255)).save(folder / "test" / "class1" / "alpha.png")
+    data = folder_data(folder)
+    data.setup()
+    (batch,) = folder_data_batches(data, "test")
+    assert batch["images"].shape == (14, 3, 16, 16)
+
+
+def test_decoded_images_are_kept_until_a_file_changes(folder, tmp_path, monkeypatch):
+    cache = tmp_path / "decoded"
+    first = folder_data(folder, cache_dir=str(cache))
+    first.setup()
+    (stored,) = cache.iterdir()
+    monkeypatch.setattr(FolderDataModule, "_decode", lambda *_: pytest.fail("decoded again"))
+    second = folder_data(folder, cache_dir=str(cache))
+    second.setup()
+    assert first.fingerprint() == second.fingerprint()
+    monkeypatch.undo()
+    Image.new("RGB", (16, 16)).save(folder / "train" / "class0" / "1.png")
+    third = folder_data(folder, cache_dir=str(cache))
+    third.setup()
+    assert third.fingerprint() != first.fingerprint()
+    assert len(list(cache.iterdir())) == 2
+    # A damaged store is not believed.
+    whole = stored.read_bytes()
+    stored.write_bytes(whole[: len(whole) // 2])
+    assert third._read_stored(stored, 48) is None
+
+
+def test_normalisation_is_configurable(folder):
+    plain = folder_data(folder, mean=[0, 0, 0], std=[1, 1, 1])
+    other = folder_data(folder, mean=[0.1, 0.2, 0.3], std=[0.5, 0.6, 0.7])
+    for data in (plain, other):
+        data.setup()
+    pixels, normalised = (folder_data_batches(data, "val")[0]["images"] for data in (plain, other))
+    assert 0 <= pixels.min() and pixels.max() <= 1
+    mean = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
+    std = torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
+    torch.testing.assert_close(normalised, (pixels - mean) / std)
+
+
+def test_default_normalisation_is_minus_one_to_one(folder):
+    data = folder_data(folder)
+    data.setup()
+    images = torch.cat([batch["images"] for batch in folder_data_batches(data, "train")])
+    assert images.dtype == torch.float32
+    assert -1 <= images.min() < -0.9
+    assert 0.5 < images.max() <= 1
+
+
+def test_training_views_are_augmented_and_evaluation_is_not(folder):
+    data = folder_data(folder)
+    data.setup()
+    loader = data.train_dataloader()
+    images = {}
+    for epoch in (0, 1):
+        loader.sampler.set_epoch(epoch)
+        for batch in map(data.render, loader):
+            for index, image in zip(batch["index"].tolist(), batch["images"], strict=True):
+                images[index, epoch] = image
+    assert any(not torch.equal(images[i, 0], images[i, 1]) for i in data.splits["train"].tolist())
+    first, second = (folder_data_batches(data, "val")[0]["images"] for _ in range(2))
+    assert torch.equal(first, second)
+
+
+def test_the_three_parts_share_no_image(folder):
+    data = folder_data(folder)
+    data.setup()
+    parts = [set(data.splits[name].tolist()) for name in ("train", "val", "test")]
+    assert set.union(*parts) == set(range(48))
+    assert sum(len(part) for part in parts) == 48
+    seen = {i for batch in data.train_dataloader() for i in batch["index"].tolist()}
+    assert seen == parts[0]
+
+
+def test_split_is_stratified_and_follows_its_seed():
+    labels = torch.arange(1000) % 10
+    classes = [str(number) for number in range(10)]
+    train, val = stratified_split(labels, 0.1, 0, classes)
+    assert torch.bincount(labels[val]).tolist() == [10] * 10
+    assert sorted(train.tolist() + val.tolist()) == list(range(1000))
+    assert torch.equal(stratified_split(labels, 0.1, 0, classes)[1], val)
+    assert not torch.equal(stratified_split(labels, 0.1, 1, classes)[1], val)
+
+
+def test_split_refuses_a_class_with_one_image():
+    with pytest.raises(InputError, match="class 'rare' has 1"):
+        stratified_split(torch.tensor([0, 0, 0, 1]), 0.5, 0, ["common", "rare"])
+
+
+def test_every_class_keeps_images_in_both_parts():
+    train, val = stratified_split(torch.tensor([0, 0, 1, 1]), 0.01, 0, ["a", "b"])
+    assert len(train) == len(val) == 2
+
+
+def test_digits_need_no_download():
+    data = DigitsDataModule(name="digits", batch_size=64)
+    data.setup()
+    assert sum(len(part) for part in data.splits.values()) == 1797
+    (batch,) = folder_data_batches(data, "test")
+    assert batch["images"].shape[1:] == (3, 32, 32)
+    assert len(batch["labels"].unique()) == 10
+    assert batch["images"].max() > 0.9
+
+
+def test_a_variant_shares_the_images(folder):
+    data = folder_data(folder)
+    data.setup()
+    other = data.variant(seed=9)
+    assert other._pixels is data._pixels
+    orders = [torch.cat([b["index"] for b in d.train_dataloader()]) for d in (data, other)]
+    assert not torch.equal(*orders)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"batch_size": 0},
+        {"batch_size": -1},
+        {"eval_batch_size": 0},
+        {"val_fraction": 0},
+        {"val_fraction": 1},
+        {"std": [0.5, 0, 0.5]},
+        {"mean": [0.5]},
+        {"padding": 16},
+        {"padding": -1},
+        {"image_size": 0},
+        {"num_classes": 4},
+    ],
+)
+def test_impossible_settings_are_refused(folder, settings):
+    with pytest.raises(ValueError, match=next(iter(settings)).split("_")[0]):
+        folder_data(folder, **settings)
+
+
+# --- CIFAR-10: torchvision's own code, with a small archive in place of the real one -------------
+
+
+@pytest.fixture
+def archive(tmp_path, monkeypatch):
+    """An archive of the official layout with 100 images, and torchvision pointed at it."""
+    generator = np.random.default_rng(0)
+
+    def batch(count):
+        data = generator.integers(0, 256, (count, 3072), dtype=np.uint8)
+        return {"data": data, "labels": [number % 10 for number in range(count)]}
+
+    contents = {f"data_batch_{number}": batch(16) for number in range(1, 6)}
+    contents |= {"test_batch": batch(20)}
+    contents |= {"batches.meta": {"label_names": [str(number) for number in range(10)]}}
+    path = tmp_path / "server" / CIFAR10.filename
+    path.parent.mkdir()
+    sums = {}
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in contents.items():
+            raw = pickle.dumps(content)
+            sums[name] = hashlib.md5(raw).hexdigest()
+            entry = tarfile.TarInfo(f"{CIFAR10.base_folder}/{name}")
+            entry.size = len(raw)
+            tar.addfile(entry, io.BytesIO(raw))
+    handler = partial(SimpleHTTPRequestHandler, directory=str(path.parent))
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    url = f"http://127.0.0.1:{server.server_port}/{CIFAR10.filename}"
+    monkeypatch.setattr(CIFAR10, "url", url)
+    monkeypatch.setattr(CIFAR10, "tgz_md5", hashlib.md5(path.read_bytes()).hexdigest())
+    train_list = [[name, md5] for name, md5 in sums.items() if name.startswith("data_batch")]
+    monkeypatch.setattr(CIFAR10, "train_list", train_list)
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", {**CIFAR10.meta, "md5": sums["batches.meta"]})
+    yield path
+    server.shutdown()
+    server.server_close()
+
+
+def cifar10(root) -> CIFAR10DataModule:
+    return CIFAR10DataModule(str(root), name="cifar10", batch_size=8)
+
+
+def test_cifar10_downloads_and_checks_the_archive(archive, tmp_path):
+    data = cifar10(tmp_path / "data")
+    data.setup()
+    assert [len(data.splits[name]) for name in ("train", "val", "test")] == [70, 10, 20]
+    assert (tmp_path / "data" / CIFAR10.filename).read_bytes() == archive.read_bytes()
+
+
+def test_a_truncated_archive_is_fetched_again(archive, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / CIFAR10.filename).write_bytes(archive.read_bytes()[:1000])
+    cifar10(tmp_path / "data").setup()
+    assert (tmp_path / "data" / CIFAR10.filename).read_bytes() == archive.read_bytes()
+
+
+def test_a_damaged_archive_without_network_is_said_and_kept(archive, tmp_path):
+    copy = tmp_path / "data" / CIFAR10.filename
+    copy.parent.mkdir()
+    copy.write_bytes(archive.read_bytes()[:1000])
+    archive.unlink()
+    with pytest.raises(InputError, match=r"is damaged \(wrong checksum\).*data=digits"):
+        cifar10(tmp_path / "data").setup()
+    assert copy.stat().st_size == 1000
+
+
+def test_no_archive_and_no_network_is_said(archive, tmp_path):
+    archive.unlink()
+    with pytest.raises(InputError, match="is not there and could not be downloaded"):
+        cifar10(tmp_path / "data").setup()

@@ -1,0 +1,215 @@
+"""The main job, driven as a user drives it: one command from data to a tested student."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from conftest import in_a_new_process
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from kd_lightning.evaluation import evaluate
+from kd_lightning.runs import RunDirectory
+
+KEYS = {
+    "status", "method", "student", "teacher", "data", "seed", "parameters", "teacher_parameters",
+    "compression_ratio", "val_accuracy", "test_accuracy", "best_val_accuracy", "best_epoch",
+    "test_accuracy_at_best", "teacher_val_accuracy", "teacher_test_accuracy", "agreement",
+    "epochs", "train_seconds", "images_per_second", "teacher_key", "git_commit", "python", "torch",
+    "lightning", "device", "precision",
+}  # fmt: skip
+
+
+def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tmp_path):
+    first = train("method=combined")
+    assert first.code == 0, first.err
+    metrics = first.metrics
+    assert set(metrics) == KEYS
+    assert metrics["status"] == "finished"
+    assert metrics["epochs"] == 2
+    assert 0 <= metrics["agreement"] <= 1
+    assert metrics["compression_ratio"] == metrics["teacher_parameters"] / metrics["parameters"]
+
+    # What was printed is what was recorded, and where.
+    for name in ("test_accuracy", "teacher_test_accuracy", "val_accuracy", "agreement"):
+        assert f"{100 * metrics[name]:.2f} %" in first.out
+    (run,) = first.runs
+    assert str(run) in first.out
+    assert first.err == ""  # no progress bar, no warning: this is not a terminal
+
+    # The run is rebuilt from its folder alone, to the same accuracy.
+    assert evaluate(run)["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-7)
+    student, config = RunDirectory(run).load_student()
+    assert config["data"]["num_classes"] == 3
+    assert student(torch.zeros(1, 3, 16, 16)).shape == (1, 3)
+    assert yaml.safe_load((run / "config.yaml").read_text()) == config
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+
+    # The second run finds the teacher, and with the same seed ends with the same student.
+    (teacher,) = (tmp_path / "outputs" / "teachers").glob("*/teacher.safetensors")
+    trained = teacher.stat().st_mtime_ns
+    second = train("method=combined")
+    assert second.metrics["teacher_key"] == metrics["teacher_key"]
+    assert teacher.stat().st_mtime_ns == trained
+    weights = [(r / "student.safetensors").read_bytes() for r in (run, second.runs[0])]
+    assert weights[0] == weights[1]
+
+
+def test_tensorboard_shows_losses_accuracies_rate_speed_and_pictures(train):
+    (run,) = train("method=combined", "trainer.log_every_n_steps=1").runs
+    events = EventAccumulator(str(run), size_guidance={"images": 0})
+    events.Reload()
+    tags = events.Tags()
+    scalars = set(tags["scalars"])
+    for term in ("cross_entropy", "logit", "attention"):
+        assert {f"loss/{term}", f"loss_weighted/{term}"} <= scalars
+    assert {"loss/total", "train/accuracy", "val/accuracy", "val/loss"} <= scalars
+    assert {"test/accuracy", "test/agreement", "images_per_second"} <= scalars
+    assert any(tag.startswith("lr-") for tag in scalars)
+    assert {"training views", "test/confusion"} <= set(tags["images"])
+    total = events.Scalars("loss/total")[0].value
+    parts = [events.Scalars(tag)[0].value for tag in scalars if tag.startswith("loss_weighted/")]
+    assert total == pytest.approx(sum(parts), rel=1e-5)
+    assert len(events.Scalars("val/accuracy")) == 2
+
+
+@pytest.mark.parametrize("method", ["none", "logit", "attention"])
+def test_every_method_runs(train, tmp_path, method):
+    done = train(f"method={method}")
+    assert done.code == 0, done.err
+    assert done.metrics["method"] == method
+    if method == "none":  # no teacher is trained for a method that does not listen to one
+        assert done.metrics["teacher_val_accuracy"] is None
+        assert not (tmp_path / "outputs" / "teachers").exists()
+
+
+@pytest.mark.parametrize(
+    "teacher",
+    [
+        ["teacher=resnet9", "+teacher.model.logit_scale=1.0"],
+        ["teacher=resnet20"],
+    ],
+)
+def test_every_teacher_teaches(train, teacher):
+    done = train(
+        "method=combined", "optimizer=adamw", "scheduler=cosine", *teacher, "trainer.max_epochs=1",
+        "teacher.trainer.max_epochs=1", "student.model.channels=[4,8]", "student.model.hidden=8",
+        "trainer.accelerator=cpu", tiny=False,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.metrics["teacher_val_accuracy"] is not None
+
+
+def test_a_teacher_of_ones_own(train, tmp_path):
+    (run,) = train("method=none", "student.name=mine").runs
+    checkpoint = run / "student.safetensors"
+    done = train(
+        "method=logit", f"teacher.checkpoint={checkpoint}", "teacher.model.channels=[4,8]",
+        "teacher.model.hidden=8",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    recorded = json.loads((run / "metrics.json").read_text())
+    # The teacher is measured by the evaluator that measured it as a student.
+    assert done.metrics["teacher_test_accuracy"] == recorded["test_accuracy"]
+    assert done.metrics["teacher_val_accuracy"] == recorded["val_accuracy"]
+    assert done.metrics["teacher_key"] is None
+    assert not (tmp_path / "outputs" / "teachers").exists()
+
+
+def test_a_student_and_a_term_of_ones_own_from_yaml_alone(train):
+    done = train(
+        "method=logit", "student.name=squeezed", "student.model._target_=torchvision.models.squeezenet1_1",
+        "~student.model.channels", "~student.model.hidden", "~student.model.image_size",
+        "data.image_size=32", "trainer.max_epochs=1", "trainer.accelerator=cpu",
+        "teacher.model.channels=[4]", "teacher.model.hidden=8", "teacher.layers=[stage1]",
+        "teacher.trainer.max_epochs=1", tiny=False,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.metrics["student"] == "squeezed"
+
+
+def test_a_sweep_goes_on_after_a_failed_cell_and_says_so(train, tmp_path):
+    done = train("-m", "method=none", "optimizer.lr=0.01,-1,0.02")
+    assert done.code == 2
+    assert done.err.count("error:") == 1, done.err
+    assert done.runs, done.err + done.out
+    assert "optimizer" in done.err
+    statuses = sorted(json.loads((r / "metrics.json").read_text())["status"] for r in done.runs)
+    assert statuses == ["failed", "finished", "finished"]
+
+
+def test_best_epoch_and_last_epoch_are_both_recorded(train):
+    metrics = train("method=none", "trainer.max_epochs=6", "optimizer.lr=0.05").metrics
+    assert 1 <= metrics["best_epoch"] <= metrics["epochs"] == 6
+    assert metrics["best_val_accuracy"] >= metrics["val_accuracy"]
+
+
+def test_a_finished_run_is_not_overwritten(train, tmp_path):
+    place = f"hydra.run.dir={tmp_path / 'outputs' / 'here'}"
+    (run,) = train("method=none", place).runs
+    before = {path: path.read_bytes() for path in run.rglob("*.json")}
+    again = train("method=none", place)
+    assert again.code == 2
+    assert "finished run" in again.err
+    assert {path: path.read_bytes() for path in run.rglob("*.json")} == before
+
+
+def test_the_command_in_a_process_of_its_own(folder, tmp_path):
+    """Nothing in the terminal but the table; the evaluate script prints the same accuracy."""
+    done = in_a_new_process(
+        "train.py", "method=none", "data=folder", f"data.root={folder}", "data.image_size=16",
+        "data.batch_size=16", "student.model.channels=[4,8]", "trainer.max_epochs=1",
+        "trainer.accelerator=cpu", f"output_dir={tmp_path / 'outputs'}",
+        KD_DATA_DIR=str(tmp_path / "data"),
+    )  # fmt: skip
+    assert (done.code, done.err) == (0, "")
+    (run,) = (tmp_path / "outputs" / "runs").glob("*/*")
+    accuracy = json.loads((run / "metrics.json").read_text())["test_accuracy"]
+    evaluated = in_a_new_process("scripts/evaluate.py", str(run))
+    assert evaluated.code == 0, evaluated.err
+    assert f"test accuracy {100 * accuracy:.2f} %" in evaluated.out
+    assert evaluated.out.count(f"{100 * accuracy:.2f} %") == 2
+
+
+def test_help_lists_every_choice_without_importing_torch():
+    done = in_a_new_process("-X", "importtime", "train.py", "--help")
+    assert done.code == 0
+    for choice in ("combined", "small", "resnet9", "folder", "one_cycle", "adamw"):
+        assert choice in done.out
+    assert "torch" not in done.err
+
+
+def shared(name: str) -> Path:
+    import os
+
+    root = Path(os.environ.get("KD_TEST_DATA", "nowhere")) / name
+    if not root.exists():
+        pytest.skip(f"KD_TEST_DATA does not name a folder that holds {name}")
+    return root
+
+
+@pytest.mark.parametrize(("depth", "accuracy"), [(20, 0.9173), (56, 0.9338)])
+def test_published_networks_of_strangers_reach_their_accuracy(train, tmp_path, depth, accuracy):
+    """Their keys, their normalisation, our evaluator, on the CIFAR-10 test set."""
+    from PIL import Image
+
+    checkpoint = next(shared("checkpoints").glob(f"resnet{depth}-*.th"))
+    images = tmp_path / "cifar10"
+    for sheet in sorted((shared("cifar10") / "test").glob("*.webp")):
+        column = np.asarray(Image.open(sheet).convert("RGB")).reshape(-1, 32, 32, 3)
+        name, part = sheet.stem.rsplit("-", 1)
+        for split, count in (("test", len(column)), ("train", 20)):
+            place = images / split / name
+            place.mkdir(parents=True, exist_ok=True)
+            for number, image in enumerate(column[:count]):
+                Image.fromarray(image).save(place / f"{part}-{number}.png", compress_level=0)
+    done = train(
+        "method=logit", "data=folder", f"data.root={images}", f"teacher=resnet{depth}",
+        f"teacher.checkpoint={checkpoint}", "teacher.mean=[0.485,0.456,0.406]",
+        "teacher.std=[0.229,0.224,0.225]", "student.model.channels=[4,8]", "trainer.max_epochs=1",
+        "trainer.precision=32-true", "data.batch_size=64", tiny=False, data=False,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.metrics["teacher_test_accuracy"] == pytest.approx(accuracy, abs=0.0003)

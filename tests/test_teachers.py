@@ -1,0 +1,225 @@
+"""The teacher store: one training for each key, whatever else happens."""
+
+import copy
+import json
+import multiprocessing
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from kd_lightning.data import FolderDataModule
+from kd_lightning.errors import InputError
+from kd_lightning.teachers import TeacherStore, read_checkpoint, teacher_key
+
+KEY = "0123456789abcdef" * 4
+
+
+def trainer(calls):
+    def train(folder):
+        calls.append(folder)
+        save_file({"weight": torch.full((3,), float(len(calls)))}, folder / "teacher.safetensors")
+        (folder / "checkpoints").mkdir(exist_ok=True)
+        return {"val_accuracy": 0.5, "test_accuracy": 0.25}
+
+    return train
+
+
+def test_the_second_to_ask_finds_what_the_first_trained(tmp_path):
+    calls = []
+    store = TeacherStore(tmp_path / "teachers")
+    first = store.obtain("tiny", KEY, trainer(calls))
+    second = store.obtain("tiny", KEY, trainer(calls))
+    assert len(calls) == 1
+    assert first == second
+    assert second.facts["test_accuracy"] == 0.25
+    assert second.path.name == "tiny-0123456789abcdef"
+    assert not (second.path / "checkpoints").exists()
+
+
+def test_another_key_is_another_teacher(tmp_path):
+    calls = []
+    store = TeacherStore(tmp_path)
+    store.obtain("tiny", KEY, trainer(calls))
+    store.obtain("tiny", KEY[::-1], trainer(calls))
+    assert len(calls) == 2
+
+
+def flip_a_bit(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda entry: flip_a_bit(entry / "teacher.safetensors"),
+        lambda entry: (entry / "teacher.safetensors").write_bytes(b""),
+        lambda entry: (entry / "teacher.safetensors").unlink(),
+        lambda entry: (entry / "teacher.json").write_text("{"),
+        lambda entry: (entry / "teacher.json").write_text("[]"),
+        lambda entry: (entry / "teacher.json").unlink(),
+    ],
+)
+def test_a_damaged_teacher_is_set_aside_and_trained_again(tmp_path, damage, caplog):
+    calls = []
+    store = TeacherStore(tmp_path)
+    damage(store.obtain("tiny", KEY, trainer(calls)).path)
+    again = store.obtain("tiny", KEY, trainer(calls))
+    assert len(calls) == 2
+    assert load_file(again.weights)["weight"].tolist() == [2, 2, 2]
+    assert "damaged" in caplog.text
+    assert (tmp_path / "tiny-0123456789abcdef.damaged-1").is_dir()
+
+
+def test_an_interrupted_training_leaves_no_teacher(tmp_path):
+    def interrupted(folder):
+        trainer([])(folder)
+        raise KeyboardInterrupt
+
+    store = TeacherStore(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        store.obtain("tiny", KEY, interrupted)
+    assert not (tmp_path / "tiny-0123456789abcdef").exists()
+    calls = []
+    store.obtain("tiny", KEY, trainer(calls))
+    assert len(calls) == 1
+
+
+def _ask(root, log):
+    def train(folder):
+        with log.open("a") as file:
+            file.write("trained\n")
+        time.sleep(1)
+        save_file({"weight": torch.zeros(1)}, folder / "teacher.safetensors")
+        return {}
+
+    TeacherStore(root).obtain("tiny", KEY, train)
+
+
+def test_two_processes_train_one_teacher(tmp_path):
+    context = multiprocessing.get_context("fork")
+    log = tmp_path / "log"
+    workers = [context.Process(target=_ask, args=(tmp_path / "store", log)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    assert log.read_text() == "trained\n"
+
+
+CONFIG = {
+    "data": {"name": "folder", "root": "here", "batch_size": 8, "seed": 0, "split_seed": 0},
+    "trainer": {"precision": "auto", "max_epochs": 9, "accelerator": "auto"},
+    "teacher": {
+        "model": {"_target_": "a.B", "width": 1},
+        "seed": 0,
+        "optimizer": {"lr": 0.1},
+        "scheduler": None,
+        "trainer": {"max_epochs": 3},
+        "mean": None,
+        "std": None,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    from conftest import write_folder
+
+    module = FolderDataModule(
+        str(write_folder(tmp_path_factory.mktemp("images"))), name="f", batch_size=8, image_size=16
+    )
+    module.setup()
+    return module
+
+
+def changed(path, value):
+    config = copy.deepcopy(CONFIG)
+    *parents, last = path.split(".")
+    node = config
+    for parent in parents:
+        node = node[parent]
+    node[last] = value
+    return config
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("teacher.model.width", 2),
+        ("teacher.seed", 1),
+        ("teacher.optimizer.lr", 0.2),
+        ("teacher.scheduler", {"warmup": 1}),
+        ("teacher.trainer.max_epochs", 4),
+        ("teacher.trainer.limit_train_batches", 2),
+        ("trainer.limit_train_batches", 2),
+        ("trainer.gradient_clip_val", 1),
+        ("teacher.mean", [0.1, 0.1, 0.1]),
+        ("data.batch_size", 16),
+        ("data.split_seed", 1),
+        ("data.view_seed", 1),
+    ],
+)
+def test_whatever_changes_the_weights_changes_the_key(data, path, value):
+    key = teacher_key(CONFIG, data, "32-true")
+    assert teacher_key(changed(path, value), data, "32-true") != key
+
+
+def test_precision_and_images_are_in_the_key(data):
+    key = teacher_key(CONFIG, data, "32-true")
+    assert teacher_key(CONFIG, data, "bf16-mixed") != key
+    other = data.variant(_pixels=data._pixels.clone())
+    other._pixels[0, 0, 0, 0] ^= 1
+    assert teacher_key(CONFIG, other, "32-true") != key
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("data.root", "elsewhere"),
+        ("data.seed", 7),
+        ("trainer.max_epochs", 50),  # of the student: the teacher has its own
+        ("trainer.accelerator", "cpu"),
+    ],
+)
+def test_what_does_not_change_the_weights_does_not_change_the_key(data, path, value):
+    expected = teacher_key(CONFIG, data, "32-true")
+    assert teacher_key(changed(path, value), data, "32-true") == expected
+
+
+@pytest.mark.parametrize("nest", [None, "state_dict", "model"])
+def test_checkpoints_are_read_whatever_they_are_wrapped_in(tmp_path, nest):
+    state = {"module.linear.weight": torch.ones(2), "module.conv": torch.zeros(1)}
+    path = tmp_path / "a.th"
+    torch.save({nest: state, "epoch": 3} if nest else state, path)
+    read = read_checkpoint(path, {"module.": "", "linear.": "fc."})
+    assert set(read) == {"fc.weight", "conv"}
+
+
+def test_safetensors_are_read(tmp_path):
+    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert set(read_checkpoint(tmp_path / "a.safetensors", {})) == {"a"}
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("the checkpoint ran code",))
+
+
+@pytest.mark.parametrize("content", [b"", b"no checkpoint", json.dumps({"a": 1}).encode()])
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, name):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match="not a checkpoint"):
+        read_checkpoint(tmp_path / name, {})
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
+    with pytest.raises(InputError, match="safely"):
+        read_checkpoint(tmp_path / "bomb.pt", {})
+    assert "ran code" not in capsys.readouterr().out
