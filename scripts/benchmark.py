@@ -25,7 +25,7 @@ from torch import Tensor
 from kd_lightning.cli import quiet_lightning
 from kd_lightning.config import build_partial, plain, trainer_node, tree
 from kd_lightning.data.module import Batch, ImageDataModule, Images
-from kd_lightning.distillation import AUTOCAST, DistillationModule
+from kd_lightning.distillation import AUTOCAST
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.runs import device_name

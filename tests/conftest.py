@@ -68,7 +68,10 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def train(
-    tmp_path: Path, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., Finished]:
     """Run `train.py` in this process on the small folder, with a tiny student and teacher."""
 

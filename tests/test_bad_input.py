@@ -1,4 +1,4 @@
-"""Errors are part of the interface: one clear sentence, exit code 2, nothing lost, no time spent."""
+"""Errors are part of the interface: one sentence, exit code 2, nothing lost, no time spent."""
 
 import shutil
 
@@ -265,4 +265,3 @@ def test_a_strangers_run_cannot_name_any_code(train, target):
 def test_an_image_bomb_is_refused(refused, folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     assert "bomb" in refused()
-

@@ -82,7 +82,8 @@ def test_normalisation_is_configurable(folder):
     for data in (plain, other):
         data.setup()
     pixels, normalised = (folder_data_batches(data, "val")[0]["images"] for data in (plain, other))
-    assert 0 <= pixels.min() and pixels.max() <= 1
+    assert pixels.min() >= 0
+    assert pixels.max() <= 1
     mean = torch.tensor([0.1, 0.2, 0.3]).view(3, 1, 1)
     std = torch.tensor([0.5, 0.6, 0.7]).view(3, 1, 1)
     torch.testing.assert_close(normalised, (pixels - mean) / std)

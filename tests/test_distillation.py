@@ -1,4 +1,4 @@
-"""The module: the teacher stays frozen, the checkpoint is the student's, the loss is the terms' sum."""
+"""The module: a teacher that stays frozen, a checkpoint of the student alone, a sum of terms."""
 
 import copy
 
@@ -136,7 +136,9 @@ def test_teacher_may_be_normalised_differently():
     torch.manual_seed(0)
     expects = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     pixels = torch.rand(4, 3, 16, 16)
-    own = (pixels - torch.tensor(expects.mean).view(3, 1, 1)) / torch.tensor(expects.std).view(3, 1, 1)
+    own = (pixels - torch.tensor(expects.mean).view(3, 1, 1)) / torch.tensor(expects.std).view(
+        3, 1, 1
+    )
     teacher = frozen(expects=expects)
     answer = teacher((pixels - 0.5) / 0.5).logits
     torch.testing.assert_close(answer, teacher.model(own), rtol=1e-4, atol=1e-5)
@@ -186,7 +188,9 @@ def test_adamw_trains_too(folder, tmp_path):
     module = make_module(frozen(), optimizer=adamw)
     before = snapshot(module.student)
     make_trainer(tmp_path, epochs=1).fit(module, make_data(folder))
-    assert not torch.equal(module.student.state_dict()["stage1.0.weight"], before["stage1.0.weight"])
+    assert not torch.equal(
+        module.student.state_dict()["stage1.0.weight"], before["stage1.0.weight"]
+    )
 
 
 def test_a_model_with_another_number_of_classes_is_refused():

@@ -62,9 +62,7 @@ def test_logit_gradient_hardly_depends_on_a_high_temperature():
     student = torch.tensor([[1.0, -1.0]], requires_grad=True)
     teacher = torch.tensor([[-2.0, 2.0]])
     for temperature in (50.0, 500.0):
-        (gradient,) = torch.autograd.grad(
-            soft_target_loss(student, teacher, temperature), student
-        )
+        (gradient,) = torch.autograd.grad(soft_target_loss(student, teacher, temperature), student)
         torch.testing.assert_close(gradient, (student - teacher) / 2, rtol=1e-2, atol=0)
 
 
@@ -104,7 +102,9 @@ def test_attention_map_by_hand():
     # Two channels, two positions: mean of squares (1 + 9) / 2 = 5 and (4 + 16) / 2 = 10.
     feature_map = torch.tensor([[[[1.0, 2.0]], [[-3.0, 4.0]]]])
     length = math.hypot(5, 10)
-    torch.testing.assert_close(attention_map(feature_map), torch.tensor([[5 / length, 10 / length]]))
+    torch.testing.assert_close(
+        attention_map(feature_map), torch.tensor([[5 / length, 10 / length]])
+    )
 
 
 def test_attention_map_squares_before_it_pools():

@@ -120,7 +120,8 @@ def test_a_teacher_of_ones_own(train, tmp_path):
 
 def test_a_student_and_a_term_of_ones_own_from_yaml_alone(train):
     done = train(
-        "method=logit", "student.name=squeezed", "student.model._target_=torchvision.models.squeezenet1_1",
+        "method=logit", "student.name=squeezed",
+        "student.model._target_=torchvision.models.squeezenet1_1",
         "~student.model.channels", "~student.model.hidden", "~student.model.image_size",
         "data.image_size=32", "trainer.max_epochs=1", "trainer.accelerator=cpu",
         "teacher.model.channels=[4]", "teacher.model.hidden=8", "teacher.layers=[stage1]",

@@ -1,4 +1,4 @@
-"""A view follows from its index and number alone, and is cut exactly as a slow reference cuts it."""
+"""A view follows from its index and number alone, and is cut as a slow reference cuts it."""
 
 import numpy as np
 import pytest

@@ -89,7 +89,9 @@ def composition_error(error: Exception) -> str:
         cause = cause.__cause__
     if lines and lines[0].startswith("Could not override '"):
         key = lines[0].split("'")[1]
-        return f"there is no key '{key}'; see --help for those that exist, or add it with +{key}=..."
+        return (
+            f"there is no key '{key}'; see --help for those that exist, or add it with +{key}=..."
+        )
     return "; ".join(dict.fromkeys(lines[:2]))
 
 
@@ -103,4 +105,3 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     # Short epochs log every step of theirs that there is.
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-

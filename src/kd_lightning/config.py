@@ -87,7 +87,7 @@ def check(config: Node) -> None:
     if not config["method"]["terms"]:
         raise InputError("method.terms must name at least one term")
     for name, term in config["method"]["terms"].items():
-        weight = term.get("weight") if isinstance(term, dict) else None
+        weight: Any = term.get("weight") if isinstance(term, dict) else None
         if not _is_number(weight) or weight < 0:
             raise InputError(
                 f"method.terms.{name}.weight must be a number of at least 0, not {weight}"
@@ -178,7 +178,9 @@ def find_target(target: str, path: str) -> Any:
     try:
         return pkgutil.resolve_name(target)
     except Exception as error:  # whatever importing a module may raise
-        raise InputError(f"{path}._target_={target} cannot be imported: {_reason(error)}") from error
+        raise InputError(
+            f"{path}._target_={target} cannot be imported: {_reason(error)}"
+        ) from error
 
 
 def build(node: Node, path: str) -> Any:

@@ -138,7 +138,7 @@ class DistillationModule(LightningModule):
         loss = torch.stack([self.weights[name] * losses[name] for name in losses]).sum()
         self.train_accuracy.update(logits, batch["labels"])
         self._images_seen += len(logits)
-        logging = self.global_step % self.trainer.log_every_n_steps == 0
+        logging = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if logging:
             self.log("loss/total", loss)
             for name, value in losses.items():

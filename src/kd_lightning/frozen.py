@@ -28,9 +28,7 @@ class FrozenTeacher:
         given: the normalisation of the images it will be given.
     """
 
-    def __init__(
-        self, model: nn.Module, expects: Normalization, given: Normalization
-    ) -> None:
+    def __init__(self, model: nn.Module, expects: Normalization, given: Normalization) -> None:
         self.model = model.eval().requires_grad_(False)
         self._reader = FeatureReader(model)
         mean_given, std_given = torch.tensor(given.mean), torch.tensor(given.std)

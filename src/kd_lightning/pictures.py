@@ -7,10 +7,11 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning import plots
 from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distillation import DistillationModule
 
 
 class Pictures(Callback):
-    """A page of augmented training images at the start, the test set's confusion matrix at the end."""
+    """A page of augmented training images at the start, a confusion matrix at the end."""
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw eight training images, eight views of each."""
@@ -20,7 +21,7 @@ class Pictures(Callback):
 
     def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw the confusion matrix."""
-        counts = module.confusion.compute().cpu()
+        counts = cast(DistillationModule, module).confusion.compute().cpu()
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             figure = plots.confusion_matrix(counts, _data(trainer).classes)
             trainer.logger.experiment.add_figure("test/confusion", figure, trainer.current_epoch)

@@ -182,7 +182,7 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     try:
-        with open("/proc/cpuinfo", encoding="utf-8") as info:
+        with Path("/proc/cpuinfo").open(encoding="utf-8") as info:
             name = next(line.split(":")[1].strip() for line in info if "model name" in line)
     except (OSError, StopIteration):
         pass  # not Linux

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from filelock import FileLock, Timeout
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from kd_lightning.config import Node, trainer_node, without
@@ -80,9 +79,7 @@ class TeacherStore:
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
-    def obtain(
-        self, name: str, key: str, train: Callable[[Path], dict[str, Any]]
-    ) -> StoredTeacher:
+    def obtain(self, name: str, key: str, train: Callable[[Path], dict[str, Any]]) -> StoredTeacher:
         """The teacher with this key: the stored one, or else the one that `train` makes.
 
         Processes that ask for the same teacher at once wait for the first to train it.
@@ -133,7 +130,9 @@ class TeacherStore:
         )  # fmt: skip
         return None
 
-    def _train(self, place: Path, key: str, train: Callable[[Path], dict[str, Any]]) -> StoredTeacher:
+    def _train(
+        self, place: Path, key: str, train: Callable[[Path], dict[str, Any]]
+    ) -> StoredTeacher:
         partial = place.with_name(f"{place.name}.partial")
         partial.mkdir(exist_ok=True)
         facts = train(partial)
@@ -165,12 +164,13 @@ def read_checkpoint(path: Path, rename_keys: dict[str, str]) -> dict[str, torch.
     """
     if not path.is_file():
         raise InputError(f"teacher.checkpoint={path} does not exist")
+    state: Any
     try:
         if path.suffix == ".safetensors":
             state = load_file(path)
         else:
             state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, Exception) as error:
+    except Exception as error:  # torch raises many kinds
         raise InputError(
             f"teacher.checkpoint={path} is not a checkpoint that can be read safely "
             "(safetensors, or torch.save of a state dict)"

@@ -183,9 +183,7 @@ def build_teacher(config: Node) -> FrozenTeacher:
     return FrozenTeacher(model, expects=expects, given=given)
 
 
-def build_module(
-    config: Node, teacher: FrozenTeacher | None, precision: str
-) -> DistillationModule:
+def build_module(config: Node, teacher: FrozenTeacher | None, precision: str) -> DistillationModule:
     """The student, freshly initialised from the run's seed, and the method's terms."""
     seed_everything(config["seed"], verbose=False)
     return DistillationModule(
@@ -303,7 +301,8 @@ def fit_and_test(
     directory.save_weights(module.student, weights)
     results = {"val_accuracy": _metric(trainer, "val/accuracy")}
     best = trainer.checkpoint_callback
-    assert isinstance(best, ModelCheckpoint) and best.best_model_score is not None
+    assert isinstance(best, ModelCheckpoint)
+    assert best.best_model_score is not None
     results["best_val_accuracy"] = float(best.best_model_score)
     checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
     results["best_epoch"] = checkpoint["epoch"] + 1

@@ -12,7 +12,7 @@ from torchvision.datasets.utils import check_integrity
 from kd_lightning.data.module import ImageDataModule, Images
 from kd_lightning.errors import InputError
 
-CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 
 
 class CIFAR10DataModule(ImageDataModule):

@@ -1,5 +1,6 @@
 """The handwritten digits of scikit-learn (UCI, Alpaydin & Kaynak 1998): real images that come
-with a package, so that everything can be tried without a download."""
+with a package, so that everything can be tried without a download.
+"""
 
 from typing import Any
 
@@ -34,7 +35,8 @@ class DigitsDataModule(ImageDataModule):
             from sklearn.datasets import load_digits
         except ImportError as error:
             raise InputError(
-                "data=digits needs scikit-learn; install it with: pip install 'kd-lightning[digits]'"
+                "data=digits needs scikit-learn; install it with: "
+                "pip install 'kd-lightning[digits]'"
             ) from error
         digits = load_digits()
         grey = torch.from_numpy(digits.images).float().mul_(255 / 16).unsqueeze(1)  # 0 to 16

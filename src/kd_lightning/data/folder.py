@@ -81,7 +81,9 @@ class FolderDataModule(ImageDataModule):
                 files += ((path, label) for path in members)
             train_size = train_size or len(files)
         labels = torch.tensor([label for _, label in files])
-        stored = self.cache_dir / f"{digest.hexdigest()[:32]}.safetensors" if self.cache_dir else None
+        stored = (
+            self.cache_dir / f"{digest.hexdigest()[:32]}.safetensors" if self.cache_dir else None
+        )
         pixels = self._read_stored(stored, len(files)) if stored else None
         if pixels is None:
             pixels = self._decode([path for path, _ in files])

@@ -1,4 +1,4 @@
-"""The one data module: uint8 images in memory, whole batches of views rendered where the model is."""
+"""The one data module: uint8 images in memory, batches of views rendered where the model is."""
 
 import copy
 import hashlib
@@ -29,7 +29,7 @@ class Images(NamedTuple):
 class _Identity(Dataset[Batch]):
     """The sampler already yields whole batches; there is nothing left to look up."""
 
-    def __getitem__(self, batch: Batch) -> Batch:  # type: ignore[override]
+    def __getitem__(self, batch: Batch) -> Batch:
         return batch
 
 
@@ -151,8 +151,8 @@ class ImageDataModule(LightningDataModule):
     def fingerprint(self) -> str:
         """SHA-256 of every pixel, label and the split between training and test images."""
         digest = hashlib.sha256(str((tuple(self._pixels.shape), len(self.splits["test"]))).encode())
-        digest.update(self._pixels.cpu().numpy())
-        digest.update(self._labels.cpu().numpy())
+        digest.update(self._pixels.cpu().numpy().data)
+        digest.update(self._labels.cpu().numpy().data)
         return digest.hexdigest()
 
     def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
@@ -184,7 +184,10 @@ class ImageDataModule(LightningDataModule):
         """Add ``images`` (B, 3, H, W) float32, channels-last, and ``labels`` (B,) to a batch."""
         index = batch["index"]
         if self._pixels.device != index.device:
-            self._pixels, self._labels = self._pixels.to(index.device), self._labels.to(index.device)
+            self._pixels, self._labels = (
+                self._pixels.to(index.device),
+                self._labels.to(index.device),
+            )
         views = self.augmentation.render(self._pixels, index, batch["view"])
         mean, std = torch.tensor((self.mean, self.std), device=index.device).view(2, 1, 3, 1, 1)
         images = views.float().mul_(1 / (255 * std)).sub_(mean / std)

@@ -1,5 +1,6 @@
 """Attention transfer: Zagoruyko & Komodakis (2017), "Paying More Attention to Attention",
-section 3.1 (activation-based)."""
+section 3.1 (activation-based).
+"""
 
 from collections.abc import Sequence
 from typing import Any
@@ -114,7 +115,10 @@ class Attention(Term):
                 {layer: teacher_maps[layer] for layer in names[1]},
             )
         self.sizes = [
-            (min(student_maps[s][0], teacher_maps[t][0]), min(student_maps[s][1], teacher_maps[t][1]))
+            (
+                min(student_maps[s][0], teacher_maps[t][0]),
+                min(student_maps[s][1], teacher_maps[t][1]),
+            )
             for s, t in self.pairs
         ]
         self.student_reads = tuple(dict.fromkeys(s for s, _ in self.pairs))

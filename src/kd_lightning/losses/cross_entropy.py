@@ -26,6 +26,4 @@ class CrossEntropy(Term):
 
     def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
         """Logits (B, C) and labels (B,) to a scalar."""
-        return F.cross_entropy(
-            student.logits.float(), labels, label_smoothing=self.label_smoothing
-        )
+        return F.cross_entropy(student.logits.float(), labels, label_smoothing=self.label_smoothing)

@@ -1,5 +1,6 @@
 """Logit distillation: Hinton, Vinyals & Dean (2015), "Distilling the Knowledge in a Neural
-Network", section 2."""
+Network", section 2.
+"""
 
 import math
 

@@ -31,7 +31,9 @@ class FeatureReader:
         for layer in layers:
             if layer not in modules or not layer:
                 raise ValueError(unknown_layer(layer, modules))
-        self._handles = [modules[layer].register_forward_hook(self._keep(layer)) for layer in layers]
+        self._handles = [
+            modules[layer].register_forward_hook(self._keep(layer)) for layer in layers
+        ]
 
     def close(self) -> None:
         """Take the hooks out of the model again."""

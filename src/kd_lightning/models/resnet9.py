@@ -1,5 +1,6 @@
 """ResNet-9: the compact residual network of the fast-CIFAR tradition (Page 2018, "How to train
-your ResNet"), a strong teacher that trains on a CPU."""
+your ResNet"), a strong teacher that trains on a CPU.
+"""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -48,9 +49,7 @@ class ResNet9(nn.Module):
     def _stage(inputs: int, outputs: int, residual: bool) -> nn.Sequential:
         stage = nn.Sequential(_convolution(inputs, outputs, pool=True))
         if residual:
-            stage.append(
-                Residual(_convolution(outputs, outputs), _convolution(outputs, outputs))
-            )
+            stage.append(Residual(_convolution(outputs, outputs), _convolution(outputs, outputs)))
         return stage
 
     def forward(self, images: Tensor) -> Tensor:
