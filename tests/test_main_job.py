@@ -1,6 +1,7 @@
 """The main job, driven as a user drives it: one command from data to a tested student."""
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -172,6 +173,22 @@ def test_the_command_in_a_process_of_its_own(folder, tmp_path):
     assert evaluated.code == 0, evaluated.err
     assert f"test accuracy {100 * accuracy:.2f} %" in evaluated.out
     assert evaluated.out.count(f"{100 * accuracy:.2f} %") == 2
+
+
+def test_two_commands_started_together_train_one_teacher(folder, tmp_path):
+    command = [
+        "train.py", "method=logit", "data=folder", f"data.root={folder}", "data.image_size=16",
+        "data.batch_size=16", "student.model.channels=[4,8]", "teacher.model.channels=[4,8]",
+        "teacher.layers=[stage1]", "trainer.max_epochs=1", "teacher.trainer.max_epochs=3",
+        f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path / 'data'}",
+    ]  # fmt: skip
+    with ThreadPoolExecutor(2) as pool:
+        both = list(pool.map(lambda _: in_a_new_process(*command), range(2)))
+    assert [done.code for done in both] == [0, 0], both
+    logs = "".join(log.read_text() for log in tmp_path.rglob("train.log"))
+    assert logs.count("teacher convnet: epoch 3/3") == 1
+    assert logs.count("logit-small-s0: epoch 1/1") == 2
+    assert len(list((tmp_path / "outputs" / "teachers").glob("*/teacher.json"))) == 1
 
 
 def test_help_lists_every_choice_without_importing_torch():
