@@ -70,7 +70,7 @@ def whole_loop(config: dict[str, Any], precision: str, steps: int, folder: Path)
     settings = {**trainer_node(config), "max_epochs": 2}
     trainer = build_trainer(settings, precision, folder, "benchmark")
     trainer.fit(module, data)
-    return module.images_per_second
+    return float(trainer.callback_metrics["images_per_second"])
 
 
 def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:

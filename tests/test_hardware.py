@@ -20,7 +20,10 @@ def machine(monkeypatch):
         monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
         capabilities = dict.fromkeys(cpu, True)
         monkeypatch.setattr(
-            torch.cpu, "get_capabilities", lambda: {"amx_bf16": False, **capabilities}, raising=False
+            torch.cpu,
+            "get_capabilities",
+            lambda: {"amx_bf16": False, **capabilities},
+            raising=False,
         )
 
     return pretend

@@ -70,6 +70,8 @@ def plain(config: DictConfig) -> Node:
 def check(config: Node) -> None:
     """Check everything that can be checked without data, teacher or weights.
 
+    The data node is not looked at: it was checked and built before, to know the classes.
+
     Raises:
         InputError: naming the key, what is wrong with it, and what it may be.
     """
@@ -93,7 +95,7 @@ def check(config: Node) -> None:
                 f"method.terms.{name}.weight must be a number of at least 0, not {weight}"
             )
         check_node(without(term, "weight"), f"method.terms.{name}")
-    for path in ("student.model", "teacher.model", "data"):
+    for path in ("student.model", "teacher.model"):
         check_node(select(config, path), path)
     for prefix in ("", "teacher."):
         trainer = trainer_node(config, teacher=bool(prefix))

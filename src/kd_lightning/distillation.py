@@ -70,8 +70,8 @@ class DistillationModule(LightningModule):
         self.teacher_accuracy = accuracy.clone()
         self.agreement = accuracy.clone()
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
-        self.images_per_second = 0.0
-        self._images_seen, self._epoch_began = 0, time.perf_counter()
+        self.images_trained, self.training_seconds = 0, 0.0
+        self._epoch_images, self._epoch_began = 0, time.perf_counter()
 
     def _connect(self, num_classes: int, image_size: int) -> None:
         """Show every term both networks, and set up the reading of the layers they ask for."""
@@ -137,7 +137,7 @@ class DistillationModule(LightningModule):
         losses, logits = self.losses(batch)
         loss = torch.stack([self.weights[name] * losses[name] for name in losses]).sum()
         self.train_accuracy.update(logits, batch["labels"])
-        self._images_seen += len(logits)
+        self._epoch_images += len(logits)
         logging = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if logging:
             self.log("loss/total", loss)
@@ -155,7 +155,7 @@ class DistillationModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Start the clock and the count of images."""
-        self._images_seen = 0
+        self._epoch_images = 0
         self._epoch_began = time.perf_counter()
 
     def on_train_epoch_end(self) -> None:
@@ -167,7 +167,9 @@ class DistillationModule(LightningModule):
         self._place_teacher()
         if self.trainer.state.fn == TrainerFn.FITTING:
             seconds = time.perf_counter() - self._epoch_began
-            self.images_per_second = self._images_seen / seconds
+            self.log("images_per_second", self._epoch_images / seconds)
+            self.images_trained += self._epoch_images
+            self.training_seconds += seconds
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The student on the validation images, and the teacher unless training goes on."""
@@ -175,9 +177,7 @@ class DistillationModule(LightningModule):
         self.accuracy.update(logits, batch["labels"])
         self.log("val/accuracy", self.accuracy)
         self.log("val/loss", F.cross_entropy(logits.float(), batch["labels"]))
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            self.log("images_per_second", self.images_per_second)
-        elif self.teacher is not None:
+        if self.trainer.state.fn != TrainerFn.FITTING and self.teacher is not None:
             self._score_teacher(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:

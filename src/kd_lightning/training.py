@@ -78,8 +78,7 @@ def run(config: Node, run_dir: str | Path) -> dict[str, Any]:
 
 def _distil(config: Node, directory: RunDirectory) -> dict[str, Any]:
     # Everything that can be wrong comes first; data, teacher and training cost more and more.
-    check_node(config["data"], "data")
-    data = build(config["data"], "data")
+    data = build_data(config)
     config = fill_in(config, data)
     check(config)
     precision = resolve_precision(trainer_node(config))
@@ -93,7 +92,7 @@ def _distil(config: Node, directory: RunDirectory) -> dict[str, Any]:
 
     facts: dict[str, Any] = {}
     if teacher is not None:
-        facts = equip_teacher(teacher, config, data, precision)
+        facts = equip_teacher(teacher, config, data)
         if "teacher_val_accuracy" not in facts:
             trainer.validate(module, data, verbose=False)
             facts["teacher_val_accuracy"] = _metric(trainer, "val/teacher_accuracy")
@@ -118,6 +117,12 @@ def _distil(config: Node, directory: RunDirectory) -> dict[str, Any]:
         "device": device_name(module.device),
         "precision": precision,
     }
+
+
+def build_data(config: Node) -> ImageDataModule:
+    """The data module; nothing is loaded yet, but the classes are known."""
+    check_node(config["data"], "data")
+    return build(config["data"], "data")
 
 
 def fill_in(config: Node, data: ImageDataModule) -> Node:
@@ -206,9 +211,7 @@ def try_optimizer(optimizer: Node, scheduler: Node | None, role: str = "") -> No
         build_partial(scheduler, f"{role}scheduler")(trial, total_steps=100)
 
 
-def equip_teacher(
-    teacher: FrozenTeacher, config: Node, data: ImageDataModule, precision: str
-) -> dict[str, Any]:
+def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -> dict[str, Any]:
     """Give the teacher its weights, training it first if nobody has.
 
     Returns:
@@ -216,6 +219,7 @@ def equip_teacher(
     """
     if config["teacher"]["checkpoint"] is not None:
         return {}
+    precision = resolve_precision(trainer_node(config, teacher=True))
     key = teacher_key(config, data, precision)
     store = TeacherStore(Path(config["output_dir"]) / "teachers")
     stored: StoredTeacher = store.obtain(
@@ -320,7 +324,7 @@ def fit_and_test(
         **results,
         "epochs": trainer.current_epoch,
         "train_seconds": round(seconds, 2),
-        "images_per_second": round(module.images_per_second, 1),
+        "images_per_second": round(module.images_trained / module.training_seconds, 1),
     }
 
 
