@@ -1,16 +1,17 @@
 """The one Lightning module: a trainable student, a frozen teacher, and the terms between them."""
 
 import time
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
+from torch.nn import ModuleDict
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from kd_lightning.config import Node, build, build_partial
+from kd_lightning.config import Node, build, build_partial, without
 from kd_lightning.data.module import Batch
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.frozen import FrozenTeacher
@@ -29,7 +30,7 @@ class DistillationModule(LightningModule):
     Args:
         student: `_target_` node of the student's model.
         terms: term name to its `_target_` node, each with a `weight`.
-        optimizer: `_target_` node; called with the student's parameters.
+        optimizer: `_target_` node; called with the parameters of the student and of the terms.
         scheduler: `_target_` node; called with the optimizer and ``total_steps``, and stepped
             after every batch. None keeps the learning rate constant.
         num_classes: number of classes.
@@ -58,10 +59,13 @@ class DistillationModule(LightningModule):
         self.student = build(student, "student.model").to(memory_format=self.memory_format)
         self.optimizer_node, self.scheduler_node = optimizer, scheduler
         self.weights = {name: float(node["weight"]) for name, node in terms.items()}
-        self.terms: dict[str, Term] = {
-            name: build({k: v for k, v in node.items() if k != "weight"}, f"method.terms.{name}")
-            for name, node in terms.items()
-        }
+        # Registered, so that a term that has parameters of its own (a regressor, say) is trained.
+        self.terms = ModuleDict(
+            {
+                name: build(without(node, "weight"), f"method.terms.{name}")
+                for name, node in terms.items()
+            }
+        )
         self.teacher = teacher
         self._connect(num_classes, image_size)
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
@@ -77,23 +81,21 @@ class DistillationModule(LightningModule):
         """Show every term both networks, and set up the reading of the layers they ask for."""
         student = self._shapes(self.student, "student", num_classes, image_size)
         teacher = {}
-        if any(term.needs_teacher for term in self.terms.values()):
+        terms = cast(dict[str, Term], self.terms)
+        if any(term.needs_teacher for term in terms.values()):
             if self.teacher is None:
                 raise InputError("this method learns from a teacher, but none was given")
             teacher = self._shapes(self.teacher.model, "teacher", num_classes, image_size)
-        for name, term in self.terms.items():
+        for name, term in terms.items():
             try:
                 term.connect(student, teacher)
             except ValueError as error:
                 raise InputError(f"method.terms.{name}: {error}") from error
-        terms = self.terms.values()
-        self._read_student = FeatureReader(
-            self.student, dict.fromkeys(layer for term in terms for layer in term.student_reads)
-        )
+        read = dict.fromkeys(layer for term in terms.values() for layer in term.student_reads)
+        self._read_student = FeatureReader(self.student, read)
         if self.teacher is not None:
-            self.teacher.read(
-                dict.fromkeys(layer for term in terms for layer in term.teacher_reads)
-            )
+            read = dict.fromkeys(layer for term in terms.values() for layer in term.teacher_reads)
+            self.teacher.read(read)
 
     @staticmethod
     def _shapes(
@@ -119,16 +121,17 @@ class DistillationModule(LightningModule):
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The unweighted loss of every term, float32 scalars, and the student's logits (B, C)."""
         images = batch["images"].contiguous(memory_format=self.memory_format)
+        terms = cast(dict[str, Term], self.terms)
         remembered: dict[str, Tensor] = {}
         if self.teacher is not None:
             answer = self.teacher(images)
-            for name, term in self.terms.items():
+            for name, term in terms.items():
                 if term.needs_teacher:
                     remembered[name] = term.remember(answer)
         student = self._read_student(images)
         losses = {
             name: term(student, remembered.get(name), batch["labels"])
-            for name, term in self.terms.items()
+            for name, term in terms.items()
         }
         return losses, student.logits
 
@@ -217,8 +220,8 @@ class DistillationModule(LightningModule):
         self.confusion.reset()
 
     def configure_optimizers(self) -> Any:
-        """The optimizer of the student's parameters, and its schedule by steps."""
-        optimizer = build_partial(self.optimizer_node, "optimizer")(self.student.parameters())
+        """The optimizer of the student's (and terms') parameters, and its schedule by steps."""
+        optimizer = build_partial(self.optimizer_node, "optimizer")(self.parameters())
         if self.scheduler_node is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)

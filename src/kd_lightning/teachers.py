@@ -87,8 +87,8 @@ class TeacherStore:
         Args:
             name: for people, the beginning of the folder's name.
             key: from `teacher_key`.
-            train: trains a teacher into a folder, leaves `teacher.safetensors` there, and returns
-                its facts. The folder may hold what an interrupted training left.
+            train: trains a teacher into an empty folder, leaves `teacher.safetensors` there, and
+                returns its facts.
         """
         place = self.root / f"{name}-{key[:16]}"
         try:
@@ -134,7 +134,8 @@ class TeacherStore:
         self, place: Path, key: str, train: Callable[[Path], dict[str, Any]]
     ) -> StoredTeacher:
         partial = place.with_name(f"{place.name}.partial")
-        partial.mkdir(exist_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted training left
+        partial.mkdir()
         facts = train(partial)
         shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         digest = file_sha256(partial / "teacher.safetensors")

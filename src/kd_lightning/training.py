@@ -282,6 +282,11 @@ def build_trainer(settings: Node, precision: str, folder: Path, name: str) -> Tr
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,
     }  # fmt: skip
+    if settings.get("fast_dev_run"):
+        raise InputError(
+            "trainer.fast_dev_run leaves nothing to report; for a quick look use "
+            "trainer.max_epochs=1 +trainer.limit_train_batches=5"
+        )
     for key in fixed.keys() - {"precision"}:
         if key in settings:
             raise InputError(f"trainer.{key} cannot be set: this project sets it itself")
