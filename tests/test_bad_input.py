@@ -78,6 +78,7 @@ def refused(train, tmp_path, monkeypatch):
         (["optimizer.lr=-1"], ["optimizer", "-1"]),
         (["optimizer.lr=nan"], ["optimizer.lr", "nan"]),
         (["optimizer.lr=fast"], ["optimizer.lr", "fast"]),
+        (["teacher.cutout=-1"], ["teacher.cutout", "-1"]),
         (["teacher.optimizer.lr=-1"], ["teacher.optimizer", "-1"]),
         (["scheduler=cosine", "scheduler.warmup_fraction=2"], ["scheduler", "warmup_fraction"]),
         (["student.model.pool_after=3"], ["student.model.pool_after"]),

@@ -122,6 +122,7 @@ CONFIG = {
         "trainer": {"max_epochs": 3},
         "mean": None,
         "std": None,
+        "cutout": 0,
     },
 }
 
@@ -152,6 +153,7 @@ def changed(path, value):
     [
         ("teacher.model.width", 2),
         ("teacher.seed", 1),
+        ("teacher.cutout", 8),
         ("teacher.optimizer.lr", 0.2),
         ("teacher.scheduler", {"warmup": 1}),
         ("teacher.trainer.max_epochs", 4),

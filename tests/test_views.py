@@ -33,7 +33,15 @@ def slow_view(image, index, view, augmentation):
     top, left = divmod((bits >> 1) % (2 * pad + 1) ** 2, 2 * pad + 1)
     padded = np.pad(image, ((pad, pad), (pad, pad), (0, 0)), mode="reflect")
     crop = padded[top : top + image.shape[0], left : left + image.shape[1]]
-    return crop[:, ::-1] if augmentation.flip and bits & 1 else crop
+    crop = (crop[:, ::-1] if augmentation.flip and bits & 1 else crop).copy()
+    side = augmentation.cutout
+    centre = slow_random(index, view, augmentation.seed ^ 0x5BD1E995) % (
+        crop.shape[0] * crop.shape[1]
+    )
+    row, column = (x - side // 2 for x in divmod(centre, crop.shape[1]))
+    if side:
+        crop[max(0, row) : row + side, max(0, column) : column + side] = 128
+    return crop
 
 
 @settings(max_examples=100, deadline=None)
@@ -43,11 +51,12 @@ def test_the_counter_rule_equals_unbounded_arithmetic(index, view, seed):
     assert int(got) == slow_random(index, view, seed)
 
 
+@pytest.mark.parametrize("cutout", [0, 1, 4, 5])
 @pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize("padding", [0, 3, 4])
-def test_rendered_views_equal_the_slow_reference(padding, flip):
+def test_rendered_views_equal_the_slow_reference(padding, flip, cutout):
     images = torch.randint(0, 256, (7, 12, 10, 3), dtype=torch.uint8)
-    augmentation = Augmentation(padding=padding, flip=flip, seed=5)
+    augmentation = Augmentation(padding=padding, flip=flip, cutout=cutout, seed=5)
     index = torch.tensor([0, 6, 3, 3, 3, 1, 0])
     view = torch.tensor([0, 1, 2, 3, PLAIN, 10**9, PLAIN])
     rendered = augmentation.render(images, index, view)
@@ -86,9 +95,10 @@ def test_another_seed_gives_other_views():
     assert not torch.equal(first, Augmentation(seed=1).parameters(index, view)[0])
 
 
-def test_negative_padding_is_refused():
-    with pytest.raises(ValueError, match="padding"):
-        Augmentation(padding=-1)
+@pytest.mark.parametrize("name", ["padding", "cutout"])
+def test_negative_sizes_are_refused(name):
+    with pytest.raises(ValueError, match=name):
+        Augmentation(**{name: -1})
 
 
 def test_training_batches_visit_every_image_once_in_an_order_of_seed_and_epoch():

@@ -37,7 +37,7 @@ KEYS: dict[str, set[str]] = {
     "student": {"name", "model", "layers"},
     "teacher": {
         "name", "model", "layers", "checkpoint", "rename_keys", "mean", "std",
-        "seed", "trainer", "optimizer", "scheduler",
+        "cutout", "seed", "trainer", "optimizer", "scheduler",
     },
 }  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
@@ -83,6 +83,9 @@ def check(config: Node) -> None:
         seed = select(config, path)
         if not _is_integer(seed) or not 0 <= seed < 2**32:
             raise InputError(f"{path} must be a whole number from 0 to 2^32 - 1, not {seed}")
+    cutout = config["teacher"]["cutout"]
+    if not _is_integer(cutout) or cutout < 0:
+        raise InputError(f"teacher.cutout must be 0 or more pixels, not {cutout}")
     for path in ("output_dir", "data_dir"):
         if not isinstance(config[path], str) or not config[path]:
             raise InputError(f"{path} must be the path of a folder, not {config[path]!r}")

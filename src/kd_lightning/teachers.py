@@ -60,7 +60,7 @@ def teacher_key(config: Node, data: ImageDataModule, precision: str) -> str:
     teacher = config["teacher"]
     recipe = {
         "format": FORMAT,
-        **{part: teacher[part] for part in ("model", "seed", "optimizer", "scheduler")},
+        **{part: teacher[part] for part in ("model", "seed", "cutout", "optimizer", "scheduler")},
         "normalization": [teacher["mean"], teacher["std"]],
         "trainer": {**without(trainer_node(config, teacher=True), *UNSEEN), "precision": precision},
         "data": without(config["data"], *ELSEWHERE),

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -242,7 +243,12 @@ def train_teacher(
     teacher = config["teacher"]
     settings = trainer_node(config, teacher=True)
     expects, _ = normalizations(config)
-    data = data.variant(seed=teacher["seed"], mean=expects.mean, std=expects.std)
+    data = data.variant(
+        seed=teacher["seed"],
+        mean=expects.mean,
+        std=expects.std,
+        augmentation=replace(data.augmentation, cutout=teacher["cutout"]),
+    )
     seed_everything(teacher["seed"], verbose=False)
     module = DistillationModule(
         student=teacher["model"],

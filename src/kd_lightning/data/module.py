@@ -53,6 +53,7 @@ class ImageDataModule(LightningDataModule):
         std: per channel; mean and std of 0.5 normalise to [-1, 1].
         padding: how far a training crop may be shifted, in pixels.
         flip: whether half of the training views are mirrored.
+        cutout: side of a grey square in every training view, in pixels; 0: none.
         view_seed: chooses the crops and flips.
         seed: chooses the order of the training images.
         image_size: height and width of the images, in pixels.
@@ -74,6 +75,7 @@ class ImageDataModule(LightningDataModule):
         std: Sequence[float] = (0.5, 0.5, 0.5),
         padding: int = 4,
         flip: bool = True,
+        cutout: int = 0,
         view_seed: int = 0,
         seed: int = 0,
         image_size: int = 32,
@@ -98,7 +100,7 @@ class ImageDataModule(LightningDataModule):
         self.split_seed = split_seed
         self.mean = tuple(mean)
         self.std = tuple(std)
-        self.augmentation = Augmentation(padding=padding, flip=flip, seed=view_seed)
+        self.augmentation = Augmentation(padding, flip, cutout, seed=view_seed)
         self.seed = seed
         self.image_size = image_size
         if num_classes is not None and num_classes != len(self.classes):
@@ -141,7 +143,7 @@ class ImageDataModule(LightningDataModule):
         self.splits = {"train": train, "val": val, "test": test}
 
     def variant(self, **attributes: Any) -> "ImageDataModule":
-        """The same images in memory with another seed, mean or std."""
+        """The same images in memory with another seed, mean, std or augmentation."""
         twin = copy.copy(self)
         twin.trainer = None
         for name, value in attributes.items():

@@ -14,6 +14,9 @@ from torch import Tensor
 PLAIN = -1
 """The view number of the image as it is: neither cropped nor flipped."""
 
+GREY = 128
+"""What cut-out pixels become."""
+
 _MASK = 0xFFFFFFFF
 
 
@@ -45,21 +48,26 @@ def counter_random(index: Tensor, view: Tensor, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The family of views of an image: shifted crops and horizontal flips.
+    """The family of views of an image: shifted crops, horizontal flips, and cut-out squares.
 
     Args:
         padding: how far a crop may be shifted, in pixels; the border is filled by reflection.
         flip: whether half of the views are mirrored left to right.
+        cutout: side of a square somewhere in the image that is made grey, in pixels (DeVries &
+            Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout");
+            its centre is anywhere, so part of it may lie outside. 0: none.
         seed: chooses another set of views.
     """
 
     padding: int = 4
     flip: bool = True
+    cutout: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.padding < 0:
-            raise ValueError(f"padding must be 0 or more pixels, not {self.padding}")
+        for name in ("padding", "cutout"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be 0 or more pixels, not {getattr(self, name)}")
 
     def parameters(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row offset, column offset (int64, 0 to 2 * padding) and flip (bool), each (B,).
@@ -98,7 +106,21 @@ class Augmentation:
         columns = _reflect(left[:, None] - self.padding + column, width)
         pixels = (index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
         batch = images.view(count * height * width, channels).index_select(0, pixels.flatten())
-        return batch.view(len(index), height, width, channels).permute(0, 3, 1, 2)
+        batch = batch.view(len(index), height, width, channels)
+        if self.cutout:
+            batch.masked_fill_(self._hole(index, view, height, width).unsqueeze(3), GREY)
+        return batch.permute(0, 3, 1, 2)
+
+    def _hole(self, index: Tensor, view: Tensor, height: int, width: int) -> Tensor:
+        """Which pixels of each view are cut out: (B, H, W), bool."""
+        centre = counter_random(index, view, self.seed ^ 0x5BD1E995) % (height * width)
+        first_row = centre.div(width, rounding_mode="floor") - self.cutout // 2
+        first_column = centre % width - self.cutout // 2
+        row = torch.arange(height, device=index.device) - first_row[:, None]
+        column = torch.arange(width, device=index.device) - first_column[:, None]
+        in_row = (row >= 0) & (row < self.cutout) & (view != PLAIN)[:, None]
+        in_column = (column >= 0) & (column < self.cutout)
+        return in_row[:, :, None] & in_column[:, None, :]
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:
