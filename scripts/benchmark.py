@@ -5,9 +5,9 @@
 
 The whole loop is what `train.py` runs: Lightning, torchmetrics, the data module rendering fresh
 views of every batch, TensorBoard, callbacks. The bare loop takes ready-made batches and does
-nothing but forward, loss, backward, step. The two alternate in one process; the figures are
-medians, the ratio is the median of the ratios of neighbours. Images and weights are random: neither
-changes the time.
+nothing but forward, loss, backward, optimizer and schedule. The two alternate in one process; the
+figures are medians, the ratio is the median of the ratios of neighbours. Images and weights are
+random: neither changes the time.
 """
 
 import argparse
@@ -24,7 +24,8 @@ from torch import Tensor
 
 from kd_lightning.cli import quiet_lightning
 from kd_lightning.config import build_partial, plain, trainer_node, tree
-from kd_lightning.data.module import Batch, ImageDataModule, Images
+from kd_lightning.data.loading import Batch
+from kd_lightning.data.module import ImageDataModule, Images
 from kd_lightning.distillation import AUTOCAST
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
@@ -85,6 +86,7 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
     student.to(device)
     teacher.prepare(device, module.memory_format, dtype)
     optimizer = build_partial(config["optimizer"], "optimizer")(student.parameters())
+    schedule = build_partial(config["scheduler"], "scheduler")(optimizer, total_steps=steps + 3)
     features: dict[str, Tensor] = {}
     student.get_submodule("stage2").register_forward_hook(
         lambda _module, _inputs, output: features.update(stage2=output)
@@ -112,6 +114,7 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
                 loss = loss + weights["attention"] * difference
         loss.backward()
         optimizer.step()
+        schedule.step()
 
     for number in range(3):
         step(batches[number % 4])
@@ -128,8 +131,7 @@ def ready_made(count: int, batch_size: int, device: torch.device) -> list[Batch]
     data = RandomImages(2 * count * batch_size, batch_size=batch_size, val_fraction=0.5)
     data.setup()
     return [
-        data.render({key: value.to(device) for key, value in batch.items()})
-        for batch in data.train_dataloader()
+        {key: value.to(device) for key, value in batch.items()} for batch in data.train_dataloader()
     ]
 
 

@@ -43,7 +43,7 @@ def test_folder_decodes_every_image(folder):
 
 def folder_data_batches(data, split):
     loader = getattr(data, f"{split}_dataloader")()
-    return [data.on_after_batch_transfer(batch, 0) for batch in loader]
+    return list(loader)
 
 
 def test_images_of_other_sizes_and_modes_are_brought_to_one(folder):
@@ -105,12 +105,28 @@ def test_training_views_are_augmented_and_evaluation_is_not(folder):
     images = {}
     for epoch in (0, 1):
         loader.sampler.set_epoch(epoch)
-        for batch in map(data.render, loader):
+        for batch in loader:
             for index, image in zip(batch["index"].tolist(), batch["images"], strict=True):
                 images[index, epoch] = image
     assert any(not torch.equal(images[i, 0], images[i, 1]) for i in data.splits["train"].tolist())
     first, second = (folder_data_batches(data, "val")[0]["images"] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_batches_cut_ahead_are_the_batches_asked_for(folder):
+    """Views are cut for several batches at once; each must still be what it would be alone."""
+    data = folder_data(folder, batch_size=2)  # 33 images: 17 batches, the last of one image
+    data.setup()
+    loader = data.train_dataloader()
+    loader.sampler.set_epoch(3)
+    asked, got = list(loader.sampler), list(loader)
+    assert len(asked) == len(got) == len(loader) == 17
+    for views, batch in zip(asked, got, strict=True):
+        alone = data.render(views["index"], views["view"])
+        assert set(batch) == {"images", "labels", "index", "view"}
+        for key, value in alone.items():
+            assert torch.equal(batch[key], value), key
+        assert batch["images"].is_contiguous(memory_format=torch.channels_last)
 
 
 def test_the_three_parts_share_no_image(folder):

@@ -110,7 +110,7 @@ def test_checkpoint_loads_tests_and_resumes_with_weights_only(folder, tmp_path):
 def test_loss_is_the_weighted_sum_of_its_terms(folder):
     data = make_data(folder)
     data.setup()
-    batch = data.render(next(iter(data.train_dataloader())))
+    batch = next(iter(data.train_dataloader()))
     module = make_module(frozen())
     losses, logits = module.losses(batch)
     assert list(losses) == ["cross_entropy", "logit", "attention"]

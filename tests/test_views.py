@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_lightning.data.sampling import ViewSampler
+from kd_lightning.data.loading import ViewSampler
 from kd_lightning.data.views import PLAIN, Augmentation, counter_random
 
 MASK = 0xFFFFFFFF

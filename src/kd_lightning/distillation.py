@@ -12,7 +12,7 @@ from torch.nn import ModuleDict
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from kd_lightning.config import Node, build, build_partial, without
-from kd_lightning.data.module import Batch
+from kd_lightning.data.loading import Batch
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.losses import Term

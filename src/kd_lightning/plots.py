@@ -54,10 +54,7 @@ def page_of_views(data: ImageDataModule, rows: int = 8, columns: int = 8) -> Ten
     import torch
 
     index = data.splits["train"][:: max(1, len(data.splits["train"]) // rows)][:rows]
-    batch = {
-        "index": index.repeat_interleave(columns),
-        "view": torch.arange(columns).repeat(len(index)),
-    }
+    view = torch.arange(columns).repeat(len(index))
     mean, std = torch.tensor((data.mean, data.std)).view(2, 1, 3, 1, 1)
-    images = data.render(batch)["images"] * std + mean
+    images = data.render(index.repeat_interleave(columns), view)["images"].cpu() * std + mean
     return make_grid(images, nrow=columns, padding=2, pad_value=1.0)

@@ -9,13 +9,10 @@ from typing import Any, NamedTuple
 import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
-from kd_lightning.data.sampling import ViewSampler
+from kd_lightning.data.loading import Batch, ViewLoader, ViewSampler
 from kd_lightning.data.views import Augmentation
 from kd_lightning.errors import InputError
-
-Batch = dict[str, Tensor]
 
 
 class Images(NamedTuple):
@@ -26,20 +23,13 @@ class Images(NamedTuple):
     train_size: int
 
 
-class _Identity(Dataset[Batch]):
-    """The sampler already yields whole batches; there is nothing left to look up."""
-
-    def __getitem__(self, batch: Batch) -> Batch:
-        return batch
-
-
 class ImageDataModule(LightningDataModule):
     """Images held once in memory as uint8; a source says where they come from.
 
-    A loader yields (index, view) pairs only. Pixels are made by `on_after_batch_transfer`, on the
-    device the batch is on: crop, flip and normalisation of a whole batch in a few tensor
-    operations. An index counts through the training images and then the test images; the
-    validation part is split off the training images, stratified by class.
+    A batch is a set of (index, view) pairs. Its pixels are made on the device that trains: crop,
+    flip and normalisation of whole batches in a few tensor operations. An index counts through the
+    training images and then the test images; the validation part is split off the training images,
+    stratified by class.
 
     A source derives from this class and provides `classes` and `load`.
 
@@ -157,43 +147,59 @@ class ImageDataModule(LightningDataModule):
         digest.update(self._labels.cpu().numpy().data)
         return digest.hexdigest()
 
-    def _loader(self, split: str, shuffle: bool = False) -> DataLoader[Batch]:
-        sampler = ViewSampler(
-            self.splits[split],
-            self.batch_size if shuffle else self.eval_batch_size,
-            shuffle=shuffle,
-            seed=self.seed,
-        )
-        return DataLoader(_Identity(), sampler=sampler, batch_size=None)
+    def _loader(self, split: str, shuffle: bool = False) -> ViewLoader:
+        size = self.batch_size if shuffle else self.eval_batch_size
+        sampler = ViewSampler(self.splits[split], size, shuffle=shuffle, seed=self.seed)
+        if self.trainer is not None:
+            device = self.trainer.strategy.root_device
+            self._pixels, self._labels = self._pixels.to(device), self._labels.to(device)
+        return ViewLoader(sampler, cut=self._cut, finish=self._finish)
 
-    def train_dataloader(self) -> DataLoader[Batch]:
+    def train_dataloader(self) -> ViewLoader:
         """Views of the training images, in a new order every epoch."""
         return self._loader("train", shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Batch]:
+    def val_dataloader(self) -> ViewLoader:
         """The validation images as they are."""
         return self._loader("val")
 
-    def test_dataloader(self) -> DataLoader[Batch]:
+    def test_dataloader(self) -> ViewLoader:
         """The test images as they are."""
         return self._loader("test")
 
-    def on_after_batch_transfer(self, batch: Batch, dataloader_idx: int) -> Batch:
-        """Lightning's hook: the batch is on its device, give it pixels."""
-        return self.render(batch)
+    def render(self, index: Tensor, view: Tensor) -> Batch:
+        """One batch of given views.
 
-    def render(self, batch: Batch) -> Batch:
-        """Add ``images`` (B, 3, H, W) float32, channels-last, and ``labels`` (B,) to a batch."""
-        index = batch["index"]
-        if self._pixels.device != index.device:
-            self._pixels, self._labels = (
-                self._pixels.to(index.device),
-                self._labels.to(index.device),
-            )
-        views = self.augmentation.render(self._pixels, index, batch["view"])
-        mean, std = torch.tensor((self.mean, self.std), device=index.device).view(2, 1, 3, 1, 1)
-        images = views.float().mul_(1 / (255 * std)).sub_(mean / std)
-        return {**batch, "images": images, "labels": self._labels[index]}
+        Args:
+            index: which images (B,), int64.
+            view: which view of each (B,), int64.
+
+        Returns:
+            ``images`` (B, 3, H, W), float32, normalised, channels-last; ``labels``, ``index`` and
+            ``view`` (B,), int64.
+        """
+        views = self._cut(index, view)
+        return self._finish(index.to(views.device), view.to(views.device), views)
+
+    def _cut(self, index: Tensor, view: Tensor) -> Tensor:
+        device = self._pixels.device
+        return self.augmentation.render(self._pixels, index.to(device), view.to(device))
+
+    def _finish(self, index: Tensor, view: Tensor, views: Tensor) -> Batch:
+        images, labels = self._normalize(views), self._labels[index]
+        return {"images": images, "labels": labels, "index": index, "view": view}
+
+    def _normalize(self, views: Tensor) -> Tensor:
+        """(B, 3, H, W) uint8, channels-last, to float32."""
+        pixels = views.permute(0, 2, 3, 1)
+        mean, std = torch.tensor((self.mean, self.std), device=views.device).double()
+        # Scale and shift repeated for every pixel, so that the inner loop is long and contiguous:
+        # four times faster on a CPU than broadcasting three numbers.
+        count = views.shape[2] * views.shape[3]
+        scale = (1 / (255 * std)).float().repeat(count)
+        shift = (-mean / std).float().repeat(count)
+        flat = torch.addcmul(shift, pixels.view(len(pixels), -1), scale)
+        return flat.view(pixels.shape).permute(0, 3, 1, 2)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to resume: a view follows from its numbers, the order from seed and epoch."""

@@ -1,0 +1,100 @@
+"""Which views a batch is made of, and the loader that renders them."""
+
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor
+from torch.utils.data import Sampler
+
+from kd_lightning.data.views import PLAIN
+
+Batch = dict[str, Tensor]
+
+AHEAD = 8
+"""Batches whose views are cut in one go: beside the convolutions of a small student, starting many
+small operations for every batch costs more than the cutting itself."""
+
+
+class ViewSampler(Sampler[Batch]):
+    """Yields whole batches of views: ``{"index": (B,), "view": (B,)}``, int64.
+
+    Training visits every image once an epoch, in an order that depends on the seed and the epoch
+    alone, and shows epoch e the images' view number e. Evaluation visits the images as they are,
+    in order.
+
+    Lightning calls `set_epoch` at the start of every epoch.
+
+    Args:
+        images: indices of the images of this split (N,), int64.
+        batch_size: images in a batch.
+        shuffle: training (True) or evaluation.
+        seed: of the order.
+    """
+
+    def __init__(self, images: Tensor, batch_size: int, shuffle: bool, seed: int = 0) -> None:
+        self.images = images
+        self.batch_size = batch_size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose views and order the next iteration yields."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self.images) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of the current epoch."""
+        if self.shuffle:
+            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+            order = self.images[torch.randperm(len(self.images), generator=generator)]
+        else:
+            order = self.images
+        view = self.epoch if self.shuffle else PLAIN
+        for number in range(len(self)):
+            index = order[number * self.batch_size : (number + 1) * self.batch_size]
+            yield {"index": index, "view": torch.full_like(index, view)}
+
+
+class ViewLoader:
+    """Yields batches that are ready for a model: a sampler's views with pixels and labels.
+
+    Lightning takes any iterable; `sampler` is where it looks for `set_epoch`, `batch_sampler` where
+    it looks next.
+
+    Args:
+        sampler: yields the batches' indices and view numbers.
+        cut: from indices (B,) and view numbers (B,) to uint8 views (B, 3, H, W), on the device
+            where they are wanted.
+        finish: makes a batch of indices, view numbers and uint8 views complete.
+    """
+
+    def __init__(
+        self,
+        sampler: ViewSampler,
+        cut: Callable[[Tensor, Tensor], Tensor],
+        finish: Callable[[Tensor, Tensor, Tensor], Batch],
+    ) -> None:
+        self.sampler = sampler
+        self.batch_sampler = None
+        self.cut = cut
+        self.finish = finish
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return len(self.sampler)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The batches of the sampler's current epoch."""
+        batches = iter(self.sampler)
+        while ahead := list(islice(batches, AHEAD)):
+            index, view = (torch.cat([batch[key] for batch in ahead]) for key in ("index", "view"))
+            sizes = [len(batch["index"]) for batch in ahead]
+            views = self.cut(index, view)
+            parts = (tensor.to(views.device).split(sizes) for tensor in (index, view, views))
+            for batch in zip(*parts, strict=True):
+                yield self.finish(*batch)
