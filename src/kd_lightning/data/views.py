@@ -104,7 +104,10 @@ class Augmentation:
         column = torch.where(flip[:, None], width - 1 - column, column)
         rows = _reflect(top[:, None] - self.padding + row, height)
         columns = _reflect(left[:, None] - self.padding + column, width)
-        pixels = (index[:, None] * height + rows)[:, :, None] * width + columns[:, None, :]
+        # One number for every pixel of the batch: half as many bytes to write and read again.
+        small = torch.int32 if count * height * width < 2**31 else torch.int64
+        first = ((index[:, None] * height + rows) * width).to(small)
+        pixels = first[:, :, None] + columns.to(small)[:, None, :]
         batch = images.view(count * height * width, channels).index_select(0, pixels.flatten())
         batch = batch.view(len(index), height, width, channels)
         if self.cutout:
