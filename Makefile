@@ -10,8 +10,8 @@ RUN := $(VENV)/bin/python
 demo: $(VENV)/installed ## teacher trained, student distilled, results printed: no download of data
 	$(RUN) train.py experiment=demo
 
-test: $(VENV)/installed ## the fast tests; `make test SLOW=1` adds the slow ones
-	$(RUN) -m pytest $(if $(SLOW),-m '')
+test: $(VENV)/installed ## the tests
+	$(RUN) -m pytest
 
 lint: $(VENV)/installed ## format, lint and types
 	$(RUN) -m ruff format --check .
