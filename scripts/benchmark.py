@@ -5,7 +5,7 @@
 
 The whole loop is what `train.py` runs: Lightning, torchmetrics, the data module rendering fresh
 views of every batch, TensorBoard, callbacks. The bare loop takes ready-made batches and does
-nothing but forward, loss, backward, optimizer and schedule. The two alternate in one process; the
+nothing but forward, loss, backward, clipping, optimizer and schedule. The two alternate in one process; the
 figures are medians, the ratio is the median of the ratios of neighbours. Images and weights are
 random: neither changes the time.
 """
@@ -113,6 +113,7 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
                 difference = torch.nn.functional.mse_loss(attention_map(features["stage2"]), map_)
                 loss = loss + weights["attention"] * difference
         loss.backward()
+        torch.nn.utils.clip_grad_norm_(student.parameters(), config["trainer"]["gradient_clip_val"])
         optimizer.step()
         schedule.step()
 

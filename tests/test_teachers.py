@@ -159,7 +159,7 @@ def changed(path, value):
         ("teacher.trainer.max_epochs", 4),
         ("teacher.trainer.limit_train_batches", 2),
         ("trainer.limit_train_batches", 2),
-        ("trainer.gradient_clip_val", 1),
+        ("teacher.trainer.gradient_clip_val", 1),
         ("teacher.mean", [0.1, 0.1, 0.1]),
         ("data.batch_size", 16),
         ("data.split_seed", 1),
