@@ -5,9 +5,9 @@
 
 The whole loop is what `train.py` runs: Lightning, torchmetrics, the data module rendering fresh
 views of every batch, TensorBoard, callbacks. The bare loop takes ready-made batches and does
-nothing but forward, loss, backward, clipping, optimizer and schedule. The two alternate in one process; the
-figures are medians, the ratio is the median of the ratios of neighbours. Images and weights are
-random: neither changes the time.
+nothing but forward, loss, backward, clipping, optimizer and schedule. The two alternate in one
+process; the figures are medians, the ratio is the median of the ratios of neighbours. Images and
+weights are random: neither changes the time.
 """
 
 import argparse
