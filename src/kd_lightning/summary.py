@@ -42,7 +42,7 @@ def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
         percent(metrics["best_val_accuracy"]),
         percent(metrics["test_accuracy_at_best"]),
     )
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     console.print(
         f"compression {metrics['compression_ratio']:.1f}x of {metrics['teacher']}"
@@ -57,7 +57,7 @@ def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
         f"{metrics['images_per_second']:,.0f} images/s, {metrics['precision']} on "
         f"{metrics['device']}"
     )
-    console.print(f"results in {run_dir}", soft_wrap=True)
+    console.print(f"results in {run_dir}")
 
 
 def percent(fraction: float) -> str:
