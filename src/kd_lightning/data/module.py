@@ -193,8 +193,8 @@ class ImageDataModule(LightningDataModule):
         """(B, 3, H, W) uint8, channels-last, to float32."""
         pixels = views.permute(0, 2, 3, 1)
         mean, std = torch.tensor((self.mean, self.std), device=views.device).double()
-        # Scale and shift repeated for every pixel, so that the inner loop is long and contiguous:
-        # four times faster on a CPU than broadcasting three numbers.
+        # Scale and shift repeated for every pixel, so that the inner loop is long and contiguous,
+        # which broadcasting three numbers is not.
         count = views.shape[2] * views.shape[3]
         scale = (1 / (255 * std)).float().repeat(count)
         shift = (-mean / std).float().repeat(count)

@@ -17,7 +17,7 @@ class _MeanSquare(torch.autograd.Function):
     """Mean over channels of the squared activations, in float32.
 
     Written out because autograd would keep a float32 copy of the whole feature map and walk over
-    it several times: five to ten times slower on a CPU in bfloat16. This keeps the map it is given.
+    it several times. This keeps the map it is given.
     """
 
     @staticmethod
