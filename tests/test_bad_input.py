@@ -72,6 +72,7 @@ def refused(train, tmp_path, monkeypatch):
         (["trainer.max_epochs=many"], ["trainer.max_epochs", "many"]),
         (["teacher.trainer.max_epochs=0"], ["teacher.trainer.max_epochs", "0"]),
         (["trainer.precision=8"], ["trainer.precision", "bf16-mixed"]),
+        (["+trainer.limit_val_batches=0"], ["limit_val_batches", "nothing to report"]),
         (["+trainer.fast_dev_run=true"], ["fast_dev_run", "limit_train_batches"]),
         (["+trainer.logger=false"], ["trainer.logger"]),
         (["trainer.accelerator=quantum"], ["trainer", "quantum"]),

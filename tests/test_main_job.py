@@ -11,6 +11,7 @@ import yaml
 from conftest import in_a_new_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd_lightning.config import build
 from kd_lightning.evaluation import evaluate
 from kd_lightning.runs import RunDirectory
 
@@ -146,6 +147,27 @@ def test_best_epoch_and_last_epoch_are_both_recorded(train):
     metrics = train("method=none", "trainer.max_epochs=6", "optimizer.lr=0.05").metrics
     assert 1 <= metrics["best_epoch"] <= metrics["epochs"] == 6
     assert metrics["best_val_accuracy"] >= metrics["val_accuracy"]
+
+
+@pytest.mark.parametrize(
+    "stop",
+    [
+        pytest.param(("+trainer.max_steps=1",), id="before any validation"),
+        pytest.param(("+trainer.max_steps=5", "trainer.max_epochs=3"), id="within an epoch"),
+        pytest.param(("+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3"), id="between"),
+    ],
+)
+def test_the_headline_is_of_the_last_weights_wherever_training_stops(train, stop):
+    done = train("method=none", "trainer.precision=32-true", *stop)
+    assert done.code == 0, done.err
+    student, config = RunDirectory(done.runs[0]).load_student()
+    data = build(config["data"], "data")
+    data.setup()
+    for part, loader in (("val", data.val_dataloader()), ("test", data.test_dataloader())):
+        (batch,) = loader
+        right = student.eval()(batch["images"]).argmax(dim=1) == batch["labels"]
+        assert done.metrics[f"{part}_accuracy"] == pytest.approx(right.float().mean().item())
+    assert done.metrics["best_val_accuracy"] >= done.metrics["val_accuracy"]
 
 
 def test_a_finished_run_is_not_overwritten(train, tmp_path):

@@ -74,8 +74,9 @@ class DistillationModule(LightningModule):
         self.teacher_accuracy = accuracy.clone()
         self.agreement = accuracy.clone()
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
+        self.validated_at = -1  # the step
         self.images_trained, self.training_seconds = 0, 0.0
-        self._epoch_images, self._epoch_began = 0, time.perf_counter()
+        self._clock_began, self._clock_images = time.perf_counter(), 0
 
     def _connect(self, num_classes: int, image_size: int) -> None:
         """Show every term both networks, and set up the reading of the layers they ask for."""
@@ -140,7 +141,7 @@ class DistillationModule(LightningModule):
         losses, logits = self.losses(batch)
         loss = torch.stack([self.weights[name] * losses[name] for name in losses]).sum()
         self.train_accuracy.update(logits, batch["labels"])
-        self._epoch_images += len(logits)
+        self._clock_images += len(logits)
         logging = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if logging:
             self.log("loss/total", loss)
@@ -158,21 +159,30 @@ class DistillationModule(LightningModule):
 
     def on_train_epoch_start(self) -> None:
         """Start the clock and the count of images."""
-        self._epoch_images = 0
-        self._epoch_began = time.perf_counter()
+        self._clock_began, self._clock_images = time.perf_counter(), 0
 
     def on_train_epoch_end(self) -> None:
-        """Log the epoch's speed and its accuracy on the training views."""
+        """Log the accuracy on the epoch's training views."""
+        self._stop_clock()
         self.log("train/accuracy", self.train_accuracy)
 
     def on_validation_start(self) -> None:
-        """During training this comes right after the last step of an epoch: stop the clock."""
+        """During training this comes right after a step: stop the clock."""
         self._place_teacher()
-        if self.trainer.state.fn == TrainerFn.FITTING:
-            seconds = time.perf_counter() - self._epoch_began
-            self.log("images_per_second", self._epoch_images / seconds)
-            self.images_trained += self._epoch_images
+        self.validated_at = self.global_step
+        self._stop_clock()
+
+    def on_validation_end(self) -> None:
+        """Start the clock again, should the epoch go on."""
+        self._clock_began = time.perf_counter()
+
+    def _stop_clock(self) -> None:
+        if self._clock_images:
+            seconds = time.perf_counter() - self._clock_began
+            self.log("images_per_second", self._clock_images / seconds)
+            self.images_trained += self._clock_images
             self.training_seconds += seconds
+            self._clock_images = 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The student on the validation images, and the teacher unless training goes on."""

@@ -56,11 +56,12 @@ class ProgressBar(Callback):
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Say how the epoch went."""
         metrics = trainer.callback_metrics
-        state = (
-            f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  "
-            f"val {100 * float(metrics['val/accuracy']):.2f} %  "
-            f"{float(metrics['images_per_second']):,.0f} images/s"
-        )
+        parts = [f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}"]
+        if "val/accuracy" in metrics:  # not every epoch need end with a validation
+            parts.append(f"val {100 * float(metrics['val/accuracy']):.2f} %")
+        if "images_per_second" in metrics:
+            parts.append(f"{float(metrics['images_per_second']):,.0f} images/s")
+        state = "  ".join(parts)
         log.info("%s: %s", self.title, state)
         if self._bar is not None:
             self._bar.update(self._task, state=state)

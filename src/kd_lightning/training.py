@@ -293,6 +293,9 @@ def build_trainer(settings: Node, precision: str, folder: Path, name: str) -> Tr
             "trainer.fast_dev_run leaves nothing to report; for a quick look use "
             "trainer.max_epochs=1 +trainer.limit_train_batches=5"
         )
+    for part in ("train", "val", "test"):
+        if settings.get(f"limit_{part}_batches") in (0, 0.0):
+            raise InputError(f"trainer.limit_{part}_batches=0 leaves nothing to report")
     for key in fixed.keys() - {"precision"}:
         if key in settings:
             raise InputError(f"trainer.{key} cannot be set: this project sets it itself")
@@ -314,14 +317,19 @@ def fit_and_test(
     trainer.fit(module, data)
     seconds = time.perf_counter() - began
     directory.save_weights(module.student, weights)
+    if module.validated_at != trainer.global_step:  # stopped between two validations
+        trainer.validate(module, data, verbose=False)
+    epochs = trainer.current_epoch
     results = {"val_accuracy": _metric(trainer, "val/accuracy")}
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint)
-    assert best.best_model_score is not None
-    results["best_val_accuracy"] = float(best.best_model_score)
-    checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-    results["best_epoch"] = checkpoint["epoch"] + 1
-    if results["best_epoch"] < trainer.current_epoch:
+    if best.best_model_score is None or best.best_model_score < results["val_accuracy"]:
+        results |= {"best_val_accuracy": results["val_accuracy"], "best_epoch": epochs}
+    else:
+        checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        results["best_val_accuracy"] = float(best.best_model_score)
+        results["best_epoch"] = checkpoint["epoch"] + 1
+    if results["best_epoch"] < epochs:
         last = {key: value.clone() for key, value in module.state_dict().items()}
         module.load_state_dict(checkpoint["state_dict"])
         trainer.test(module, data, verbose=False)
@@ -333,7 +341,7 @@ def fit_and_test(
     results.setdefault("test_accuracy_at_best", results["test_accuracy"])
     return {
         **results,
-        "epochs": trainer.current_epoch,
+        "epochs": epochs,
         "train_seconds": round(seconds, 2),
         "images_per_second": round(module.images_trained / module.training_seconds, 1),
     }
