@@ -117,7 +117,7 @@ def test_loss_is_the_weighted_sum_of_its_terms(folder):
     assert list(losses) == ["cross_entropy", "logit", "attention"]
     assert all(loss.dtype == torch.float32 and loss.ndim == 0 for loss in losses.values())
     assert logits.shape == (8, 3)
-    teacher_logits = frozen()(batch["images"]).logits.clone()
+    teacher_logits = frozen()(batch["images"]).clone()
     from kd_lightning.losses.logit import soft_target_loss
 
     torch.testing.assert_close(losses["logit"], soft_target_loss(logits, teacher_logits, 3.0))
@@ -141,7 +141,7 @@ def test_teacher_may_be_normalised_differently():
         3, 1, 1
     )
     teacher = frozen(expects=expects)
-    answer = teacher((pixels - 0.5) / 0.5).logits
+    answer = teacher((pixels - 0.5) / 0.5)
     torch.testing.assert_close(answer, teacher.model(own), rtol=1e-4, atol=1e-5)
 
 
@@ -152,7 +152,7 @@ def test_weights_converted_for_autocast_change_nothing():
     converted.prepare(torch.device("cpu"), torch.channels_last, torch.bfloat16)
     plain.prepare(torch.device("cpu"), torch.channels_last, None)
     with torch.autocast("cpu", torch.bfloat16):
-        assert torch.equal(converted(images).logits, plain(images).logits)
+        assert torch.equal(converted(images), plain(images))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(folder, tmp_path):

@@ -6,6 +6,7 @@ from torch import nn
 
 from kd_lightning.models import CifarResNet, ConvNet, FeatureReader, ResNet9
 from kd_lightning.models.features import count_parameters, layer_shapes
+from kd_lightning.models.folding import fold_batchnorm
 
 
 @pytest.mark.parametrize(
@@ -106,3 +107,82 @@ def test_layer_shapes_leaves_the_model_as_it_was():
     for name, value in model.state_dict().items():
         assert torch.equal(value, before[name]), name
     assert not any(module._forward_hooks for module in model.modules())
+
+
+@pytest.mark.parametrize("logits", [True, False])
+def test_a_layer_used_twice_is_read_the_last_time(logits):
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.twice, self.after = torch.nn.Identity(), torch.nn.Identity()
+            self.calls = 0
+            self.after.register_forward_hook(self.count)
+
+        def count(self, *_):
+            self.calls += 1
+
+        def forward(self, images):
+            return self.after(self.twice(self.twice(images) * 2) * 2)
+
+    model = Twice()
+    read = FeatureReader(model, ["twice"], logits=logits)
+    images = torch.ones(2, 3)
+    for _ in range(3):
+        output = read(images)
+        assert torch.equal(output.features["twice"], 2 * images)
+    # What comes after the last reading is computed only if somebody wants it.
+    assert model.calls == (3 if logits else 1)
+    assert output.logits.shape == (2, 3 if logits else 0)
+    assert torch.equal(read(images, complete=True).logits, 4 * images)
+
+
+def trained_statistics(model):
+    """Running statistics and scales other than those of a new network."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm2d):
+            torch.nn.init.uniform_(module.running_mean, -1, 1)
+            torch.nn.init.uniform_(module.running_var, 0.5, 2)
+            torch.nn.init.uniform_(module.weight, 0.5, 2)
+            torch.nn.init.uniform_(module.bias, -1, 1)
+    return model.eval()
+
+
+@pytest.mark.parametrize("family", ["resnet9", "cifar_resnet", "torchvision"])
+def test_folding_changes_no_output_and_no_layer_that_is_read(family):
+    torch.manual_seed(0)
+    model, count, layers = {  # of ResNet-9, three have a pooling in between
+        "resnet9": lambda: (ResNet9(width=4), 5, ["stem", "stage1", "stage3"]),
+        "cifar_resnet": lambda: (CifarResNet(20), 19, ["layer1", "layer2.0.bn1"]),
+        "torchvision": lambda: (
+            pytest.importorskip("torchvision").models.resnet18(num_classes=5),
+            20,
+            ["layer1", "layer4.1.bn2"],
+        ),
+    }[family]()
+    trained_statistics(model)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        before = FeatureReader(model, layers)(images)
+        assert fold_batchnorm(model) == count
+        after = FeatureReader(model, layers)(images)
+    torch.testing.assert_close(after.logits, before.logits, rtol=1e-3, atol=1e-4)
+    for layer in layers:
+        torch.testing.assert_close(
+            after.features[layer], before.features[layer], rtol=1e-3, atol=1e-3
+        )
+
+
+def test_a_convolution_that_is_read_keeps_its_normalisation():
+    model = trained_statistics(CifarResNet(8))
+    assert fold_batchnorm(model, keep=["layer1.0.conv1"]) == 6
+    assert isinstance(model.layer1[0].bn1, torch.nn.BatchNorm2d)
+
+
+def test_a_network_that_cannot_be_traced_is_left_alone():
+    class Branching(torch.nn.Sequential):
+        def forward(self, images):
+            return super().forward(images) if images.sum() > 0 else images
+
+    model = Branching(torch.nn.Conv2d(3, 3, 1), torch.nn.BatchNorm2d(3)).eval()
+    assert fold_batchnorm(model) == 0
+    assert isinstance(model[1], torch.nn.BatchNorm2d)

@@ -31,7 +31,7 @@ Node = dict[str, Any]
 KEYS: dict[str, set[str]] = {
     "": {
         "seed", "output_dir", "data_dir",
-        "method", "student", "teacher", "data", "trainer", "optimizer", "scheduler",
+        "method", "student", "teacher", "data", "trainer", "optimizer", "scheduler", "remember",
     },
     "method": {"name", "terms"},
     "student": {"name", "model", "layers"},
@@ -39,8 +39,10 @@ KEYS: dict[str, set[str]] = {
         "name", "model", "layers", "checkpoint", "rename_keys", "mean", "std",
         "cutout", "seed", "trainer", "optimizer", "scheduler",
     },
+    "remember": {"disk_gb", "dtype"},
 }  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+ROUNDINGS = ("float16", "bfloat16", "float32")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
 
@@ -86,6 +88,15 @@ def check(config: Node) -> None:
     cutout = config["teacher"]["cutout"]
     if not _is_integer(cutout) or cutout < 0:
         raise InputError(f"teacher.cutout must be 0 or more pixels, not {cutout}")
+    remember = config["remember"]
+    if not _is_number(remember["disk_gb"]) or remember["disk_gb"] < 0:
+        raise InputError(
+            f"remember.disk_gb must be a number of at least 0, not {remember['disk_gb']}"
+        )
+    if remember["dtype"] not in ROUNDINGS:
+        raise InputError(
+            f"remember.dtype must be one of {', '.join(ROUNDINGS)}, not {remember['dtype']}"
+        )
     for path in ("output_dir", "data_dir"):
         if not isinstance(config[path], str) or not config[path]:
             raise InputError(f"{path} must be the path of a folder, not {config[path]!r}")

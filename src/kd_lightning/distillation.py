@@ -16,6 +16,7 @@ from kd_lightning.data.loading import Batch
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.losses import Term
+from kd_lightning.memory import Memory
 from kd_lightning.models.features import FeatureReader, layer_shapes
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -37,6 +38,9 @@ class DistillationModule(LightningModule):
         image_size: height and width of the images, in pixels.
         channels_last: memory format of student and teacher.
         teacher: needed if a term needs one; neither a hyper-parameter nor saved.
+
+    Attributes:
+        memory: what the teacher has said before, if that is kept.
 
     Raises:
         InputError: a node cannot be built, or a term cannot work between the two networks.
@@ -67,6 +71,7 @@ class DistillationModule(LightningModule):
             }
         )
         self.teacher = teacher
+        self.memory: Memory | None = None
         self._connect(num_classes, image_size)
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.train_accuracy = accuracy.clone()
@@ -96,7 +101,8 @@ class DistillationModule(LightningModule):
         self._read_student = FeatureReader(self.student, read)
         if self.teacher is not None:
             read = dict.fromkeys(layer for term in terms.values() for layer in term.teacher_reads)
-            self.teacher.read(read)
+            logits = any(term.needs_teacher and term.needs_logits for term in terms.values())
+            self.teacher.read(read, logits)
 
     @staticmethod
     def _shapes(
@@ -123,18 +129,30 @@ class DistillationModule(LightningModule):
         """The unweighted loss of every term, float32 scalars, and the student's logits (B, C)."""
         images = batch["images"].contiguous(memory_format=self.memory_format)
         terms = cast(dict[str, Term], self.terms)
-        remembered: dict[str, Tensor] = {}
-        if self.teacher is not None:
-            answer = self.teacher(images)
-            for name, term in terms.items():
-                if term.needs_teacher:
-                    remembered[name] = term.remember(answer)
+        remembered = self._remembered(batch, images) if self.teacher is not None else {}
         student = self._read_student(images)
         losses = {
             name: term(student, remembered.get(name), batch["labels"])
             for name, term in terms.items()
         }
         return losses, student.logits
+
+    def _remembered(self, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+        """What every term needs of the teacher, (B, ...): recalled, or else computed."""
+
+        def ask(positions: Tensor | None) -> dict[str, Tensor]:
+            return self.ask_teacher(images if positions is None else images[positions])
+
+        if self.memory is None:
+            return ask(None)
+        return self.memory.recall(batch["index"], batch["view"], images.device, ask)
+
+    def ask_teacher(self, images: Tensor) -> dict[str, Tensor]:
+        """What every term remembers of these images (B, 3, H, W): term name to (B, ...)."""
+        assert self.teacher is not None
+        answer = self.teacher.answer(images.contiguous(memory_format=self.memory_format))
+        terms = cast(dict[str, Term], self.terms)
+        return {name: term.remember(answer) for name, term in terms.items() if term.needs_teacher}
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """One step of the weighted sum of all terms."""
@@ -163,6 +181,8 @@ class DistillationModule(LightningModule):
 
     def on_train_epoch_end(self) -> None:
         """Log the accuracy on the epoch's training views."""
+        if self.memory is not None:
+            self.memory.flush()
         self._stop_clock()
         self.log("train/accuracy", self.train_accuracy)
 
@@ -207,7 +227,7 @@ class DistillationModule(LightningModule):
     def _score_teacher(self, batch: Batch, part: str) -> Tensor:
         assert self.teacher is not None
         images = batch["images"].contiguous(memory_format=self.memory_format)
-        logits = self.teacher(images).logits.clone()
+        logits = self.teacher(images).clone()  # not an inference tensor
         self.teacher_accuracy.update(logits, batch["labels"])
         self.log(f"{part}/teacher_accuracy", self.teacher_accuracy)
         return logits

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 from safetensors.torch import load_file
+from torch import nn
 
 from kd_lightning.config import Node, trainer_node, without
 from kd_lightning.data.module import ImageDataModule
@@ -26,8 +27,9 @@ log = logging.getLogger(__name__)
 
 FORMAT = 1  # raise it when the same configuration comes to mean another training
 
-# What does not change the weights: where the files are, what is shown, which machine it runs on.
-ELSEWHERE = ("name", "root", "cache_dir", "eval_batch_size", "seed")
+# What does not change the weights: where the files are, what is shown, which machine it runs on,
+# and what is the student's alone.
+ELSEWHERE = ("name", "root", "cache_dir", "eval_batch_size", "seed", "views")
 UNSEEN = ("accelerator", "log_every_n_steps", "memory_format")
 
 
@@ -148,6 +150,15 @@ def file_sha256(path: Path) -> str:
     """SHA-256 of a file's content, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def read_checkpoint(path: Path, rename_keys: dict[str, str]) -> dict[str, torch.Tensor]:

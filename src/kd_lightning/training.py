@@ -1,15 +1,12 @@
 """A run from beginning to end: data, teacher, module, trainer, in the order one would tell it."""
 
 import logging
-import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning.config import (
     Node,
@@ -21,16 +18,16 @@ from kd_lightning.config import (
     find_target,
     select,
     trainer_node,
-    without,
 )
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import InputError
+from kd_lightning.fitting import build_trainer, fit_and_test, metric
 from kd_lightning.frozen import FrozenTeacher, Normalization
 from kd_lightning.hardware import choose_memory_format, choose_precision
+from kd_lightning.losses import Term
+from kd_lightning.memory import DTYPES, GIGABYTE, Memory, Rows, folder_name
 from kd_lightning.models import count_parameters
-from kd_lightning.pictures import Pictures
-from kd_lightning.progress import ProgressBar
 from kd_lightning.runs import (
     RunDirectory,
     device_name,
@@ -38,7 +35,13 @@ from kd_lightning.runs import (
     load_weights,
     versions,
 )
-from kd_lightning.teachers import StoredTeacher, TeacherStore, read_checkpoint, teacher_key
+from kd_lightning.teachers import (
+    StoredTeacher,
+    TeacherStore,
+    read_checkpoint,
+    teacher_key,
+    weights_sha256,
+)
 
 log = logging.getLogger(__name__)
 
@@ -96,7 +99,9 @@ def _distil(config: Node, directory: RunDirectory) -> dict[str, Any]:
         facts = equip_teacher(teacher, config, data)
         if "teacher_val_accuracy" not in facts:
             trainer.validate(module, data, verbose=False)
-            facts["teacher_val_accuracy"] = _metric(trainer, "val/teacher_accuracy")
+            facts["teacher_val_accuracy"] = metric(trainer, "val/teacher_accuracy")
+
+        module.memory = build_memory(module, config, data, precision)
 
     # Again: training a teacher must not change what the student draws.
     seed_everything(config["seed"], verbose=False)
@@ -236,6 +241,52 @@ def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -
     }
 
 
+def build_memory(
+    module: DistillationModule, config: Node, data: ImageDataModule, precision: str
+) -> Memory | None:
+    """Where the answers of the module's teacher, complete with its weights, are kept.
+
+    Returns:
+        None if nothing is to be kept, or nothing can be.
+    """
+    settings = config["remember"]
+    if not settings["disk_gb"]:
+        return None
+    assert module.teacher is not None
+    terms = {name: cast(Term, term) for name, term in module.terms.items() if term.needs_teacher}
+    why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
+    for name, term in terms.items():
+        if term.depends_on() is None:
+            why = f"the term {name} does not say what it depends on (Term.depends_on)"
+    if why:
+        log.warning("the teacher's answers are not stored: %s", why)
+        return None
+    expects, given = normalizations(config)
+    common = {
+        "format": 1,
+        "teacher": {**config["teacher"]["model"], "weights": weights_sha256(module.teacher.model)},
+        "normalization": [*expects, *given],
+        "images": data.fingerprint(),
+        "split": [data.val_fraction, data.split_seed],
+        "augmentation": asdict(data.augmentation),
+        "precision": precision,
+        "dtype": settings["dtype"],
+    }
+    size = config["data"]["image_size"]
+    shapes = {
+        name: tuple(value.shape[1:])
+        for name, value in module.ask_teacher(torch.zeros(1, 3, size, size)).items()
+    }
+    root = Path(config["output_dir"]) / "teachers" / "remembered"
+    rows = {}
+    for name, term in terms.items():
+        kind = f"{type(term).__module__}.{type(term).__qualname__}"
+        key = {**common, "term": {"class": kind, **(term.depends_on() or {})}}
+        folder = root / folder_name(config["teacher"]["name"], name, key)
+        rows[name] = Rows(folder, key, data.train_size, shapes[name], DTYPES[settings["dtype"]])
+    return Memory(rows, root, settings["disk_gb"] * GIGABYTE)
+
+
 def train_teacher(
     config: Node, data: ImageDataModule, precision: str, directory: RunDirectory
 ) -> dict[str, Any]:
@@ -245,6 +296,7 @@ def train_teacher(
     expects, _ = normalizations(config)
     data = data.variant(
         seed=teacher["seed"],
+        views=None,
         mean=expects.mean,
         std=expects.std,
         augmentation=replace(data.augmentation, cutout=teacher["cutout"]),
@@ -265,88 +317,6 @@ def train_teacher(
     return {"parameters": count_parameters(module.student), **results, **versions()}
 
 
-def build_trainer(settings: Node, precision: str, folder: Path, name: str) -> Trainer:
-    """Lightning's Trainer with what every training of ours has: logs, checkpoints, a bar."""
-    checkpoints = folder / "checkpoints"
-    fixed = {
-        "precision": precision,
-        "default_root_dir": str(folder),
-        "logger": TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
-        "callbacks": [
-            ModelCheckpoint(
-                checkpoints, "best", monitor="val/accuracy", mode="max",
-                save_weights_only=True, enable_version_counter=False,
-            ),
-            ModelCheckpoint(checkpoints, "last", enable_version_counter=False),
-            LearningRateMonitor("step"),
-            Pictures(),
-            ProgressBar(name),
-        ],
-        "enable_progress_bar": False,
-        "enable_model_summary": False,
-        # The sampler shards and shuffles by itself; the networks are checked before training.
-        "use_distributed_sampler": False,
-        "num_sanity_val_steps": 0,
-    }  # fmt: skip
-    if settings.get("fast_dev_run"):
-        raise InputError(
-            "trainer.fast_dev_run leaves nothing to report; for a quick look use "
-            "trainer.max_epochs=1 +trainer.limit_train_batches=5"
-        )
-    for part in ("train", "val", "test"):
-        if settings.get(f"limit_{part}_batches") in (0, 0.0):
-            raise InputError(f"trainer.limit_{part}_batches=0 leaves nothing to report")
-    for key in fixed.keys() - {"precision"}:
-        if key in settings:
-            raise InputError(f"trainer.{key} cannot be set: this project sets it itself")
-    return build_partial(without(settings, "memory_format", "precision"), "trainer")(**fixed)
-
-
-def fit_and_test(
-    trainer: Trainer,
-    module: DistillationModule,
-    data: ImageDataModule,
-    directory: RunDirectory,
-    weights: str,
-) -> dict[str, Any]:
-    """Train, keep the last epoch's weights, and test them and those of the best epoch.
-
-    The best epoch is chosen on the validation images; the test images play no part in it.
-    """
-    began = time.perf_counter()
-    trainer.fit(module, data)
-    seconds = time.perf_counter() - began
-    directory.save_weights(module.student, weights)
-    if module.validated_at != trainer.global_step:  # stopped between two validations
-        trainer.validate(module, data, verbose=False)
-    epochs = trainer.current_epoch
-    results = {"val_accuracy": _metric(trainer, "val/accuracy")}
-    best = trainer.checkpoint_callback
-    assert isinstance(best, ModelCheckpoint)
-    if best.best_model_score is None or best.best_model_score < results["val_accuracy"]:
-        results |= {"best_val_accuracy": results["val_accuracy"], "best_epoch": epochs}
-    else:
-        checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
-        results["best_val_accuracy"] = float(best.best_model_score)
-        results["best_epoch"] = checkpoint["epoch"] + 1
-    if results["best_epoch"] < epochs:
-        last = {key: value.clone() for key, value in module.state_dict().items()}
-        module.load_state_dict(checkpoint["state_dict"])
-        trainer.test(module, data, verbose=False)
-        results["test_accuracy_at_best"] = _metric(trainer, "test/accuracy")
-        module.load_state_dict(last)
-    # The last epoch is the headline and is tested last, so that its pictures are what remains.
-    trainer.test(module, data, verbose=False)
-    results["test_accuracy"] = _metric(trainer, "test/accuracy")
-    results.setdefault("test_accuracy_at_best", results["test_accuracy"])
-    return {
-        **results,
-        "epochs": epochs,
-        "train_seconds": round(seconds, 2),
-        "images_per_second": round(module.images_trained / module.training_seconds, 1),
-    }
-
-
 def _teacher_parameters(config: Node, teacher: FrozenTeacher | None) -> int:
     if teacher is not None:
         return count_parameters(teacher.model)
@@ -357,11 +327,7 @@ def _teacher_parameters(config: Node, teacher: FrozenTeacher | None) -> int:
 def _teacher_results(trainer: Trainer) -> dict[str, float]:
     found = {"agreement": "test/agreement", "teacher_test_accuracy": "test/teacher_accuracy"}
     return {
-        key: _metric(trainer, name)
+        key: metric(trainer, name)
         for key, name in found.items()
         if name in trainer.callback_metrics
     }
-
-
-def _metric(trainer: Trainer, name: str) -> float:
-    return float(trainer.callback_metrics[name])

@@ -20,8 +20,8 @@ class ViewSampler(Sampler[Batch]):
     """Yields whole batches of views: ``{"index": (B,), "view": (B,)}``, int64.
 
     Training visits every image once an epoch, in an order that depends on the seed and the epoch
-    alone, and shows epoch e the images' view number e. Evaluation visits the images as they are,
-    in order.
+    alone, and shows epoch e the images' view number e, or e modulo the number of views. Evaluation
+    visits the images as they are, in order.
 
     Lightning calls `set_epoch` at the start of every epoch.
 
@@ -30,13 +30,22 @@ class ViewSampler(Sampler[Batch]):
         batch_size: images in a batch.
         shuffle: training (True) or evaluation.
         seed: of the order.
+        views: how many views of an image there are; None: a new one every epoch.
     """
 
-    def __init__(self, images: Tensor, batch_size: int, shuffle: bool, seed: int = 0) -> None:
+    def __init__(
+        self,
+        images: Tensor,
+        batch_size: int,
+        shuffle: bool,
+        seed: int = 0,
+        views: int | None = None,
+    ) -> None:
         self.images = images
         self.batch_size = batch_size
         self.shuffle = shuffle
         self.seed = seed
+        self.views = views
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -54,7 +63,9 @@ class ViewSampler(Sampler[Batch]):
             order = self.images[torch.randperm(len(self.images), generator=generator)]
         else:
             order = self.images
-        view = self.epoch if self.shuffle else PLAIN
+        view = PLAIN
+        if self.shuffle:
+            view = self.epoch % self.views if self.views else self.epoch
         for number in range(len(self)):
             index = order[number * self.batch_size : (number + 1) * self.batch_size]
             yield {"index": index, "view": torch.full_like(index, view)}
@@ -95,6 +106,5 @@ class ViewLoader:
             index, view = (torch.cat([batch[key] for batch in ahead]) for key in ("index", "view"))
             sizes = [len(batch["index"]) for batch in ahead]
             views = self.cut(index, view)
-            parts = (tensor.to(views.device).split(sizes) for tensor in (index, view, views))
-            for batch in zip(*parts, strict=True):
+            for batch in zip(*(part.split(sizes) for part in (index, view, views)), strict=True):
                 yield self.finish(*batch)

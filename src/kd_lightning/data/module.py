@@ -4,7 +4,7 @@ import copy
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning.pytorch import LightningDataModule
@@ -33,6 +33,10 @@ class ImageDataModule(LightningDataModule):
 
     A source derives from this class and provides `classes` and `load`.
 
+    Attributes:
+        reproducible: whether a view is the same whenever it is rendered. A subclass that does
+            something random to its batches says False, and no teacher's answer is stored.
+
     Args:
         name: what to call the data set.
         batch_size: images in a training batch.
@@ -45,6 +49,8 @@ class ImageDataModule(LightningDataModule):
         flip: whether half of the training views are mirrored.
         cutout: side of a grey square in every training view, in pixels; 0: none.
         view_seed: chooses the crops and flips.
+        views: how many views of an image training goes through, again and again; None: every epoch
+            shows another.
         seed: chooses the order of the training images.
         image_size: height and width of the images, in pixels.
         num_classes: number of classes; None takes as many as the source has.
@@ -52,6 +58,8 @@ class ImageDataModule(LightningDataModule):
     Raises:
         ValueError: an argument is out of range.
     """
+
+    reproducible: ClassVar[bool] = True
 
     def __init__(
         self,
@@ -67,6 +75,7 @@ class ImageDataModule(LightningDataModule):
         flip: bool = True,
         cutout: int = 0,
         view_seed: int = 0,
+        views: int | None = None,
         seed: int = 0,
         image_size: int = 32,
         num_classes: int | None = None,
@@ -77,6 +86,8 @@ class ImageDataModule(LightningDataModule):
                 raise ValueError(f"{key} must be a whole number of at least 1, not {size}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must be above 0 and below 1, not {val_fraction}")
+        if views is not None and (not isinstance(views, int) or views < 1):
+            raise ValueError(f"views must be null or a whole number of at least 1, not {views}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError("mean and std need three numbers each, those of std above 0")
         if not isinstance(image_size, int) or image_size < 1:
@@ -91,6 +102,7 @@ class ImageDataModule(LightningDataModule):
         self.mean = tuple(mean)
         self.std = tuple(std)
         self.augmentation = Augmentation(padding, flip, cutout, seed=view_seed)
+        self.views = views
         self.seed = seed
         self.image_size = image_size
         if num_classes is not None and num_classes != len(self.classes):
@@ -98,6 +110,7 @@ class ImageDataModule(LightningDataModule):
                 f"num_classes is {num_classes}, but {name} has {len(self.classes)} classes"
             )
         self.splits: dict[str, Tensor] = {}
+        self._fingerprint = ""
 
     @property
     def classes(self) -> list[str]:
@@ -142,14 +155,22 @@ class ImageDataModule(LightningDataModule):
 
     def fingerprint(self) -> str:
         """SHA-256 of every pixel, label and the split between training and test images."""
-        digest = hashlib.sha256(str((tuple(self._pixels.shape), len(self.splits["test"]))).encode())
-        digest.update(self._pixels.cpu().numpy().data)
-        digest.update(self._labels.cpu().numpy().data)
-        return digest.hexdigest()
+        if not self._fingerprint:
+            sizes = (tuple(self._pixels.shape), len(self.splits["test"]))
+            digest = hashlib.sha256(str(sizes).encode())
+            digest.update(self._pixels.cpu().numpy().data)
+            digest.update(self._labels.cpu().numpy().data)
+            self._fingerprint = digest.hexdigest()
+        return self._fingerprint
+
+    @property
+    def train_size(self) -> int:
+        """Images of the training and validation part together; their indices come first."""
+        return len(self._labels) - len(self.splits["test"])
 
     def _loader(self, split: str, shuffle: bool = False) -> ViewLoader:
         size = self.batch_size if shuffle else self.eval_batch_size
-        sampler = ViewSampler(self.splits[split], size, shuffle=shuffle, seed=self.seed)
+        sampler = ViewSampler(self.splits[split], size, shuffle, self.seed, self.views)
         if self.trainer is not None:
             device = self.trainer.strategy.root_device
             self._pixels, self._labels = self._pixels.to(device), self._labels.to(device)
@@ -176,18 +197,23 @@ class ImageDataModule(LightningDataModule):
 
         Returns:
             ``images`` (B, 3, H, W), float32, normalised, channels-last; ``labels``, ``index`` and
-            ``view`` (B,), int64.
+            ``view`` (B,), int64, the last two on the CPU.
         """
-        views = self._cut(index, view)
-        return self._finish(index.to(views.device), view.to(views.device), views)
+        return self._finish(index, view, self._cut(index, view))
 
     def _cut(self, index: Tensor, view: Tensor) -> Tensor:
         device = self._pixels.device
         return self.augmentation.render(self._pixels, index.to(device), view.to(device))
 
     def _finish(self, index: Tensor, view: Tensor, views: Tensor) -> Batch:
-        images, labels = self._normalize(views), self._labels[index]
-        return {"images": images, "labels": labels, "index": index, "view": view}
+        labels = self._labels[index.to(views.device, non_blocking=True)]
+        return {"images": self._normalize(views), "labels": labels, "index": index, "view": view}
+
+    def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
+        """Nothing to do: pixels and labels are made on their device, and the numbers of the views
+        stay on the CPU, where what a teacher said of them is looked up without waiting.
+        """
+        return batch
 
     def _normalize(self, views: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, channels-last, to float32."""

@@ -69,6 +69,8 @@ class Attention(Term):
             summed over pairs.
     """
 
+    needs_logits = False
+
     def __init__(
         self,
         student_layers: Sequence[str] = (),
@@ -133,6 +135,11 @@ class Attention(Term):
             ],
             dim=1,
         )
+
+    def depends_on(self) -> dict[str, Any]:
+        """The teacher's layers and the sizes of their maps; not the student's, nor the distance."""
+        layers = [layer for _, layer in self.pairs]
+        return {"maps": [[layer, *size] for layer, size in zip(layers, self.sizes, strict=True)]}
 
     def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
         """The student's feature maps and the teacher's attention maps to a scalar."""

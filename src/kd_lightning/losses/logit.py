@@ -3,6 +3,7 @@ Network", section 2.
 """
 
 import math
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,6 +48,10 @@ class Logit(Term):
     def remember(self, teacher: Output) -> Tensor:
         """The teacher's logits (B, C), before any temperature."""
         return teacher.logits.float()
+
+    def depends_on(self) -> dict[str, Any]:
+        """Nothing: the temperature comes later."""
+        return {}
 
     def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
         """Student logits (B, C) and the teacher's to a scalar."""

@@ -1,7 +1,7 @@
 """What a loss term is: the contract that every method is made of."""
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,11 +20,13 @@ class Term(nn.Module):
 
     Attributes:
         needs_teacher: whether `remember` is called at all.
+        needs_logits: whether `remember` reads the teacher's logits.
         student_reads: layers of the student whose feature maps `forward` needs.
         teacher_reads: layers of the teacher whose feature maps `remember` needs.
     """
 
     needs_teacher: ClassVar[bool] = True
+    needs_logits: ClassVar[bool] = True
 
     def __init__(self) -> None:
         super().__init__()
@@ -41,6 +43,14 @@ class Term(nn.Module):
     def remember(self, teacher: Output) -> Tensor:
         """What this term needs of the teacher: a float32 tensor (B, ...)."""
         raise NotImplementedError
+
+    def depends_on(self) -> dict[str, Any] | None:
+        """What `remember` depends on besides teacher and view, in plain values, once connected.
+
+        Two terms of one class that say the same share what is stored. None, unless a term says
+        better: its own settings are not known to leave `remember` alone, and nothing is stored.
+        """
+        return None
 
     def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
         """The unweighted loss: a float32 scalar, the mean over the batch."""

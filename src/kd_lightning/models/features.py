@@ -8,7 +8,10 @@ from torch import Tensor, nn
 
 
 class Output(NamedTuple):
-    """What a model said of a batch: logits (B, num_classes) and the feature maps asked for."""
+    """What a model said of a batch: logits (B, num_classes) and the feature maps asked for.
+
+    The logits are (B, 0) if they were not asked for.
+    """
 
     logits: Tensor
     features: dict[str, Tensor]
@@ -20,13 +23,21 @@ class FeatureReader:
     The layers are those of `model.named_modules()`. Forward hooks do the reading, so any
     `nn.Module` works. Not a module itself: it adds nothing to a state dict.
 
+    Args:
+        model: any network.
+        layers: those to read.
+        logits: whether the logits are wanted too; if not, a call ends with the last layer read.
+
     Raises:
         ValueError: a layer does not exist; the message lists those that do.
     """
 
-    def __init__(self, model: nn.Module, layers: Collection[str] = ()) -> None:
+    def __init__(self, model: nn.Module, layers: Collection[str] = (), logits: bool = True) -> None:
         self.model = model
+        self.logits = logits or not layers
         self._features: dict[str, Tensor] = {}
+        # A complete call counts the readings: a layer may be used more than once.
+        self._readings, self._total, self._enough = 0, 0, 0
         modules = dict(model.named_modules())
         for layer in layers:
             if layer not in modules or not layer:
@@ -43,14 +54,27 @@ class FeatureReader:
     def _keep(self, layer: str) -> Callable[[nn.Module, object, Tensor], None]:
         def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
             self._features[layer] = output
+            self._readings += 1
+            if self._readings == self._enough:
+                raise _ReadAll
 
         return hook
 
-    def __call__(self, images: Tensor) -> Output:
-        """Images (B, C, H, W) to `Output`."""
-        logits = self.model(images)
+    def __call__(self, images: Tensor, complete: bool = False) -> Output:
+        """Images (B, C, H, W) to `Output`; complete: the logits too, whatever was asked for."""
+        self._readings = 0
+        self._enough = 0 if self.logits or complete else self._total
+        try:
+            logits = self.model(images)
+            self._total = self._readings
+        except _ReadAll:
+            logits = images.new_empty(len(images), 0)
         features, self._features = self._features, {}
         return Output(logits, features)
+
+
+class _ReadAll(Exception):  # noqa: N818, not an error
+    """The last layer that was wanted has been read."""
 
 
 def layer_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:

@@ -1,0 +1,105 @@
+"""Lightning's Trainer as every training here uses it, student's and teacher's alike."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from kd_lightning.config import Node, build_partial, without
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distillation import DistillationModule
+from kd_lightning.errors import InputError
+from kd_lightning.pictures import Pictures
+from kd_lightning.progress import ProgressBar
+from kd_lightning.runs import RunDirectory
+
+
+def build_trainer(settings: Node, precision: str, folder: Path, name: str) -> Trainer:
+    """Lightning's Trainer with what every training of ours has: logs, checkpoints, a bar."""
+    checkpoints = folder / "checkpoints"
+    fixed = {
+        "precision": precision,
+        "default_root_dir": str(folder),
+        "logger": TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+        "callbacks": [
+            ModelCheckpoint(
+                checkpoints, "best", monitor="val/accuracy", mode="max",
+                save_weights_only=True, enable_version_counter=False,
+            ),
+            ModelCheckpoint(checkpoints, "last", enable_version_counter=False),
+            LearningRateMonitor("step"),
+            Pictures(),
+            ProgressBar(name),
+        ],
+        "enable_progress_bar": False,
+        "enable_model_summary": False,
+        # The sampler shards and shuffles by itself; the networks are checked before training.
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+    }  # fmt: skip
+    if settings.get("fast_dev_run"):
+        raise InputError(
+            "trainer.fast_dev_run leaves nothing to report; for a quick look use "
+            "trainer.max_epochs=1 +trainer.limit_train_batches=5"
+        )
+    for part in ("train", "val", "test"):
+        if settings.get(f"limit_{part}_batches") in (0, 0.0):
+            raise InputError(f"trainer.limit_{part}_batches=0 leaves nothing to report")
+    for key in fixed.keys() - {"precision"}:
+        if key in settings:
+            raise InputError(f"trainer.{key} cannot be set: this project sets it itself")
+    return build_partial(without(settings, "memory_format", "precision"), "trainer")(**fixed)
+
+
+def fit_and_test(
+    trainer: Trainer,
+    module: DistillationModule,
+    data: ImageDataModule,
+    directory: RunDirectory,
+    weights: str,
+) -> dict[str, Any]:
+    """Train, keep the last epoch's weights, and test them and those of the best epoch.
+
+    The best epoch is chosen on the validation images; the test images play no part in it.
+    """
+    began = time.perf_counter()
+    trainer.fit(module, data)
+    seconds = time.perf_counter() - began
+    directory.save_weights(module.student, weights)
+    if module.validated_at != trainer.global_step:  # stopped between two validations
+        trainer.validate(module, data, verbose=False)
+    epochs = trainer.current_epoch
+    results = {"val_accuracy": metric(trainer, "val/accuracy")}
+    best = trainer.checkpoint_callback
+    assert isinstance(best, ModelCheckpoint)
+    if best.best_model_score is None or best.best_model_score < results["val_accuracy"]:
+        results |= {"best_val_accuracy": results["val_accuracy"], "best_epoch": epochs}
+    else:
+        checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
+        results["best_val_accuracy"] = float(best.best_model_score)
+        results["best_epoch"] = checkpoint["epoch"] + 1
+    if results["best_epoch"] < epochs:
+        last = {key: value.clone() for key, value in module.state_dict().items()}
+        module.load_state_dict(checkpoint["state_dict"])
+        trainer.test(module, data, verbose=False)
+        results["test_accuracy_at_best"] = metric(trainer, "test/accuracy")
+        module.load_state_dict(last)
+    # The last epoch is the headline and is tested last, so that its pictures are what remains.
+    trainer.test(module, data, verbose=False)
+    results["test_accuracy"] = metric(trainer, "test/accuracy")
+    results.setdefault("test_accuracy_at_best", results["test_accuracy"])
+    return {
+        **results,
+        "epochs": epochs,
+        "train_seconds": round(seconds, 2),
+        "images_per_second": round(module.images_trained / module.training_seconds, 1),
+    }
+
+
+def metric(trainer: Trainer, name: str) -> float:
+    """The last value of what was logged under a name."""
+    return float(trainer.callback_metrics[name])
