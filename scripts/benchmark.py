@@ -1,18 +1,32 @@
-"""Images per second of a whole training loop beside a bare PyTorch loop of the same mathematics.
+"""How fast training is, beside what it could be at most and beside what is common.
 
     python scripts/benchmark.py
-    python scripts/benchmark.py --students small --methods none logit --repetitions 9
+    python scripts/benchmark.py --students small --methods logit --repetitions 9
+    python scripts/benchmark.py --grid      # nine distilled students from beginning to end
 
-The whole loop is what `train.py` runs: Lightning, torchmetrics, the data module rendering fresh
-views of every batch, TensorBoard, callbacks. The bare loop takes ready-made batches and does
-nothing but forward, loss, backward, clipping, optimizer and schedule. The two alternate in one
-process; the figures are medians, the ratio is the median of the ratios of neighbours. Images and
-weights are random: neither changes the time.
+For each student and method, images per second of
+
+- live: what `train.py` runs while the teacher computes: Lightning, torchmetrics, the data module
+  rendering fresh views of every batch, TensorBoard, callbacks;
+- bare: a loop of the same mathematics on ready-made batches, that does nothing but forward, loss,
+  backward, clipping, optimizer and schedule;
+- remembered: what `train.py` runs when the teacher's answers are stored;
+- plain (with --plain): the same distillation as it is commonly written, in `plain_distillation.py`.
+
+They alternate in one process, again and again. Figures are medians; a ratio is the median of the
+ratios within a round. `of peak` is the share of this machine's measured rate of matrix products
+(4096 x 4096, in the precision that is trained in) that the remembered loop, for `none` the live
+one, reaches. Images and weights are random: neither changes the time.
 """
 
 import argparse
+import contextlib
 import logging
+import os
+import resource
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,20 +34,23 @@ from typing import Any
 
 import torch
 from hydra import compose, initialize_config_dir
+from plain_distillation import plain_loop
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from kd_lightning.cli import quiet_lightning
 from kd_lightning.config import build_partial, plain, trainer_node, tree
 from kd_lightning.data.loading import Batch
 from kd_lightning.data.module import ImageDataModule, Images
 from kd_lightning.distillation import AUTOCAST
+from kd_lightning.fitting import build_trainer
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.runs import device_name
 from kd_lightning.training import (
     build_module,
     build_teacher,
-    build_trainer,
+    equip_memory,
     needs_teacher,
     resolve_precision,
 )
@@ -44,11 +61,11 @@ SECONDS = 3.0  # that one measurement should take
 
 
 class RandomImages(ImageDataModule):
-    """As many random images as fill the steps wanted."""
+    """The same random images whenever they are asked for."""
 
-    def __init__(self, count: int, **settings: Any) -> None:
-        super().__init__(name="random", **settings)
-        self.count = count
+    def __init__(self, train: int = 50_000, test: int = 10_000, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.sizes = train, test
 
     @property
     def classes(self) -> list[str]:
@@ -57,20 +74,35 @@ class RandomImages(ImageDataModule):
 
     def load(self) -> Images:
         """Noise."""
-        total = self.count + 1000
-        pixels = torch.randint(0, 256, (total, 32, 32, 3), dtype=torch.uint8)
-        return Images(pixels, torch.arange(total) % 10, train_size=self.count)
+        train, test = self.sizes
+        generator = torch.Generator().manual_seed(0)
+        shape = (train + test, self.image_size, self.image_size, 3)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return Images(pixels, torch.arange(train + test) % 10, train_size=train)
 
 
-def whole_loop(config: dict[str, Any], precision: str, steps: int, folder: Path) -> float:
-    """Images per second of the second epoch of a training."""
+def random_batches(count: int, batch_size: int) -> RandomImages:
+    """As many training batches, of the same views in every epoch."""
+    data = RandomImages(
+        train=2 * count * batch_size, test=1000, name="random", batch_size=batch_size,
+        val_fraction=0.5, views=1,
+    )  # fmt: skip
+    data.setup()
+    return data
+
+
+def whole_loop(config: dict[str, Any], precision: str, steps: int, remembered: bool) -> float:
+    """Images per second of the second epoch of a training; the first fills what is remembered."""
     batch_size = config["data"]["batch_size"]
-    data = RandomImages(2 * steps * batch_size, batch_size=batch_size, val_fraction=0.5)
+    data = random_batches(steps, batch_size)
     teacher = build_teacher(config) if needs_teacher(config) else None
     module = build_module(config, teacher, precision)
     settings = {**trainer_node(config), "max_epochs": 2}
-    trainer = build_trainer(settings, precision, folder, "benchmark")
-    trainer.fit(module, data)
+    with tempfile.TemporaryDirectory() as folder:
+        if remembered:
+            equip_memory(module, {**config, "output_dir": folder}, data, precision)
+        trainer = build_trainer(settings, precision, Path(folder), "benchmark")
+        trainer.fit(module, data)
     return float(trainer.callback_metrics["images_per_second"])
 
 
@@ -84,6 +116,8 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
     dtype = AUTOCAST.get(precision)
     assert teacher is not None
     student.to(device)
+    layers = ["stage3"] if "attention" in terms else []
+    teacher.read(layers, logits="logit" in terms)
     teacher.prepare(device, module.memory_format, dtype)
     optimizer = build_partial(config["optimizer"], "optimizer")(student.parameters())
     schedule = build_partial(config["scheduler"], "scheduler")(optimizer, total_steps=steps + 3)
@@ -91,7 +125,6 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
     student.get_submodule("stage2").register_forward_hook(
         lambda _module, _inputs, output: features.update(stage2=output)
     )
-    teacher.read(["stage3"])
     batches = ready_made(4, config["data"]["batch_size"], device)
 
     def step(batch: Batch) -> None:
@@ -99,7 +132,7 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
             if len(weights) > 1:
-                said = teacher(images)
+                said = teacher.answer(images)
             logits = student(images)
             loss = weights["cross_entropy"] * torch.nn.functional.cross_entropy(
                 logits.float(), labels
@@ -129,8 +162,7 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
 
 def ready_made(count: int, batch_size: int, device: torch.device) -> list[Batch]:
     """Rendered batches on their device."""
-    data = RandomImages(2 * count * batch_size, batch_size=batch_size, val_fraction=0.5)
-    data.setup()
+    data = random_batches(count, batch_size)
     return [
         {key: value.to(device) for key, value in batch.items()} for batch in data.train_dataloader()
     ]
@@ -142,27 +174,193 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def compare(method: str, student: str, arguments: argparse.Namespace) -> None:
-    """Measure one method and student, and print a line."""
+class Peak:
+    """The machine's rate of matrix products, and the share of it that a training reaches."""
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        dtype = AUTOCAST.get(precision, torch.float32)
+        a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
+        rates = []
+        for _ in range(5):
+            synchronize(device)
+            began = time.perf_counter()
+            a @ b
+            synchronize(device)
+            rates.append(2 * 4096**3 / (time.perf_counter() - began))
+        self.rate = max(rates)
+
+    def share(self, config: dict[str, Any], images_per_second: float) -> float:
+        """Of the student's forward and backward pass at this speed."""
+        student = build_module({**config, "method": SUPERVISED}, None, "32-true").student
+        images = torch.randn(2, 3, 32, 32)
+        with FlopCounterMode(display=False) as counter:
+            student(images).sum().backward()
+        return counter.get_total_flops() / 2 * images_per_second / self.rate
+
+
+SUPERVISED = {
+    "name": "none",
+    "terms": {"cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", "weight": 1.0}},
+}
+
+
+def configuration(method: str, student: str, overrides: list[str]) -> dict[str, Any]:
+    """What `train.py` would be given."""
     with initialize_config_dir(tree(), version_base="1.3"):
-        overrides = [f"method={method}", f"student={student}", *arguments.overrides]
-        config = plain(compose("train", overrides))
+        config = plain(compose("train", [f"method={method}", f"student={student}", *overrides]))
     config.setdefault("scheduler", None)
-    precision = resolve_precision(trainer_node(config))
+    return config
+
+
+def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
+    """Measure one student with every method, and print a line for each."""
+    methods = ["none", *(method for method in arguments.methods if method != "none")]
+    configs = {m: configuration(m, student, arguments.overrides) for m in methods}
+    precision = resolve_precision(trainer_node(configs["none"]))
     # Short first, to know how many steps fill the time.
-    speed = bare_loop(config, precision, steps=3)
-    steps = max(5, round(SECONDS * speed / config["data"]["batch_size"]))
-    whole, bare = [], []
+    batch = configs["none"]["data"]["batch_size"]
+    steps = {}
+    for method, config in configs.items():
+        speed = bare_loop(config, precision, steps=3)
+        steps[method] = max(5, round(SECONDS * speed / batch))
+    rounds: list[dict[tuple[str, str], float]] = []
+    memory: dict[str, float] = {}
     for _ in range(arguments.repetitions):
-        bare.append(bare_loop(config, precision, steps))
-        with tempfile.TemporaryDirectory() as folder:
-            whole.append(whole_loop(config, precision, steps, Path(folder)))
-    ratio = statistics.median(w / b for w, b in zip(whole, bare, strict=True))
-    print(
-        f"{method:10} {student:7} {statistics.median(whole):10,.0f} "
-        f"{statistics.median(bare):10,.0f} {ratio:7.3f}",
-        flush=True,
+        found: dict[tuple[str, str], float] = {}
+        for method, config in configs.items():
+            found[method, "bare"] = bare_loop(config, precision, steps[method])
+            forget_peak_memory()
+            found[method, "live"] = whole_loop(config, precision, steps[method], remembered=False)
+            memory[method] = peak_memory()
+            if method != "none":
+                enough = steps["none"]
+                found[method, "remembered"] = whole_loop(config, precision, enough, remembered=True)
+                if arguments.plain:
+                    found[method, "plain"] = plain_loop(config, steps=4)
+        rounds.append(found)
+
+    def middle(method: str, what: str, per: tuple[str, str] | None = None) -> float | None:
+        if (method, what) not in rounds[0] or (per is not None and per not in rounds[0]):
+            return None
+        return statistics.median(r[method, what] / (r[per] if per else 1) for r in rounds)
+
+    for method, config in configs.items():
+        if method not in arguments.methods:
+            continue
+        remembered = middle(method, "remembered")
+        best = remembered or middle(method, "live")
+        assert best is not None
+        cells = [
+            number(middle(method, "bare")),
+            number(middle(method, "live")),
+            number(middle(method, "live", (method, "bare")), 3),
+            number(remembered),
+            number(middle(method, "remembered", ("none", "live")), 3),
+            f"{100 * peak.share(config, best):.0f} %",
+            f"{memory[method]:.2f} GB",
+        ]
+        if arguments.plain:
+            cells += [
+                number(middle(method, "plain")),
+                number(middle(method, "live", (method, "plain")), 1),
+                number(middle(method, "remembered", (method, "plain")), 1),
+            ]
+        print(row(method, student, *cells), flush=True)
+
+
+def measure_grid(overrides: list[str], epochs: int) -> None:
+    """Nine distilled students beside nine that have no teacher, each nine by one command."""
+    # `combined` first: what it stores is all that the other two need.
+    methods = [method for method in reversed(METHODS) if method != "none"]
+    expected = estimate(methods, overrides, epochs)
+    distilled = [f"method={','.join(methods)}", f"student={','.join(STUDENTS)}", "seed=0"]
+    with tempfile.TemporaryDirectory() as folder:
+        fixed = [
+            f"output_dir={folder}", f"data_dir={folder}", f"trainer.max_epochs={epochs}",
+            "data._target_=benchmark.RandomImages", "~data.root",
+            "teacher.trainer.max_epochs=1", "+teacher.trainer.max_steps=1",
+            *overrides,
+        ]  # fmt: skip
+        # The teacher, which need not know anything; what it says is removed again.
+        command("method=logit", "student=small", "remember.disk_gb=0", *fixed)
+        title = f"nine students, {epochs} epochs, end to end"
+        print(f"{title:40}{'expected':>12}{'measured':>12}{'ratio':>8}")
+        baseline = 0.0
+        for name, arguments in {
+            "without a teacher": ["method=none", distilled[1], "seed=0,1,2"],
+            "distilled, nothing remembered yet": distilled,
+            "distilled, everything remembered": distilled,
+            "distilled, remembering switched off": [*distilled, "remember.disk_gb=0"],
+        }.items():
+            seconds = command("-m", *arguments, *fixed)
+            baseline = baseline or seconds
+            print(
+                f"{name:40}{expected[name]:10.0f} s{seconds:10.0f} s{seconds / baseline:8.2f}",
+                flush=True,
+            )
+
+
+def estimate(methods: list[str], overrides: list[str], epochs: int) -> dict[str, float]:
+    """Seconds of training alone, from a short measurement of every cell."""
+    images = 45_000 * epochs
+    alone = live = remembered = first_pass = 0.0
+    for student in STUDENTS:
+        config = configuration("none", student, overrides)
+        precision = resolve_precision(trainer_node(config))
+        speed = whole_loop(config, precision, steps=40, remembered=False)
+        alone += 3 * images / speed
+        for method in methods:
+            config = configuration(method, student, overrides)
+            slow = images / whole_loop(config, precision, steps=8, remembered=False)
+            fast = images / whole_loop(config, precision, steps=40, remembered=True)
+            live, remembered = live + slow, remembered + fast
+            first_pass = first_pass or slow - fast
+    return {
+        "without a teacher": alone,
+        "distilled, nothing remembered yet": remembered + first_pass,
+        "distilled, everything remembered": remembered,
+        "distilled, remembering switched off": live,
+    }
+
+
+def command(*arguments: str) -> float:
+    """Run `train.py` with these arguments in a process of its own; return the seconds it took."""
+    here = Path(__file__).resolve().parent
+    paths = [str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
+    began = time.perf_counter()
+    subprocess.run(
+        [sys.executable, "-c", "from kd_lightning.cli import main; main()", *arguments],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.DEVNULL,
+        check=True,
     )
+    return time.perf_counter() - began
+
+
+def row(method: str, student: str, *cells: str) -> str:
+    """A line of the table."""
+    return f"{method:10} {student:7}" + "".join(f"{cell:>11}" for cell in cells)
+
+
+def number(value: float | None, digits: int = 0) -> str:
+    """For people; a dash where there is none."""
+    return "-" if value is None else f"{value:,.{digits}f}"
+
+
+def forget_peak_memory() -> None:
+    """Start counting this process's peak memory anew, where the system can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory() -> float:
+    """Peak resident memory of this process, in GB."""
+    try:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
+    except (OSError, IndexError):
+        scale = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
 
 
 def main() -> None:
@@ -173,17 +371,29 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--students", nargs="+", default=STUDENTS, choices=STUDENTS)
     parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--plain", action="store_true", help="the common implementation, too")
+    parser.add_argument("--grid", action="store_true", help="a small grid instead, end to end")
+    parser.add_argument("--epochs", type=int, default=3, help="of the small grid")
     parser.add_argument("overrides", nargs="*", help="configuration overrides, after --")
     arguments = parser.parse_args()
     quiet_lightning()
     logging.getLogger("lightning").setLevel(logging.WARNING)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    print(f"{device_name(device)}, torch {torch.__version__}; images per second, medians of "
-          f"{arguments.repetitions} alternating repetitions")  # fmt: skip
-    print(f"{'method':10} {'student':7} {'whole loop':>10} {'bare loop':>10} {'ratio':>7}")
+    precision = resolve_precision(trainer_node(configuration("none", "small", [])))
+    peak = Peak(device, precision)
+    print(
+        f"{device_name(device)}, torch {torch.__version__}, {precision}, "
+        f"matrix products at {peak.rate / 1e9:,.0f} GFLOP/s"
+    )
+    if arguments.grid:
+        measure_grid(arguments.overrides, arguments.epochs)
+        return
+    print(f"images per second, medians of {arguments.repetitions} rounds")
+    heads = ["bare", "live", "live/bare", "remembered", "rem./none", "of peak", "memory"]
+    heads += ["plain", "live/plain", "rem./plain"] if arguments.plain else []
+    print(row("method", "student", *heads))
     for student in arguments.students:
-        for method in arguments.methods:
-            compare(method, student, arguments)
+        compare(student, arguments, peak)
 
 
 if __name__ == "__main__":

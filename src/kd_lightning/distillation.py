@@ -1,6 +1,7 @@
 """The one Lightning module: a trainable student, a frozen teacher, and the terms between them."""
 
 import time
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -16,7 +17,7 @@ from kd_lightning.data.loading import Batch
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.losses import Term
-from kd_lightning.memory import Memory
+from kd_lightning.memory import Ask, Memory
 from kd_lightning.models.features import FeatureReader, layer_shapes
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
@@ -40,7 +41,8 @@ class DistillationModule(LightningModule):
         teacher: needed if a term needs one; neither a hyper-parameter nor saved.
 
     Attributes:
-        memory: what the teacher has said before, if that is kept.
+        memory: what the teacher has said of training views before, if that is kept.
+        evaluation_memory: its logits of images as they are, ``logits``, if they are kept.
 
     Raises:
         InputError: a node cannot be built, or a term cannot work between the two networks.
@@ -72,6 +74,7 @@ class DistillationModule(LightningModule):
         )
         self.teacher = teacher
         self.memory: Memory | None = None
+        self.evaluation_memory: Memory | None = None
         self._connect(num_classes, image_size)
         accuracy = MulticlassAccuracy(num_classes, average="micro", validate_args=False)
         self.train_accuracy = accuracy.clone()
@@ -129,7 +132,9 @@ class DistillationModule(LightningModule):
         """The unweighted loss of every term, float32 scalars, and the student's logits (B, C)."""
         images = batch["images"].contiguous(memory_format=self.memory_format)
         terms = cast(dict[str, Term], self.terms)
-        remembered = self._remembered(batch, images) if self.teacher is not None else {}
+        remembered: Mapping[str, Tensor] = {}
+        if self.teacher is not None:
+            remembered = self._remembered(batch, images)
         student = self._read_student(images)
         losses = {
             name: term(student, remembered.get(name), batch["labels"])
@@ -137,15 +142,19 @@ class DistillationModule(LightningModule):
         }
         return losses, student.logits
 
-    def _remembered(self, batch: Batch, images: Tensor) -> dict[str, Tensor]:
+    def _remembered(self, batch: Batch, images: Tensor) -> Mapping[str, Tensor]:
         """What every term needs of the teacher, (B, ...): recalled, or else computed."""
 
         def ask(positions: Tensor | None) -> dict[str, Tensor]:
             return self.ask_teacher(images if positions is None else images[positions])
 
-        if self.memory is None:
+        return self._recall(self.memory, batch, ask)
+
+    @staticmethod
+    def _recall(memory: Memory | None, batch: Batch, ask: Ask) -> Mapping[str, Tensor]:
+        if memory is None:
             return ask(None)
-        return self.memory.recall(batch["index"], batch["view"], images.device, ask)
+        return memory.recall(batch["index"], batch["view"], batch["images"].device, ask)
 
     def ask_teacher(self, images: Tensor) -> dict[str, Tensor]:
         """What every term remembers of these images (B, 3, H, W): term name to (B, ...)."""
@@ -178,6 +187,11 @@ class DistillationModule(LightningModule):
     def on_train_epoch_start(self) -> None:
         """Start the clock and the count of images."""
         self._clock_began, self._clock_images = time.perf_counter(), 0
+
+    def on_test_epoch_end(self) -> None:
+        """Keep what the teacher said of the test images."""
+        if self.evaluation_memory is not None:
+            self.evaluation_memory.flush()
 
     def on_train_epoch_end(self) -> None:
         """Log the accuracy on the epoch's training views."""
@@ -225,9 +239,14 @@ class DistillationModule(LightningModule):
             self.log("test/agreement", self.agreement)
 
     def _score_teacher(self, batch: Batch, part: str) -> Tensor:
-        assert self.teacher is not None
         images = batch["images"].contiguous(memory_format=self.memory_format)
-        logits = self.teacher(images).clone()  # not an inference tensor
+
+        def ask(positions: Tensor | None) -> dict[str, Tensor]:
+            assert self.teacher is not None
+            logits = self.teacher(images if positions is None else images[positions])
+            return {"logits": logits.float().clone()}  # not an inference tensor
+
+        logits = self._recall(self.evaluation_memory, batch, ask)["logits"]
         self.teacher_accuracy.update(logits, batch["labels"])
         self.log(f"{part}/teacher_accuracy", self.teacher_accuracy)
         return logits

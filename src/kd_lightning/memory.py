@@ -31,7 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_lightning.data.views import counter_random
+from kd_lightning.data.views import PLAIN, counter_random
 from kd_lightning.files import write_json
 
 log = logging.getLogger(__name__)
@@ -81,7 +81,8 @@ class Rows:
 
     def path(self, view: int) -> Path:
         """The file of a view number."""
-        return self.folder / f"view-{view:05d}.rows"
+        name = "plain" if view == PLAIN else f"{view:05d}"
+        return self.folder / f"view-{name}.rows"
 
     def read(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
         """The numbers (B, *shape), in `dtype`, and which of the rows are there, (B,) bool.

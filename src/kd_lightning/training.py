@@ -97,11 +97,10 @@ def _distil(config: Node, directory: RunDirectory) -> dict[str, Any]:
     facts: dict[str, Any] = {}
     if teacher is not None:
         facts = equip_teacher(teacher, config, data)
+        equip_memory(module, config, data, precision)
         if "teacher_val_accuracy" not in facts:
             trainer.validate(module, data, verbose=False)
             facts["teacher_val_accuracy"] = metric(trainer, "val/teacher_accuracy")
-
-        module.memory = build_memory(module, config, data, precision)
 
     # Again: training a teacher must not change what the student draws.
     seed_everything(config["seed"], verbose=False)
@@ -241,50 +240,56 @@ def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -
     }
 
 
-def build_memory(
+def equip_memory(
     module: DistillationModule, config: Node, data: ImageDataModule, precision: str
-) -> Memory | None:
-    """Where the answers of the module's teacher, complete with its weights, are kept.
-
-    Returns:
-        None if nothing is to be kept, or nothing can be.
-    """
+) -> None:
+    """Let the module keep what its teacher, complete with its weights, says."""
     settings = config["remember"]
     if not settings["disk_gb"]:
-        return None
+        return
     assert module.teacher is not None
+    expects, given = normalizations(config)
+    root = Path(config["output_dir"]) / "teachers" / "remembered"
+    limit = settings["disk_gb"] * GIGABYTE
+
+    def rows(what: str, key: Node, images: int, shape: tuple[int, ...], dtype: str) -> Rows:
+        key = {**teacher, **key, "dtype": dtype}
+        folder = root / folder_name(config["teacher"]["name"], what, key)
+        return Rows(folder, key, images, shape, DTYPES[dtype])
+
+    teacher: Node = {
+        "format": 1,
+        "teacher": {**config["teacher"]["model"], "weights": weights_sha256(module.teacher.model)},
+        "normalization": [*expects, *given],
+        "images": data.fingerprint(),
+        "precision": precision,
+    }
+    # Evaluation is exact: what it reports must not depend on a rounding.
+    classes = config["data"]["num_classes"]
+    kept = {"logits": rows("evaluation", {}, len(data.labels), (classes,), "float32")}
+    module.evaluation_memory = Memory(kept, root, limit)
+
     terms = {name: cast(Term, term) for name, term in module.terms.items() if term.needs_teacher}
     why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
     for name, term in terms.items():
         if term.depends_on() is None:
             why = f"the term {name} does not say what it depends on (Term.depends_on)"
     if why:
-        log.warning("the teacher's answers are not stored: %s", why)
-        return None
-    expects, given = normalizations(config)
-    common = {
-        "format": 1,
-        "teacher": {**config["teacher"]["model"], "weights": weights_sha256(module.teacher.model)},
-        "normalization": [*expects, *given],
-        "images": data.fingerprint(),
+        log.warning("what the teacher says in training is not stored: %s", why)
+        return
+    views: Node = {
         "split": [data.val_fraction, data.split_seed],
         "augmentation": asdict(data.augmentation),
-        "precision": precision,
-        "dtype": settings["dtype"],
     }
-    size = config["data"]["image_size"]
-    shapes = {
-        name: tuple(value.shape[1:])
-        for name, value in module.ask_teacher(torch.zeros(1, 3, size, size)).items()
-    }
-    root = Path(config["output_dir"]) / "teachers" / "remembered"
-    rows = {}
+    blank = torch.zeros(1, 3, data.image_size, data.image_size)
+    said = module.ask_teacher(blank)
+    kept = {}
     for name, term in terms.items():
         kind = f"{type(term).__module__}.{type(term).__qualname__}"
-        key = {**common, "term": {"class": kind, **(term.depends_on() or {})}}
-        folder = root / folder_name(config["teacher"]["name"], name, key)
-        rows[name] = Rows(folder, key, data.train_size, shapes[name], DTYPES[settings["dtype"]])
-    return Memory(rows, root, settings["disk_gb"] * GIGABYTE)
+        key = {**views, "term": {"class": kind, **(term.depends_on() or {})}}
+        shape = tuple(said[name].shape[1:])
+        kept[name] = rows(name, key, data.train_size, shape, settings["dtype"])
+    module.memory = Memory(kept, root, limit)
 
 
 def train_teacher(

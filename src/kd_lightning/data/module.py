@@ -34,6 +34,7 @@ class ImageDataModule(LightningDataModule):
     A source derives from this class and provides `classes` and `load`.
 
     Attributes:
+        labels: of all images (N,), int64, once `setup` has been called.
         reproducible: whether a view is the same whenever it is rendered. A subclass that does
             something random to its batches says False, and no teacher's answer is stored.
 
@@ -133,16 +134,16 @@ class ImageDataModule(LightningDataModule):
         """
         if self.splits:
             return
-        self._pixels, self._labels, train_size = self.load()
+        self._pixels, self.labels, train_size = self.load()
         train, val = stratified_split(
-            self._labels[:train_size], self.val_fraction, self.split_seed, self.classes
+            self.labels[:train_size], self.val_fraction, self.split_seed, self.classes
         )
         if self.batch_size > len(train):
             raise InputError(
                 f"data.batch_size={self.batch_size} is above the {len(train)} training images of "
                 f"{self.name}; choose at most {len(train)}"
             )
-        test = torch.arange(train_size, len(self._labels))
+        test = torch.arange(train_size, len(self.labels))
         self.splits = {"train": train, "val": val, "test": test}
 
     def variant(self, **attributes: Any) -> "ImageDataModule":
@@ -159,21 +160,21 @@ class ImageDataModule(LightningDataModule):
             sizes = (tuple(self._pixels.shape), len(self.splits["test"]))
             digest = hashlib.sha256(str(sizes).encode())
             digest.update(self._pixels.cpu().numpy().data)
-            digest.update(self._labels.cpu().numpy().data)
+            digest.update(self.labels.cpu().numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
 
     @property
     def train_size(self) -> int:
         """Images of the training and validation part together; their indices come first."""
-        return len(self._labels) - len(self.splits["test"])
+        return len(self.labels) - len(self.splits["test"])
 
     def _loader(self, split: str, shuffle: bool = False) -> ViewLoader:
         size = self.batch_size if shuffle else self.eval_batch_size
         sampler = ViewSampler(self.splits[split], size, shuffle, self.seed, self.views)
         if self.trainer is not None:
             device = self.trainer.strategy.root_device
-            self._pixels, self._labels = self._pixels.to(device), self._labels.to(device)
+            self._pixels, self.labels = self._pixels.to(device), self.labels.to(device)
         return ViewLoader(sampler, cut=self._cut, finish=self._finish)
 
     def train_dataloader(self) -> ViewLoader:
@@ -206,7 +207,7 @@ class ImageDataModule(LightningDataModule):
         return self.augmentation.render(self._pixels, index.to(device), view.to(device))
 
     def _finish(self, index: Tensor, view: Tensor, views: Tensor) -> Batch:
-        labels = self._labels[index.to(views.device, non_blocking=True)]
+        labels = self.labels[index.to(views.device, non_blocking=True)]
         return {"images": self._normalize(views), "labels": labels, "index": index, "view": view}
 
     def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:

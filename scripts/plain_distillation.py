@@ -1,0 +1,87 @@
+"""Distillation as it is commonly written: the baseline that `benchmark.py` compares with.
+
+float32 in the default memory format, Pillow images augmented one by one in a `DataLoader`, the
+teacher asked in every step.
+"""
+
+import time
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from torchvision import transforms
+
+from kd_lightning.config import build, build_partial
+
+
+class Pictures(Dataset[tuple[Tensor, int]]):
+    """Random pictures with torchvision's transforms."""
+
+    def __init__(self, count: int, size: int) -> None:
+        pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
+        self.images = [Image.fromarray(image) for image in pixels]
+        self.transform = transforms.Compose(
+            [
+                transforms.RandomCrop(size, padding=4, padding_mode="reflect"),
+                transforms.RandomHorizontalFlip(),
+                transforms.ToTensor(),
+                transforms.Normalize((0.5,) * 3, (0.5,) * 3),
+            ]
+        )
+
+    def __len__(self) -> int:
+        """How many."""
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        """One of them."""
+        return self.transform(self.images[index]), index % 10
+
+
+def attention(feature_map: Tensor) -> Tensor:
+    """An attention map as the paper's authors write it."""
+    return F.normalize(feature_map.pow(2).mean(1).view(feature_map.size(0), -1))
+
+
+def plain_loop(config: dict[str, Any], steps: int) -> float:
+    """Images per second."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    terms, batch_size = config["method"]["terms"], config["data"]["batch_size"]
+    student: nn.Module = build(config["student"]["model"], "student.model").to(device)
+    teacher: nn.Module = build(config["teacher"]["model"], "teacher.model").to(device).eval()
+    features: dict[str, Tensor] = {}
+    for name, layer in (("student", student.stage2), ("teacher", teacher.stage3)):
+        layer.register_forward_hook(lambda _m, _i, output, n=name: features.update({n: output}))
+    optimizer = build_partial(config["optimizer"], "optimizer")(student.parameters())
+    loader = DataLoader(
+        Pictures((steps + 1) * batch_size, config["data"]["image_size"]),
+        batch_size, shuffle=True, num_workers=1,
+    )  # fmt: skip
+    began = 0.0
+    for number, (images, labels) in enumerate(loader):
+        if number == 1:  # the first is the start of the loader
+            began = time.perf_counter()
+        images, labels = images.to(device), labels.to(device)
+        logits = student(images)
+        loss = terms["cross_entropy"]["weight"] * F.cross_entropy(logits, labels)
+        if len(terms) > 1:
+            with torch.no_grad():
+                said = teacher(images)
+        if "logit" in terms:
+            t = terms["logit"]["temperature"]
+            soft = F.kl_div(
+                F.log_softmax(logits / t, 1), F.softmax(said / t, 1), reduction="batchmean"
+            )
+            loss = loss + terms["logit"]["weight"] * t * t * soft
+        if "attention" in terms:
+            difference = attention(features["student"]) - attention(features["teacher"])
+            loss = loss + terms["attention"]["weight"] * difference.pow(2).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        loss.item()  # as is common, for the progress bar
+    return steps * batch_size / (time.perf_counter() - began)
