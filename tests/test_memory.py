@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from kd_lightning import memory
 from kd_lightning.data import FolderDataModule
+from kd_lightning.data.views import PLAIN
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.memory import DTYPES, Memory, Rows, stored
 
@@ -407,3 +408,20 @@ def test_the_script_shows_and_removes(train, tmp_path, monkeypatch, capsys):
     assert remembered(tmp_path) == names - {min(names)}
     script("--remove", "all")
     assert not remembered(tmp_path)
+
+
+def test_a_row_of_zeros_is_never_taken_for_a_written_one(tmp_path):
+    """A new file is all zeros, and zeros are what a term may remember."""
+    rows = Rows(tmp_path, {}, images=300, shape=(3,), dtype=torch.float16)
+    index = torch.arange(300)
+    for number in (PLAIN, 0, 7):
+        view = torch.full_like(index, number)
+        rows.reserve(number)
+        assert not rows.read(index, view)[1].any()
+        rows.write(index, view, torch.zeros(300, 3, dtype=torch.float16))
+        assert rows.read(index, view)[1].all()
+        # The same numbers, where another image's belong.
+        file = rows.path(number)
+        content = file.read_bytes()
+        file.write_bytes(content[16:] + content[:16])
+        assert not Rows(tmp_path, {}, 300, (3,), torch.float16).read(index, view)[1].any()

@@ -38,6 +38,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 GIGABYTE = 10**9
+ODD = np.uint64(0x9E3779B97F4A7C15)  # multiplying by an odd number modulo 2^64 loses nothing
 
 Words = npt.NDArray[np.uint32]
 Ask = Callable[[Tensor | None], Mapping[str, Tensor]]
@@ -175,8 +176,12 @@ class Rows:
     def _checksum(self, words: Words, index: Tensor, view: Tensor) -> Words:
         """Multilinear hash modulo 2^64 (Carter & Wegman 1979), (B, 2): two words of 32 bits."""
         total = words.astype(np.uint64) @ self._factors
-        salt = counter_random(index, view, seed=3) << 31 ^ counter_random(index, view, seed=4)
-        total += salt.numpy().astype(np.uint64)
+        # Another number for every (image, view), never 0: neither a row of zeros nor the same
+        # numbers in another place pass.
+        place = (view.numpy() + 2).astype(np.uint64) << np.uint64(32) | index.numpy().astype(
+            np.uint64
+        )
+        total += place * ODD
         # The low bits of a sum of products are the weakest: fold the high ones into them.
         total ^= total >> np.uint64(29)
         return total.view(np.uint32).reshape(-1, 2)
