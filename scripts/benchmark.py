@@ -42,7 +42,7 @@ from kd_lightning.cli import quiet_lightning
 from kd_lightning.config import build_partial, plain, trainer_node, tree
 from kd_lightning.data.loading import Batch
 from kd_lightning.data.module import ImageDataModule, Images
-from kd_lightning.distillation import AUTOCAST
+from kd_lightning.distillation import AUTOCAST, build_optimizer
 from kd_lightning.fitting import build_trainer
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
@@ -119,7 +119,7 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
     layers = ["stage3"] if "attention" in terms else []
     teacher.read(layers, logits="logit" in terms)
     teacher.prepare(device, module.memory_format, dtype)
-    optimizer = build_partial(config["optimizer"], "optimizer")(student.parameters())
+    optimizer = build_optimizer(config["optimizer"], student.parameters(), precision)
     schedule = build_partial(config["scheduler"], "scheduler")(optimizer, total_steps=steps + 3)
     features: dict[str, Tensor] = {}
     student.get_submodule("stage2").register_forward_hook(

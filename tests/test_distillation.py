@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from kd_lightning.data import FolderDataModule
-from kd_lightning.distillation import DistillationModule
+from kd_lightning.distillation import DistillationModule, build_optimizer
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.frozen import FrozenTeacher, Normalization
 from kd_lightning.models import CifarResNet
@@ -190,6 +190,27 @@ def test_adamw_trains_too(folder, tmp_path):
     assert not torch.equal(
         module.student.state_dict()["stage1.0.weight"], before["stage1.0.weight"]
     )
+
+
+@pytest.mark.parametrize(
+    ("settings", "precision", "fused"),
+    [
+        (SGD, "32-true", True),
+        (SGD, "bf16-mixed", True),
+        (SGD, "16-mixed", None),  # a fused optimizer and clipping exclude each other there
+        ({**SGD, "fused": False}, "32-true", False),
+        ({**SGD, "foreach": True}, "32-true", None),
+        ({"_target_": "torch.optim.Adagrad", "lr": 0.1}, "32-true", None),
+    ],
+)
+def test_the_optimizer_is_fused_where_it_can_be(settings, precision, fused):
+    layer = torch.nn.Linear(3, 2)
+    optimizer = build_optimizer(settings, layer.parameters(), precision)
+    assert optimizer.param_groups[0]["fused"] == fused
+    layer(torch.randn(4, 3)).square().sum().backward()
+    before = snapshot(layer)
+    optimizer.step()
+    assert all(not torch.equal(value, before[name]) for name, value in snapshot(layer).items())
 
 
 def test_a_model_with_another_number_of_classes_is_refused():

@@ -163,7 +163,6 @@ def changed(path, value):
         ("teacher.mean", [0.1, 0.1, 0.1]),
         ("data.batch_size", 16),
         ("data.split_seed", 1),
-        ("data.view_seed", 1),
     ],
 )
 def test_whatever_changes_the_weights_changes_the_key(data, path, value):
@@ -184,6 +183,8 @@ def test_precision_and_images_are_in_the_key(data):
     [
         ("data.root", "elsewhere"),
         ("data.seed", 7),
+        ("data.view_seed", 1),  # of the student's views: the teacher has its own
+        ("data.cutout", 4),
         ("trainer.max_epochs", 50),  # of the student: the teacher has its own
         ("trainer.accelerator", "cpu"),
     ],

@@ -1,15 +1,18 @@
 """The one Lightning module: a trainable student, a frozen teacher, and the terms between them."""
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
-from torch.nn import ModuleDict
+from torch.nn import ModuleDict, Parameter
+from torch.optim import Optimizer
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from kd_lightning.config import Node, build, build_partial, without
@@ -21,6 +24,7 @@ from kd_lightning.memory import Ask, Memory
 from kd_lightning.models.features import FeatureReader, layer_shapes
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+FUSED = ("torch.optim.SGD", "torch.optim.Adam", "torch.optim.AdamW")
 
 
 class DistillationModule(LightningModule):
@@ -270,7 +274,8 @@ class DistillationModule(LightningModule):
 
     def configure_optimizers(self) -> Any:
         """The optimizer of the student's (and terms') parameters, and its schedule by steps."""
-        optimizer = build_partial(self.optimizer_node, "optimizer")(self.parameters())
+        precision = str(self.trainer.precision)
+        optimizer = build_optimizer(self.optimizer_node, self.parameters(), precision)
         if self.scheduler_node is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
@@ -279,3 +284,34 @@ class DistillationModule(LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
         }
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does, with fused optimizers too unless gradients are scaled."""
+        if str(self.trainer.precision) == "16-mixed":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        # Past the refusal of MixedPrecision, which is meant for gradients that are scaled.
+        plugin = self.trainer.precision_plugin
+        Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+
+
+def build_optimizer(node: Node, parameters: Iterable[Parameter], precision: str) -> Optimizer:
+    """The optimizer, in its fused form where it has one: a single pass over weights, gradients
+    and momenta, five to ten times faster on a CPU.
+
+    Args:
+        node: its `_target_` node.
+        parameters: what it optimises.
+        precision: that of the training. In 16-mixed a fused optimizer removes the scale of the
+            gradients itself, so that they cannot be clipped before.
+    """
+    chosen = "fused" in node or "foreach" in node
+    if node["_target_"] in FUSED and precision != "16-mixed" and not chosen:
+        node = {**node, "fused": True}
+    return cast(Optimizer, build_partial(node, "optimizer")(parameters))

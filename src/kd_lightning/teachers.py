@@ -65,7 +65,12 @@ def teacher_key(config: Node, data: ImageDataModule, precision: str) -> str:
         **{part: teacher[part] for part in ("model", "seed", "cutout", "optimizer", "scheduler")},
         "normalization": [teacher["mean"], teacher["std"]],
         "trainer": {**without(trainer_node(config, teacher=True), *UNSEEN), "precision": precision},
-        "data": without(config["data"], *ELSEWHERE),
+        "data": {
+            **without(config["data"], *ELSEWHERE),
+            # Its own views, whatever the student's.
+            "cutout": teacher["cutout"],
+            "view_seed": teacher["seed"],
+        },
         "images": data.fingerprint(),
     }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()

@@ -304,7 +304,7 @@ def train_teacher(
         views=None,
         mean=expects.mean,
         std=expects.std,
-        augmentation=replace(data.augmentation, cutout=teacher["cutout"]),
+        augmentation=replace(data.augmentation, cutout=teacher["cutout"], seed=teacher["seed"]),
     )
     seed_everything(teacher["seed"], verbose=False)
     module = DistillationModule(
