@@ -21,6 +21,7 @@ one, reaches. Images and weights are random: neither changes the time.
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import resource
@@ -229,6 +230,7 @@ def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
         found: dict[tuple[str, str], float] = {}
         for method, config in configs.items():
             found[method, "bare"] = bare_loop(config, precision, steps[method])
+            gc.collect()  # trainers refer to themselves: what came before would stay
             forget_peak_memory()
             found[method, "live"] = whole_loop(config, precision, steps[method], remembered=False)
             memory[method] = peak_memory()
