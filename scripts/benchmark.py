@@ -262,7 +262,7 @@ def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
             rounds.append(found)
 
     def middle(method: str, what: str, per: str | None = None) -> float | None:
-        if (method, what) not in rounds[0]:
+        if any((method, needed) not in rounds[0] for needed in (what, per or what)):
             return None
         return statistics.median(r[method, what] / (r[method, per] if per else 1) for r in rounds)
 
