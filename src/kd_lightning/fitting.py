@@ -13,6 +13,7 @@ from kd_lightning.config import Node, build_partial, without
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import InputError
+from kd_lightning.hardware import keep_freed_memory
 from kd_lightning.pictures import Pictures
 from kd_lightning.progress import ProgressBar
 from kd_lightning.runs import RunDirectory
@@ -52,6 +53,7 @@ def build_trainer(settings: Node, precision: str, folder: Path, name: str) -> Tr
     for key in fixed.keys() - {"precision"}:
         if key in settings:
             raise InputError(f"trainer.{key} cannot be set: this project sets it itself")
+    keep_freed_memory()
     return build_partial(without(settings, "memory_format", "precision"), "trainer")(**fixed)
 
 

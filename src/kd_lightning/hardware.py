@@ -1,6 +1,10 @@
 """What the machine at hand computes fast: precision and memory format."""
 
+import ctypes
+
 import torch
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def choose_precision(accelerator: str = "auto") -> str:
@@ -40,3 +44,17 @@ def choose_memory_format(precision: str) -> torch.memory_format:
     if torch.backends.mps.is_available() or (torch.cuda.is_available() and precision == "32-true"):
         return torch.contiguous_format
     return torch.channels_last
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for the next step to use again.
+
+    By default glibc returns large blocks to the kernel as they are freed and is given them back
+    page by page, each zeroed, a moment later: up to a third of a step's time. Elsewhere, nothing.
+    """
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**29)):
+            library.mallopt(parameter, value)
+    except (OSError, AttributeError):
+        pass  # another C library, another habit

@@ -17,14 +17,16 @@ class _MeanSquare(torch.autograd.Function):
     """Mean over channels of the squared activations, in float32.
 
     Written out because autograd would keep a float32 copy of the whole feature map and walk over
-    it several times. This keeps the map it is given.
+    it several times. This keeps the map it is given. The squared norm, because it is reduced in
+    float32 without any copy.
     """
 
     @staticmethod
     def forward(ctx: Any, feature_map: Tensor) -> Tensor:
         ctx.save_for_backward(feature_map)
-        # `.to(copy=True)`: the squaring is in place and must never reach a float32 input.
-        return feature_map.to(torch.float32, copy=True).square_().mean(dim=1)
+        dtype = torch.promote_types(feature_map.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(feature_map, dim=1, dtype=dtype)
+        return norm.square_().div_(feature_map.shape[1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:

@@ -2,8 +2,40 @@
 
 from collections.abc import Sequence
 from itertools import pairwise
+from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+
+class Flatten(nn.Module):
+    """`nn.Flatten` whose gradient has the memory format of its input.
+
+    A linear layer's gradient comes back in the order of its weights. Beside a channels-last map
+    every operation on it, the activation's derivative or the sum with an attention term's
+    gradient, then runs through memory in two orders at once: a sixth of the medium student's whole
+    step. One copy is cheaper.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) to (B, C * H * W)."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            x = _SameFormatBack.apply(x)
+        return x.flatten(1)
+
+
+class _SameFormatBack(torch.autograd.Function):
+    """The identity; its gradient is brought to the memory format of what went in."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        last = x.is_contiguous(memory_format=torch.channels_last)
+        ctx.format = torch.channels_last if last else torch.contiguous_format
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous(memory_format=ctx.format)
 
 
 class ConvNet(nn.Module):
@@ -55,7 +87,7 @@ class ConvNet(nn.Module):
             stage.append(nn.ReLU(inplace=True))
             self.add_module(f"stage{number}", stage)
         self.classifier = nn.Sequential(
-            nn.Flatten(),
+            Flatten(),
             nn.Linear(channels[-1] * (image_size // 2) ** 2, hidden),
             nn.ReLU(inplace=True),
             nn.Linear(hidden, num_classes),
