@@ -1,6 +1,7 @@
 """The one data module: uint8 images in memory, batches of views rendered where the model is."""
 
 import copy
+import functools
 import hashlib
 import math
 from collections.abc import Sequence
@@ -219,18 +220,28 @@ class ImageDataModule(LightningDataModule):
     def _normalize(self, views: Tensor) -> Tensor:
         """(B, 3, H, W) uint8, channels-last, to float32."""
         pixels = views.permute(0, 2, 3, 1)
-        mean, std = torch.tensor((self.mean, self.std), device=views.device).double()
-        # Scale and shift repeated for every pixel, so that the inner loop is long and contiguous,
-        # which broadcasting three numbers is not.
         count = views.shape[2] * views.shape[3]
-        scale = (1 / (255 * std)).float().repeat(count)
-        shift = (-mean / std).float().repeat(count)
+        shift, scale = _shift_and_scale(self.mean, self.std, count, views.device)
         flat = torch.addcmul(shift, pixels.view(len(pixels), -1), scale)
         return flat.view(pixels.shape).permute(0, 3, 1, 2)
 
     def state_dict(self) -> dict[str, Any]:
         """Nothing to resume: a view follows from its numbers, the order from seed and epoch."""
         return {}
+
+
+@functools.lru_cache(maxsize=8)
+def _shift_and_scale(
+    mean: tuple[float, ...], std: tuple[float, ...], pixels: int, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """What brings every number of an image, 0 to 255, to its normalised value.
+
+    Repeated for each pixel, so that the inner loop is long and contiguous, which broadcasting three
+    numbers is not.
+    """
+    average, deviation = torch.tensor((mean, std), device=device).double()
+    shift, scale = -average / deviation, 1 / (255 * deviation)
+    return shift.float().repeat(pixels), scale.float().repeat(pixels)
 
 
 def stratified_split(
