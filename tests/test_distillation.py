@@ -81,6 +81,19 @@ def test_teacher_is_bit_equal_after_training_and_student_is_not(folder, tmp_path
     assert all(not torch.equal(after[name], value) for name, value in student.items())
 
 
+def test_the_copy_that_answers_is_bit_equal_after_training_too(folder, tmp_path):
+    teacher = frozen()
+    module = make_module(teacher)
+    teacher.prepare(torch.device("cpu"), module.memory_format, None)
+    running = teacher._reader.model
+    assert running is not teacher.model
+    before = snapshot(running)
+    make_trainer(tmp_path).fit(module, make_data(folder))
+    assert teacher._reader.model is running
+    for name, value in running.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
 def test_teacher_is_neither_optimised_nor_saved_nor_a_submodule(folder, tmp_path):
     teacher = frozen()
     module = make_module(teacher)

@@ -55,3 +55,11 @@ def test_the_cpu_can_be_asked_for_on_a_machine_with_a_gpu(machine):
 def test_one_key_overrides_it(train, override, expected):
     metrics = train("method=none", f"trainer.precision={override}", "trainer.max_epochs=1").metrics
     assert metrics["precision"] == (expected or hardware.choose_precision())
+
+
+def test_another_c_library_is_left_alone(monkeypatch):
+    def missing(name):
+        raise OSError(f"{name}: cannot open shared object file")
+
+    monkeypatch.setattr(hardware.ctypes, "CDLL", missing)
+    hardware.keep_freed_memory()

@@ -318,6 +318,40 @@ def test_in_float32_remembering_changes_nothing_at_all(train, asked):
     assert students[0] == students[1] == students[2]
 
 
+def test_on_real_data_the_rounding_costs_no_accuracy(train):
+    """Handwritten digits, 14 steps an epoch; the two students differ by float16 targets alone."""
+    command = (
+        "method=combined", "data=digits", "student=small", "optimizer.lr=0.05",
+        "trainer.max_epochs=5", "trainer.precision=32-true", "trainer.accelerator=cpu",
+        "teacher.model.channels=[16,32]", "teacher.model.hidden=32",
+        "teacher.layers=[stage1,stage2]", "teacher.trainer.max_epochs=3",
+    )  # fmt: skip
+    exact, rounded = (
+        train(*command, setting, data=False, tiny=False)
+        for setting in ("remember.disk_gb=0", "remember.dtype=float16")
+    )
+    assert (exact.code, rounded.code) == (0, 0), exact.err + rounded.err
+    weights = [(done.runs[0] / "student.safetensors").read_bytes() for done in (exact, rounded)]
+    assert weights[0] != weights[1]  # there was a rounding
+    assert exact.metrics["test_accuracy"] > 0.8
+    for part in ("val_accuracy", "test_accuracy"):
+        assert abs(exact.metrics[part] - rounded.metrics[part]) <= 0.01, part
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+def test_memory_does_not_grow_with_the_number_of_views(tmp_path):
+    rows = make_rows(tmp_path)
+    memory_ = Memory({"term": rows}, tmp_path, limit=1e9)
+    index = torch.arange(IMAGES)
+    for view in range(5 * Rows.OPEN_FILES):
+        memory_.recall(
+            index, torch.full_like(index, view), CPU, lambda _: {"term": torch.zeros(IMAGES, 3)}
+        )
+    with open("/proc/self/maps") as maps:
+        mapped = sum(str(tmp_path) in line for line in maps)
+    assert 0 < mapped <= Rows.OPEN_FILES
+
+
 def test_k_views_are_gone_through_again_and_again(train, tmp_path, asked):
     assert train("method=logit", "data.views=2", "trainer.max_epochs=5").code == 0
     assert asked["training"] == 2 * 33 + SHAPES

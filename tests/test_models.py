@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from kd_lightning.models import CifarResNet, ConvNet, FeatureReader, ResNet9
+from kd_lightning.models.convnet import Flatten
 from kd_lightning.models.features import count_parameters, layer_shapes
 from kd_lightning.models.folding import fold_batchnorm
 
@@ -32,6 +33,20 @@ def test_pooling_before_relu_is_the_same_as_after():
     x = nn.functional.max_pool2d(torch.relu(convolution(images)), 2)
     expected = model.classifier(torch.relu(second(x)))
     torch.testing.assert_close(model(images), expected)
+
+
+@pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
+def test_flattening_gives_the_gradient_back_in_the_maps_own_format(memory_format):
+    images = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
+    weights = torch.randn(2, 60)
+    formats = []
+    middle = images * 1
+    middle.register_hook(lambda g: formats.append(g.is_contiguous(memory_format=memory_format)))
+    flat = Flatten()(middle)
+    assert torch.equal(flat, torch.nn.Flatten()(images))
+    (flat * weights).sum().backward()
+    assert formats == [True]
+    assert torch.equal(images.grad, weights.view(2, 3, 4, 5))
 
 
 @pytest.mark.parametrize("pool_after", [1, 2])

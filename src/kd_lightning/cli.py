@@ -105,3 +105,5 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     # Short epochs log every step of theirs that there is.
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    # Epochs without a validation leave the best one unknown; `fit_and_test` validates at the end.
+    warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")
