@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -338,7 +339,7 @@ def test_on_real_data_the_rounding_costs_no_accuracy(train):
         assert abs(exact.metrics[part] - rounded.metrics[part]) <= 0.01, part
 
 
-@pytest.mark.skipif(not os.path.exists("/proc/self/maps"), reason="needs Linux")
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
 def test_memory_does_not_grow_with_the_number_of_views(tmp_path):
     rows = make_rows(tmp_path)
     memory_ = Memory({"term": rows}, tmp_path, limit=1e9)
@@ -347,8 +348,8 @@ def test_memory_does_not_grow_with_the_number_of_views(tmp_path):
         memory_.recall(
             index, torch.full_like(index, view), CPU, lambda _: {"term": torch.zeros(IMAGES, 3)}
         )
-    with open("/proc/self/maps") as maps:
-        mapped = sum(str(tmp_path) in line for line in maps)
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = sum(str(tmp_path) in line for line in maps)
     assert 0 < mapped <= Rows.OPEN_FILES
 
 
