@@ -85,7 +85,6 @@ def train(
         flags = [argument for argument in arguments if argument.startswith("-")]
         overrides = [argument for argument in arguments if not argument.startswith("-")]
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *given, *overrides])
-        monkeypatch.setattr(cli, "_exit_codes", [])
         code = 0
         try:
             cli.main()

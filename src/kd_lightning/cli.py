@@ -4,20 +4,30 @@ import logging
 import os
 import sys
 import warnings
+from pathlib import Path
+from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException, MissingConfigException
+from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kd_lightning import config as configuration
+from kd_lightning import naming
 from kd_lightning.errors import InputError, RunError
 
 log = logging.getLogger(__name__)
+naming.register()
 
-_exit_codes: list[int] = []
-"""Of the failed runs of this process: a sweep goes on after a failure and reports it at the end."""
+
+class ReportedError(Exception):
+    """A run ended badly and has said so. A sweep goes on, and ends with this."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
 
 
 def main() -> None:
@@ -26,6 +36,8 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _app()
+    except ReportedError as failed:
+        sys.exit(failed.code)
     except KeyboardInterrupt:
         _fail("stopped", 130)
     except InputError as error:
@@ -36,45 +48,51 @@ def main() -> None:
         _fail(f"output_dir cannot be written: {error.strerror}: {error.filename}", 2)
     except (ValueError, TypeError) as error:  # the rest of what Hydra's parser lets through
         _fail(f"the command line cannot be read: {error}", 2)
-    if _exit_codes:
-        sys.exit(max(_exit_codes))
 
 
 @hydra.main(version_base="1.3", config_path=configuration.tree(), config_name="train")
 def _app(composed: DictConfig) -> float | None:
-    run_dir = HydraConfig.get().runtime.output_dir
+    run_dir = Path(HydraConfig.get().runtime.output_dir)
+    in_a_grid = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
         config = configuration.plain(composed)
         configuration.check_sections(config)
-        # Torch and Lightning take seconds to import: not before there is something to run.
         from kd_lightning.summary import print_summary
-        from kd_lightning.training import run
 
-        quiet_lightning()
-        metrics = run(config, run_dir)
-        print_summary(metrics, run_dir)
+        metrics = naming.finished(run_dir, config)
+        if metrics and in_a_grid:
+            print(f"{metrics['name']} was finished before")
+        elif metrics:
+            print_summary(metrics, run_dir)
+            print("(finished before; to train it again, remove that folder)")
+        else:
+            # Torch and Lightning take seconds to import: not before there is something to run.
+            from kd_lightning.training import run
+
+            quiet_lightning()
+            metrics = run(config, run_dir, wait=not in_a_grid)
+            print_summary(metrics, run_dir)
         return float(metrics["val_accuracy"])
     except InputError as error:
-        _report(str(error), 2)
+        raise _said(str(error), 2) from error
     except RunError as error:
-        _report(f"{error} (run: {run_dir})", 1)
+        raise _said(f"{error} (run: {run_dir})", 1) from error
     except OSError as error:
-        _report(f"{error.strerror or error}: {error.filename or run_dir}", 1)
+        raise _said(f"{error.strerror or error}: {error.filename or run_dir}", 1) from error
     except Exception as error:
         log.info("failed", exc_info=error)  # to the log file only
-        reason = str(error).splitlines() or [""]
-        _report(f"{type(error).__name__}: {reason[0]} (traceback in {run_dir}/train.log)", 1)
-    return None
+        reason = (str(error).splitlines() or [""])[0]
+        where = f"traceback in {run_dir}/train.log"
+        raise _said(f"{type(error).__name__}: {reason} ({where})", 1) from error
 
 
-def _report(message: str, code: int) -> None:
+def _said(message: str, code: int) -> ReportedError:
     print(f"error: {message}", file=sys.stderr)
-    _exit_codes.append(code)
+    return ReportedError(code)
 
 
-def _fail(message: str, code: int) -> None:
-    _report(message, code)
-    sys.exit(code)
+def _fail(message: str, code: int) -> NoReturn:
+    sys.exit(_said(message, code).code)
 
 
 def composition_error(error: Exception) -> str:

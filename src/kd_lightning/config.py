@@ -30,7 +30,7 @@ Node = dict[str, Any]
 # Keys that are not arguments of a `_target_`. A configuration has these and no others.
 KEYS: dict[str, set[str]] = {
     "": {
-        "seed", "output_dir", "data_dir",
+        "seed", "output_dir", "data_dir", "setting", "name",
         "method", "student", "teacher", "data", "trainer", "optimizer", "scheduler", "remember",
     },
     "method": {"name", "terms"},

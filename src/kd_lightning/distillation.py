@@ -24,6 +24,8 @@ from kd_lightning.memory import Ask, Memory
 from kd_lightning.models.features import FeatureReader, layer_shapes
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+VALIDATION = ("val_accuracy", "val_loss")
+PROGRESS = ("images_trained", "training_seconds", "fit_seconds", "history")
 FUSED = ("torch.optim.SGD", "torch.optim.Adam", "torch.optim.AdamW")
 
 
@@ -45,6 +47,9 @@ class DistillationModule(LightningModule):
         teacher: needed if a term needs one; neither a hyper-parameter nor saved.
 
     Attributes:
+        history: a row an epoch: accuracy on the training views, on validation, speed.
+        images_trained, training_seconds: what the speed of the whole training follows from.
+        fit_seconds: until the last epoch's end, validation and all; an interrupted training counts.
         memory: what the teacher has said of training views before, if that is kept.
         evaluation_memory: its logits of images as they are, ``logits``, if they are kept.
 
@@ -87,8 +92,10 @@ class DistillationModule(LightningModule):
         self.agreement = accuracy.clone()
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.validated_at = -1  # the step
-        self.images_trained, self.training_seconds = 0, 0.0
+        self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, 0.0
+        self.history: list[dict[str, float]] = []
         self._clock_began, self._clock_images = time.perf_counter(), 0
+        self._epoch_began = self._clock_began
 
     def _connect(self, num_classes: int, image_size: int) -> None:
         """Show every term both networks, and set up the reading of the layers they ask for."""
@@ -203,6 +210,28 @@ class DistillationModule(LightningModule):
             self.memory.flush()
         self._stop_clock()
         self.log("train/accuracy", self.train_accuracy)
+        now = time.perf_counter()
+        self.fit_seconds += now - self._epoch_began
+        self._epoch_began = now
+        self._remember_epoch()
+
+    def _remember_epoch(self) -> None:
+        row = {"epoch": self.current_epoch + 1, "train_accuracy": self.train_accuracy.compute()}
+        logged = self.trainer.callback_metrics
+        if self.validated_at == self.global_step:
+            row |= {name: logged[f"val/{name.removeprefix('val_')}"] for name in VALIDATION}
+        row["images_per_second"] = logged["images_per_second"]
+        self.history.append({name: round(float(value), 6) for name, value in row.items()})
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """What the training has gone through so far goes with it."""
+        checkpoint["progress"] = {name: getattr(self, name) for name in PROGRESS}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on counting where it stopped."""
+        for name, value in checkpoint.get("progress", {}).items():
+            if name in PROGRESS:
+                setattr(self, name, value)
 
     def on_validation_start(self) -> None:
         """During training this comes right after a step: stop the clock."""
@@ -263,6 +292,7 @@ class DistillationModule(LightningModule):
     def on_fit_start(self) -> None:
         """The student is on its device: bring the teacher there."""
         self._place_teacher()
+        self._epoch_began = time.perf_counter()
 
     def on_test_start(self) -> None:
         """The student is on its device: bring the teacher there."""

@@ -1,6 +1,6 @@
 """Lightning's Trainer as every training here uses it, student's and teacher's alike."""
 
-import time
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -8,30 +8,61 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from kd_lightning.config import Node, build_partial, without
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import InputError
+from kd_lightning.files import replacing
 from kd_lightning.hardware import keep_freed_memory
 from kd_lightning.pictures import Pictures
 from kd_lightning.progress import ProgressBar
-from kd_lightning.runs import RunDirectory
+from kd_lightning.runs import Checkpoint, RunDirectory
+
+log = logging.getLogger(__name__)
 
 
-def build_trainer(settings: Node, precision: str, folder: Path, name: str) -> Trainer:
-    """Lightning's Trainer with what every training of ours has: logs, checkpoints, a bar."""
+class WholeCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or not there: the one before stays until then."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write beside its place, then move there in one step."""
+        with replacing(Path(path)) as partial:
+            torch.save(checkpoint, partial)
+
+
+def build_trainer(
+    settings: Node, precision: str, folder: Path, name: str, resume: Checkpoint | None = None
+) -> Trainer:
+    """Lightning's Trainer with what every training of ours has: logs, checkpoints, a bar.
+
+    Args:
+        settings: arguments of Lightning's Trainer.
+        precision: as Lightning calls it.
+        folder: where logs and checkpoints go.
+        name: what the bar says is trained.
+        resume: from where the training will go on; what was logged beyond that is left out.
+    """
     checkpoints = folder / "checkpoints"
+    steps = resume.steps if resume else None
     fixed = {
         "precision": precision,
         "default_root_dir": str(folder),
-        "logger": TensorBoardLogger(folder, name="", version="", default_hp_metric=False),
+        "logger": TensorBoardLogger(
+            folder, name="", version="", default_hp_metric=False, purge_step=steps
+        ),
+        "plugins": [WholeCheckpoints()],
         "callbacks": [
             ModelCheckpoint(
                 checkpoints, "best", monitor="val/accuracy", mode="max",
                 save_weights_only=True, enable_version_counter=False,
             ),
-            ModelCheckpoint(checkpoints, "last", enable_version_counter=False),
+            ModelCheckpoint(
+                checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
+            ),
             LearningRateMonitor("step"),
             Pictures(),
             ProgressBar(name),
@@ -63,15 +94,25 @@ def fit_and_test(
     data: ImageDataModule,
     directory: RunDirectory,
     weights: str,
+    resume: Checkpoint | None = None,
 ) -> dict[str, Any]:
     """Train, keep the last epoch's weights, and test them and those of the best epoch.
 
     The best epoch is chosen on the validation images; the test images play no part in it.
+
+    Args:
+        trainer: from `build_trainer`.
+        module: what is trained.
+        data: the images.
+        directory: where the weights and tables go.
+        weights: what to call the file of weights.
+        resume: from where to go on.
     """
-    began = time.perf_counter()
-    trainer.fit(module, data)
-    seconds = time.perf_counter() - began
+    if resume is not None:
+        log.warning("%s goes on after epoch %d", directory.path, resume.epochs)
+    trainer.fit(module, data, ckpt_path=resume.path if resume else None, weights_only=True)
     directory.save_weights(module.student, weights)
+    directory.write_table("history", module.history)
     if module.validated_at != trainer.global_step:  # stopped between two validations
         trainer.validate(module, data, verbose=False)
     epochs = trainer.current_epoch
@@ -93,11 +134,13 @@ def fit_and_test(
     # The last epoch is the headline and is tested last, so that its pictures are what remains.
     trainer.test(module, data, verbose=False)
     results["test_accuracy"] = metric(trainer, "test/accuracy")
+    names, counts = data.classes, module.confusion.compute().tolist()
+    directory.write_table("confusion", [dict(zip(names, row, strict=True)) for row in counts])
     results.setdefault("test_accuracy_at_best", results["test_accuracy"])
     return {
         **results,
         "epochs": epochs,
-        "train_seconds": round(seconds, 2),
+        "train_seconds": round(module.fit_seconds, 2),
         "images_per_second": round(module.images_trained / module.training_seconds, 1),
     }
 

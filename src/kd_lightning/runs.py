@@ -1,30 +1,44 @@
 """What a run leaves behind, written atomically, and how a model is rebuilt from it."""
 
-import json
+import csv
+import io
+import logging
 import platform
 import subprocess
+from collections.abc import Mapping, Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import yaml
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kd_lightning.config import Node, build, find_target
-from kd_lightning.errors import InputError
-from kd_lightning.files import replacing, write_json, write_text
+from kd_lightning.errors import InputError, RunError
+from kd_lightning.files import read_json, replacing, write_json, write_text
+
+log = logging.getLogger(__name__)
 
 # A `_target_` in a file on disk is honoured only if it names a class or function defined in one of
 # these packages: what a stranger's run directory names must not be able to run anything else.
 TRUSTED = ("kd_lightning.models.", "kd_lightning.data.", "torch.nn.", "torchvision.models.")
 
 
+class Checkpoint(NamedTuple):
+    """Where a training can go on: Lightning's file, and how far it had come."""
+
+    path: Path
+    epochs: int
+    steps: int
+
+
 class RunDirectory:
-    """The folder of one run: `config.yaml`, `metrics.json`, `student.safetensors`, checkpoints
-    for resuming, and TensorBoard's events.
+    """The folder of one run: `config.yaml`, `metrics.json`, `history.csv`, `confusion.csv`,
+    `student.safetensors`, checkpoints for resuming, and TensorBoard's events.
 
     Args:
         path: the folder; it need not exist yet.
@@ -60,11 +74,49 @@ class RunDirectory:
 
     def read_metrics(self) -> dict[str, Any]:
         """The metrics as far as they are known; empty if there are none that can be read."""
+        return read_json(self.path / "metrics.json")
+
+    def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Replace `<name>.csv` by these rows; the first one's keys are the columns."""
+        text = io.StringIO()
+        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(self.path / f"{name}.csv", text.getvalue())
+
+    def lock(self, wait: bool = True) -> FileLock:
+        """The run's lock, acquired: whoever holds it is working on the run.
+
+        It is the system's: a process that dies leaves none behind.
+
+        Args:
+            wait: for another process that holds it.
+
+        Raises:
+            RunError: another process holds it, and there was no waiting.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
         try:
-            metrics = json.loads((self.path / "metrics.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            return {}
-        return metrics if isinstance(metrics, dict) else {}
+            lock.acquire(timeout=0)
+        except Timeout as error:
+            if not wait:
+                raise RunError("another process is working on this run") from error
+            log.warning("another process is working on %s; waiting for it", self.path)
+            lock.acquire()
+        return lock
+
+    def checkpoint(self) -> Checkpoint | None:
+        """The last epoch that was saved whole, if there is one."""
+        path = self.path / "checkpoints" / "last.ckpt"
+        if not path.exists():
+            return None
+        try:
+            content = torch.load(path, map_location="cpu", weights_only=True)
+            return Checkpoint(path, int(content["epoch"]) + 1, int(content["global_step"]))
+        except Exception:  # torch raises many kinds
+            log.warning("%s is damaged: training begins anew", path)
+            return None
 
     def save_weights(self, model: nn.Module, name: str = "student") -> Path:
         """Store a model's weights and buffers as `<name>.safetensors`."""

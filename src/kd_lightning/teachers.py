@@ -94,8 +94,8 @@ class TeacherStore:
         Args:
             name: for people, the beginning of the folder's name.
             key: from `teacher_key`.
-            train: trains a teacher into an empty folder, leaves `teacher.safetensors` there, and
-                returns its facts.
+            train: trains a teacher into a folder, empty or as an interrupted training of the same
+                teacher left it; leaves `teacher.safetensors` there and returns its facts.
         """
         place = self.root / f"{name}-{key[:16]}"
         try:
@@ -140,9 +140,9 @@ class TeacherStore:
     def _train(
         self, place: Path, key: str, train: Callable[[Path], dict[str, Any]]
     ) -> StoredTeacher:
+        # What an interrupted training left is gone on with: the name says it is the same teacher.
         partial = place.with_name(f"{place.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)  # what an interrupted training left
-        partial.mkdir()
+        partial.mkdir(exist_ok=True)
         facts = train(partial)
         shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         digest = file_sha256(partial / "teacher.safetensors")

@@ -1,12 +1,14 @@
 """A run from beginning to end: data, teacher, module, trainer, in the order one would tell it."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning.config import (
     Node,
@@ -21,14 +23,15 @@ from kd_lightning.config import (
 )
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
-from kd_lightning.errors import InputError
 from kd_lightning.fitting import build_trainer, fit_and_test, metric
 from kd_lightning.frozen import FrozenTeacher, Normalization
 from kd_lightning.hardware import choose_memory_format, choose_precision
 from kd_lightning.losses import Term
 from kd_lightning.memory import DTYPES, GIGABYTE, Memory, Rows, folder_name
 from kd_lightning.models import count_parameters
+from kd_lightning.naming import config_key, finished
 from kd_lightning.runs import (
+    Checkpoint,
     RunDirectory,
     device_name,
     fit_state,
@@ -49,29 +52,42 @@ SUPERVISED = {"cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", 
 """The terms a teacher is trained by."""
 
 
-def run(config: Node, run_dir: str | Path) -> dict[str, Any]:
+def run(config: Node, run_dir: str | Path, wait: bool = True) -> dict[str, Any]:
     """Train and test one student; return what `metrics.json` then holds.
+
+    A run that is finished is left as it is, one that was interrupted goes on.
 
     Args:
         config: the complete configuration, plain (see `kd_lightning.config.plain`).
         run_dir: the folder of this run.
+        wait: for another process that is working on the same run.
 
     Raises:
         InputError: before any training, if the configuration, the data or a file is wrong.
         RunError: training could not go on.
     """
-    directory = RunDirectory(run_dir)
-    if directory.read_metrics().get("status") == "finished":
-        raise InputError(f"{directory.path} already holds a finished run; choose another folder")
     check_sections(config)
+    directory = RunDirectory(run_dir)
+    with directory.lock(wait) as lock:
+        lock.release()  # the `with` holds it too
+        return finished(directory.path, config) or _run(config, directory)
+
+
+def _run(config: Node, directory: RunDirectory) -> dict[str, Any]:
+    key = config_key(config)
+    resume = None
+    if directory.read_metrics().get("config_key") == key:
+        resume = directory.checkpoint()
     metrics: dict[str, Any] = {
         "status": "running",
+        **{part: config[part] for part in ("name", "setting")},
+        "config_key": key,
         **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},
         "seed": config["seed"],
     }
     directory.write_metrics(metrics)
     try:
-        metrics |= _distil(config, directory)
+        metrics |= _distil(config, directory, resume)
     except BaseException as error:
         directory.write_metrics({**metrics, "status": "failed", "error": str(error)})
         raise
@@ -80,7 +96,7 @@ def run(config: Node, run_dir: str | Path) -> dict[str, Any]:
     return metrics
 
 
-def _distil(config: Node, directory: RunDirectory) -> dict[str, Any]:
+def _distil(config: Node, directory: RunDirectory, resume: Checkpoint | None) -> dict[str, Any]:
     # Everything that can be wrong comes first; data, teacher and training cost more and more.
     data = build_data(config)
     config = fill_in(config, data)
@@ -91,7 +107,7 @@ def _distil(config: Node, directory: RunDirectory) -> dict[str, Any]:
     module = build_module(config, teacher, precision)
     for role in ("", "teacher.") if teacher else ("",):
         try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
-    trainer = build_trainer(trainer_node(config), precision, directory.path, title(config))
+    trainer = build_trainer(trainer_node(config), precision, directory.path, config["name"], resume)
     data.setup()
 
     facts: dict[str, Any] = {}
@@ -104,7 +120,8 @@ def _distil(config: Node, directory: RunDirectory) -> dict[str, Any]:
 
     # Again: training a teacher must not change what the student draws.
     seed_everything(config["seed"], verbose=False)
-    results = fit_and_test(trainer, module, data, directory, weights="student")
+    results = fit_and_test(trainer, module, data, directory, "student", resume)
+    show_in_tensorboard(trainer, config, results)
     parameters = count_parameters(module.student)
     teacher_parameters = _teacher_parameters(config, teacher)
     return {
@@ -166,11 +183,6 @@ def channels_last(trainer: Node, precision: str) -> bool:
     if trainer["memory_format"] == "auto":
         return choose_memory_format(precision) == torch.channels_last
     return bool(trainer["memory_format"] == "channels_last")
-
-
-def title(config: Node) -> str:
-    """What a run is called: `combined-small-s0`."""
-    return f"{config['method']['name']}-{config['student']['name']}-s{config['seed']}"
 
 
 def normalizations(config: Node) -> tuple[Normalization, Normalization]:
@@ -317,9 +329,30 @@ def train_teacher(
         channels_last=channels_last(settings, precision),
     )
     directory.write_config(config)
-    trainer = build_trainer(settings, precision, directory.path, f"teacher {teacher['name']}")
-    results = fit_and_test(trainer, module, data, directory, weights="teacher")
+    resume = directory.checkpoint()
+    name = f"teacher {teacher['name']}"
+    trainer = build_trainer(settings, precision, directory.path, name, resume)
+    results = fit_and_test(trainer, module, data, directory, "teacher", resume)
     return {"parameters": count_parameters(module.student), **results, **versions()}
+
+
+def show_in_tensorboard(trainer: Trainer, config: Node, results: Mapping[str, Any]) -> None:
+    """Give the run its line on TensorBoard's page of hyper-parameters."""
+    settings: dict[str, Any] = {
+        **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},
+        "seed": config["seed"],
+        "epochs": results["epochs"],
+        "lr": config["optimizer"].get("lr"),
+        "batch_size": config["data"]["batch_size"],
+    }
+    for name, term in config["method"]["terms"].items():
+        for key, value in term.items():
+            if isinstance(value, int | float):
+                settings[f"{name}.{key}"] = value
+    final = {f"final/{key}": results[key] for key in ("val_accuracy", "test_accuracy")}
+    assert isinstance(trainer.logger, TensorBoardLogger)
+    trainer.logger.log_hyperparams(settings, final, step=trainer.global_step)
+    trainer.logger.save()
 
 
 def _teacher_parameters(config: Node, teacher: FrozenTeacher | None) -> int:

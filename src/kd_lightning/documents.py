@@ -1,0 +1,234 @@
+"""The report as people get it: `results.csv`, `results.md`, pictures, and one page of HTML."""
+
+import base64
+import html
+from collections.abc import Iterable
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from kd_lightning import plots
+from kd_lightning.files import replacing, write_text
+from kd_lightning.report import CONFIDENCE, read_histories, read_runs, summarise
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DASH = "-"
+_OVERVIEW = "Test accuracy of the last epoch in per cent, mean ± standard deviation (runs)."
+_GAIN = (
+    "The gain is the difference in test accuracy to none, the same student and seed without a "
+    f"teacher, with its {CONFIDENCE:.0%} interval (Student's t over pairs of seeds)."
+)
+
+
+def write_report(folders: Iterable[str | Path], out: Path, page: bool = False) -> pd.DataFrame:
+    """Write `results.csv`, `results.md` and the pictures they show.
+
+    Args:
+        folders: in and below which runs are looked for.
+        out: where to write.
+        page: `report.html` as well: everything in one file.
+
+    Returns:
+        One line for each run.
+    """
+    runs = read_runs(folders)
+    cells = summarise(runs)
+    settings = list(dict.fromkeys(cells["setting"]))
+    texts, pages = ["# Results\n"], []
+    for setting in settings:
+        own = runs[runs["setting"] == setting]
+        table = cells[cells["setting"] == setting]
+        prefix = f"{setting}-" if len(settings) > 1 else ""
+        figures = draw(own, table)
+        pictures = {}
+        for name, figure in figures.items():
+            pictures[name] = out / f"{prefix}{name}.png"
+            with replacing(pictures[name]) as partial:
+                figure.savefig(partial, dpi=150, format="png")
+        texts.append(markdown(setting, own, table, {n: p.name for n, p in pictures.items()}))
+        pages.append(_html_section(setting, own, table, figures))
+    unreadable = runs[runs["status"] == "unreadable"]["folder"].tolist()
+    if unreadable:
+        texts.append("Not readable as runs: " + ", ".join(unreadable) + "\n")
+    write_text(out / "results.csv", runs.to_csv(index=False, lineterminator="\n"))
+    write_text(out / "results.md", "\n".join(texts))
+    if page:
+        write_text(out / "report.html", _PAGE.format(body="\n".join(pages)))
+    return runs
+
+
+def draw(runs: pd.DataFrame, cells: pd.DataFrame) -> "dict[str, Figure]":
+    """The pictures of one setting, by name, as far as there is something to draw."""
+    finished = runs[runs["status"] == "finished"]
+    if finished.empty:
+        return {}
+    figures = {
+        "accuracy": plots.accuracy_by_size(cells, finished),
+        "methods": plots.gain_by_method(cells),
+    }
+    histories = read_histories(finished)
+    if len(histories):
+        figures["curves"] = plots.learning_curves(histories)
+    best = finished.loc[finished["val_accuracy"].astype(float).idxmax()]
+    confusion = Path(str(best["folder"])) / "confusion.csv"
+    if confusion.exists():
+        counts = pd.read_csv(confusion)
+        figures["confusion"] = plots.confusion_matrix(
+            counts.to_numpy(), list(counts.columns), f"{best['name']}, the best on validation"
+        )
+    return figures
+
+
+def markdown(
+    setting: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict[str, str]
+) -> str:
+    """One setting: how it was measured, methods by students, every cell, what failed."""
+    lines = [f"## {setting}\n", f"{facts(runs)}\n"]
+    lines += [f"{_OVERVIEW}\n"]
+    lines += [_pipe(overview(cells, runs)), ""]
+    lines += [f"Every cell. {_GAIN}\n"]
+    lines += [_pipe(details(cells)), ""]
+    lines += [f"![{name}]({file})" for name, file in pictures.items()]
+    lines += [f"- **{run.name}** failed: {run.error}" for run in _failed(runs).itertuples()]
+    return "\n".join(lines) + "\n"
+
+
+def facts(runs: pd.DataFrame) -> str:
+    """What all runs of a setting have in common, in a sentence or two."""
+    done = runs[runs["status"] == "finished"]
+    if done.empty:
+        return "No run is finished yet."
+
+    def values(column: str) -> str:
+        return ", ".join(str(value) for value in done[column].dropna().unique())
+
+    epochs = ", ".join(f"{number:.0f}" for number in sorted(done["epochs"].unique()))
+    text = (
+        f"Data {values('data')}, {epochs} epochs, {values('precision')} on {values('device')}, "
+        f"torch {values('torch')}, commit {values('git_commit') or 'unknown'}."
+    )
+    teacher = done.dropna(subset="teacher_test_accuracy")
+    if len(teacher):
+        first = teacher.iloc[0]
+        text += (
+            f" Teacher {first['teacher']}: {first['teacher_parameters']:,.0f} parameters, "
+            f"{_percent(first['teacher_val_accuracy'])} % on validation, "
+            f"{_percent(first['teacher_test_accuracy'])} % on test."
+        )
+    return text
+
+
+def overview(cells: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Methods by students: test accuracy in per cent."""
+    students = list(dict.fromkeys(cells.sort_values("parameters", na_position="last")["student"]))
+    table: dict[str, dict[str, str]] = {}
+    teachers = runs.dropna(subset="teacher_test_accuracy")
+    if len(teachers):
+        accuracy = _percent(teachers.iloc[0]["teacher_test_accuracy"])
+        table[f"teacher {teachers.iloc[0]['teacher']}"] = dict.fromkeys(students, accuracy)
+    for cell in cells.itertuples():
+        table.setdefault(str(cell.label), dict.fromkeys(students, DASH))[str(cell.student)] = (
+            _short(cell)
+        )
+    frame = pd.DataFrame.from_dict(table, orient="index", columns=students)
+    return frame.rename_axis("method").reset_index()
+
+
+def details(cells: pd.DataFrame) -> pd.DataFrame:
+    """Every cell in words and per cent."""
+    return pd.DataFrame(
+        {
+            "student": cells["student"],
+            "method": cells["label"],
+            "parameters": cells["parameters"].map(lambda v: DASH if pd.isna(v) else f"{v:,.0f}"),
+            "ratio": cells["compression_ratio"].map(lambda v: DASH if pd.isna(v) else f"{v:.1f}"),
+            "runs": [_runs(cell) for cell in cells.itertuples()],
+            "validation": [_spread(c.val, c.val_std) for c in cells.itertuples()],
+            "test": [_spread(c.test, c.test_std) for c in cells.itertuples()],
+            "gain": [_gain(cell) for cell in cells.itertuples()],
+            "gap closed": [DASH if pd.isna(v) else f"{100 * v:.0f} %" for v in cells["gap_closed"]],
+            "agreement": cells["agreement"].map(_percent),
+            "seconds": cells["seconds"].map(lambda v: DASH if pd.isna(v) else f"{v:,.0f}"),
+        }
+    )
+
+
+def _short(cell: "pd.core.series.Series") -> str:
+    text = _spread(cell.test, cell.test_std)
+    return f"{text} ({_runs(cell)})" if cell.n or cell.failed or cell.unfinished else "missing"
+
+
+def _runs(cell: "pd.core.series.Series") -> str:
+    lacking = [
+        f"{getattr(cell, what)} {what}"
+        for what in ("failed", "unfinished", "missing")
+        if getattr(cell, what)
+    ]
+    return ", ".join([str(cell.n), *lacking])
+
+
+def _gain(cell: "pd.core.series.Series") -> str:
+    if pd.isna(cell.gain):
+        return DASH
+    text = f"{100 * cell.gain:+.2f}"
+    if pd.isna(cell.gain_low):
+        return text
+    return f"{text} [{100 * cell.gain_low:+.2f}, {100 * cell.gain_high:+.2f}]"
+
+
+def _spread(mean: float, deviation: float) -> str:
+    if pd.isna(mean):
+        return DASH
+    return _percent(mean) + ("" if pd.isna(deviation) else f" ± {100 * deviation:.2f}")
+
+
+def _percent(value: float) -> str:
+    return DASH if pd.isna(value) else f"{100 * value:.2f}"
+
+
+def _failed(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs["status"] == "failed"]
+
+
+def _pipe(table: pd.DataFrame) -> str:
+    """A Markdown table."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+
+
+def _html_section(
+    setting: str, runs: pd.DataFrame, cells: pd.DataFrame, figures: "dict[str, Figure]"
+) -> str:
+    parts = [f"<h2>{html.escape(setting)}</h2>", f"<p>{html.escape(facts(runs))}</p>"]
+    parts.append(f"<p>{_OVERVIEW}</p>")
+    parts.append(overview(cells, runs).to_html(index=False, border=0))
+    parts.append(f"<p>{_GAIN}</p>")
+    parts.append(details(cells).to_html(index=False, border=0))
+    for name, figure in figures.items():
+        picture = BytesIO()
+        figure.savefig(picture, dpi=150, format="png")
+        data = base64.b64encode(picture.getvalue()).decode()
+        parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
+    for run in _failed(runs).itertuples():
+        parts.append(
+            f"<p><b>{html.escape(str(run.name))}</b> failed: {html.escape(str(run.error))}</p>"
+        )
+    return "\n".join(parts)
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Results</title><style>
+body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 1em; }}
+table {{ border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .3em .7em; text-align: right; white-space: nowrap; }}
+tr {{ border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child, td:nth-child(2) {{ text-align: left; }}
+img {{ max-width: 100%; margin: 1em 0; display: block; }}
+</style></head><body><h1>Results</h1>
+{body}
+</body></html>
+"""

@@ -1,0 +1,109 @@
+"""What a run is called and where it lies: the same configuration always in the same folder.
+
+That is what lets a command that was interrupted, or that has become part of a larger grid, find
+what is already there.
+
+    outputs/runs/<setting>/<name>        cifar10-convnet-15e-1f0c3a5b/combined-small-s0
+"""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig, OmegaConf
+
+from kd_lightning.config import Node
+from kd_lightning.errors import InputError
+from kd_lightning.files import read_json
+
+AXES = ("method", "student", "seed")
+"""What runs of one setting may differ in: the axes of a comparison."""
+
+# Where things lie, and what they are called: nothing that a result depends on.
+ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting")
+
+
+def register() -> None:
+    """Make `${setting:}` and `${name:}` known to OmegaConf."""
+    OmegaConf.register_new_resolver("setting", setting, replace=True)
+    OmegaConf.register_new_resolver("name", name, replace=True)
+
+
+def setting(*, _root_: DictConfig) -> str:
+    """Readable, with a hash of everything but the axes: `cifar10-convnet-15e-1f0c3a5b`.
+
+    Interpolations are hashed as they are written, so that what follows from an axis, such as the
+    order of the images from the seed, does not tell settings apart.
+    """
+    written = OmegaConf.to_container(_root_)
+    assert isinstance(written, dict)
+    parts = {key: value for key, value in written.items() if key not in (*AXES, *ELSEWHERE)}
+    parts["remember"] = {"dtype": parts["remember"]["dtype"]}
+    readable = f"{_root_.data.name}-{_root_.teacher.name}-{_root_.trainer.max_epochs}e"
+    return f"{_tidy(readable)}-{_hash(parts)[:8]}"
+
+
+def name(*, _root_: DictConfig) -> str:
+    """`combined-small-s0`, and what else the command changed within method and student."""
+    overrides = []
+    if HydraConfig.initialized():
+        overrides = list(HydraConfig.get().overrides.task)
+    return f"{_root_.method.name}-{_root_.student.name}-s{_root_.seed}{variant(overrides)}"
+
+
+def variant(overrides: list[str]) -> str:
+    """What tells runs of the same method, student and seed apart: `-temperature=2`.
+
+    Args:
+        overrides: of the command line, as `method.terms.logit.temperature=2`.
+    """
+    changes = []
+    for override in sorted(overrides):
+        key, _, value = override.lstrip("+~").partition("=")
+        if key.startswith(("method.", "student.")) and not key.endswith(".name"):
+            sign = "no-" if override.startswith("~") else ""
+            changes.append(
+                f"-{sign}{key.split('.', 1)[1].removeprefix('terms.')}={value}".rstrip("=")
+            )
+    text = _tidy("".join(changes))
+    return text if len(text) <= 80 else f"-{_hash(changes)[:8]}"
+
+
+def config_key(config: Node) -> str:
+    """SHA-256, in hex, of everything in a configuration that its result depends on.
+
+    Args:
+        config: complete and plain.
+    """
+    parts = {key: value for key, value in config.items() if key not in ELSEWHERE}
+    parts["remember"] = {"dtype": config["remember"]["dtype"]}
+    return _hash(parts)
+
+
+def finished(run_dir: Path, config: Node) -> dict[str, Any] | None:
+    """The metrics of this very run if it was finished before.
+
+    Raises:
+        InputError: the folder holds a finished run of another configuration.
+    """
+    metrics = read_json(run_dir / "metrics.json")
+    if metrics.get("status") != "finished":
+        return None
+    if metrics.get("config_key") != config_key(config):
+        raise InputError(
+            f"{run_dir} holds a finished run of another configuration; choose another name=... "
+            "or hydra.run.dir=..."
+        )
+    return metrics
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _tidy(text: str) -> str:
+    """Nothing that a file system or a shell could object to."""
+    return re.sub(r"[^A-Za-z0-9.=_-]+", "_", re.sub(r"[\[\]{}'\"]", "", text))
