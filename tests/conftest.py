@@ -75,12 +75,18 @@ def train(
 ) -> Callable[..., Finished]:
     """Run `train.py` in this process on the small folder, with a tiny student and teacher."""
 
+    calls: list[tuple[str, ...]] = []
+
     def run(*arguments: str, tiny: bool = True, data: bool = True) -> Finished:
         given = [f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path / 'data'}"]
         if data:
             given += ["data=folder", f"data.root={folder}", "data.image_size=16"]
             given += ["data.padding=2", "data.batch_size=16"]
         given += TINY if tiny else ()
+        if not any(argument.startswith("setting=") for argument in arguments):
+            # Every command a folder of its own: it does not find what one before it left.
+            given.append(f"setting=call-{len(calls)}")
+        calls.append(arguments)
         before = set(run_directories(tmp_path))
         flags = [argument for argument in arguments if argument.startswith("-")]
         overrides = [argument for argument in arguments if not argument.startswith("-")]

@@ -16,7 +16,8 @@ from kd_lightning.evaluation import evaluate
 from kd_lightning.runs import RunDirectory
 
 KEYS = {
-    "status", "method", "student", "teacher", "data", "seed", "parameters", "teacher_parameters",
+    "status", "name", "setting", "config_key",
+    "method", "student", "teacher", "data", "seed", "parameters", "teacher_parameters",
     "compression_ratio", "val_accuracy", "test_accuracy", "best_val_accuracy", "best_epoch",
     "test_accuracy_at_best", "teacher_val_accuracy", "teacher_test_accuracy", "agreement",
     "epochs", "train_seconds", "images_per_second", "teacher_key", "git_commit", "python", "torch",
@@ -171,14 +172,19 @@ def test_the_headline_is_of_the_last_weights_wherever_training_stops(train, stop
     assert done.metrics["best_val_accuracy"] >= done.metrics["val_accuracy"]
 
 
-def test_a_finished_run_is_not_overwritten(train, tmp_path):
-    place = f"hydra.run.dir={tmp_path / 'outputs' / 'here'}"
-    (run,) = train("method=none", place).runs
-    before = {path: path.read_bytes() for path in run.rglob("*.json")}
-    again = train("method=none", place)
-    assert again.code == 2
-    assert "finished run" in again.err
-    assert {path: path.read_bytes() for path in run.rglob("*.json")} == before
+def test_a_finished_run_is_shown_again_and_not_overwritten(train, tmp_path):
+    place = ("setting=here", "name=there")
+    first = train("method=none", *place)
+    (run,) = first.runs
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    again = train("method=none", *place)
+    assert again.code == 0
+    assert first.out in again.out
+    assert "finished before" in again.out
+    other = train("method=none", "optimizer.lr=0.02", *place)
+    assert other.code == 2
+    assert "finished run of another configuration" in other.err
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_the_command_in_a_process_of_its_own(folder, tmp_path):

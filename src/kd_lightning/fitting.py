@@ -1,11 +1,12 @@
 """Lightning's Trainer as every training here uses it, student's and teacher's alike."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
+from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
@@ -35,7 +36,12 @@ class WholeCheckpoints(TorchCheckpointIO):
 
 
 def build_trainer(
-    settings: Node, precision: str, folder: Path, name: str, resume: Checkpoint | None = None
+    settings: Node,
+    precision: str,
+    folder: Path,
+    name: str,
+    resume: Checkpoint | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> Trainer:
     """Lightning's Trainer with what every training of ours has: logs, checkpoints, a bar.
 
@@ -45,6 +51,7 @@ def build_trainer(
         folder: where logs and checkpoints go.
         name: what the bar says is trained.
         resume: from where the training will go on; what was logged beyond that is left out.
+        callbacks: further ones.
     """
     checkpoints = folder / "checkpoints"
     steps = resume.steps if resume else None
@@ -66,6 +73,7 @@ def build_trainer(
             LearningRateMonitor("step"),
             Pictures(),
             ProgressBar(name),
+            *callbacks,
         ],
         "enable_progress_bar": False,
         "enable_model_summary": False,

@@ -1,13 +1,13 @@
 """A run from beginning to end: data, teacher, module, trainer, in the order one would tell it."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-from lightning.pytorch import Trainer, seed_everything
+from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning.config import (
@@ -52,7 +52,9 @@ SUPERVISED = {"cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", 
 """The terms a teacher is trained by."""
 
 
-def run(config: Node, run_dir: str | Path, wait: bool = True) -> dict[str, Any]:
+def run(
+    config: Node, run_dir: str | Path, wait: bool = True, callbacks: Sequence[Callback] = ()
+) -> dict[str, Any]:
     """Train and test one student; return what `metrics.json` then holds.
 
     A run that is finished is left as it is, one that was interrupted goes on.
@@ -61,6 +63,7 @@ def run(config: Node, run_dir: str | Path, wait: bool = True) -> dict[str, Any]:
         config: the complete configuration, plain (see `kd_lightning.config.plain`).
         run_dir: the folder of this run.
         wait: for another process that is working on the same run.
+        callbacks: of Lightning's, that look on at the student's training.
 
     Raises:
         InputError: before any training, if the configuration, the data or a file is wrong.
@@ -70,10 +73,10 @@ def run(config: Node, run_dir: str | Path, wait: bool = True) -> dict[str, Any]:
     directory = RunDirectory(run_dir)
     with directory.lock(wait) as lock:
         lock.release()  # the `with` holds it too
-        return finished(directory.path, config) or _run(config, directory)
+        return finished(directory.path, config) or _run(config, directory, callbacks)
 
 
-def _run(config: Node, directory: RunDirectory) -> dict[str, Any]:
+def _run(config: Node, directory: RunDirectory, callbacks: Sequence[Callback]) -> dict[str, Any]:
     key = config_key(config)
     resume = None
     if directory.read_metrics().get("config_key") == key:
@@ -87,7 +90,7 @@ def _run(config: Node, directory: RunDirectory) -> dict[str, Any]:
     }
     directory.write_metrics(metrics)
     try:
-        metrics |= _distil(config, directory, resume)
+        metrics |= _distil(config, directory, resume, callbacks)
     except BaseException as error:
         directory.write_metrics({**metrics, "status": "failed", "error": str(error)})
         raise
@@ -96,7 +99,12 @@ def _run(config: Node, directory: RunDirectory) -> dict[str, Any]:
     return metrics
 
 
-def _distil(config: Node, directory: RunDirectory, resume: Checkpoint | None) -> dict[str, Any]:
+def _distil(
+    config: Node,
+    directory: RunDirectory,
+    resume: Checkpoint | None,
+    callbacks: Sequence[Callback],
+) -> dict[str, Any]:
     # Everything that can be wrong comes first; data, teacher and training cost more and more.
     data = build_data(config)
     config = fill_in(config, data)
@@ -107,7 +115,9 @@ def _distil(config: Node, directory: RunDirectory, resume: Checkpoint | None) ->
     module = build_module(config, teacher, precision)
     for role in ("", "teacher.") if teacher else ("",):
         try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
-    trainer = build_trainer(trainer_node(config), precision, directory.path, config["name"], resume)
+    trainer = build_trainer(
+        trainer_node(config), precision, directory.path, config["name"], resume, callbacks
+    )
     data.setup()
 
     facts: dict[str, Any] = {}

@@ -1,0 +1,58 @@
+"""Search temperature, weights and learning rate on the validation images with Optuna.
+
+python scripts/tune.py --trials 30 method=logit student=small trainer.max_epochs=15
+
+Started again it goes on; started several times at once, the workers share the study.
+"""
+
+import argparse
+import sys
+
+
+def main() -> None:
+    """Read the command line, search, print the best."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("overrides", nargs="*", help="as for train.py")
+    parser.add_argument("--trials", type=int, default=30, help="that the study shall have in all")
+    parser.add_argument("--space", action="append", default=[], metavar="KEY=LOW:HIGH[:log]")
+    parser.add_argument("--storage", help="URL of a database; by default SQLite in output_dir")
+    parser.add_argument("--study", help="name; by default from method, student and setting")
+    arguments = parser.parse_intermixed_args()
+    try:
+        from kd_lightning.tuning import parse_range, tune
+    except ModuleNotFoundError as error:
+        print(f"error: {error.name} is missing: pip install -e '.[tune]'", file=sys.stderr)
+        sys.exit(2)
+    from hydra.errors import HydraException
+
+    from kd_lightning.cli import composition_error, quiet_lightning
+    from kd_lightning.errors import InputError
+    from kd_lightning.summary import percent
+
+    quiet_lightning()
+    try:
+        space = dict(parse_range(text) for text in arguments.space)
+        study = tune(
+            arguments.overrides, arguments.trials, arguments.storage, space, arguments.study
+        )
+        best = study.best_trial
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except HydraException as error:
+        print(f"error: {composition_error(error)}", file=sys.stderr)
+        sys.exit(2)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    chosen = " ".join(f"{key}={value:.4g}" for key, value in best.params.items())
+    print(
+        f"{len(study.trials)} trials; best on validation {percent(best.value)}, trial {best.number}"
+    )
+    print(" ".join([*arguments.overrides, chosen]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,187 @@
+"""A grid: every cell, results as they come, and after an interruption it goes on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, in_a_new_process
+
+from kd_lightning import training
+from kd_lightning.errors import RunError
+from kd_lightning.runs import RunDirectory
+
+GRID = ("-m", "setting=grid", "method=none,logit", "seed=0,1")
+
+
+def statuses(folder):
+    return {
+        path.parent.name.partition("-model")[0]: json.loads(path.read_text())["status"]
+        for path in folder.glob("*/metrics.json")
+    }
+
+
+def test_a_grid_fills_reports_and_is_then_left_alone(train, tmp_path):
+    done = train(*GRID)
+    assert done.code == 0, done.err
+    folder = tmp_path / "outputs" / "runs" / "grid"
+    assert statuses(folder) == dict.fromkeys(
+        ["none-small-s0", "none-small-s1", "logit-small-s0", "logit-small-s1"], "finished"
+    )
+    assert (folder / "results.csv").read_text().count("finished") == 4
+    assert "| logit |" in done.out  # the table, at the end
+    kept = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "multirun.yaml"}
+    again = train(*GRID)
+    assert again.code == 0
+    assert again.out.count("was finished before") == 4
+    files = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "multirun.yaml"}
+    assert {p: t for p, t in files.items() if p.is_file()} == {
+        p: t for p, t in kept.items() if p.is_file()
+    }
+    # One more seed: what is there is not trained again.
+    wider = train("-m", "setting=grid", "method=none,logit", "seed=0,1,2")
+    assert wider.out.count("was finished before") == 4
+    assert len(wider.runs) == 2
+
+
+def test_the_experiment_is_a_grid_and_an_axis_can_be_narrowed(train, tmp_path):
+    done = train("experiment=grid", "setting=grid", "method=none", "seed=3")
+    assert done.code == 0, done.err
+    names = {run.name.partition("-model")[0] for run in done.runs}
+    assert names == {"none-small-s3", "none-medium-s3", "none-large-s3"}
+
+
+def test_one_bad_cell_stops_no_other_and_is_tried_again(train, tmp_path, monkeypatch):
+    original = training._distil
+
+    def fails(config, *rest):
+        if config["method"]["name"] == "none":
+            raise RunError("the loss is not finite at step 3")
+        return original(config, *rest)
+
+    monkeypatch.setattr(training, "_distil", fails)
+    done = train(*GRID)
+    assert done.code == 1
+    assert done.err.count("the loss is not finite at step 3") == 2
+    folder = tmp_path / "outputs" / "runs" / "grid"
+    assert sorted(statuses(folder).values()) == ["failed", "failed", "finished", "finished"]
+    assert "failed: the loss is not finite" in (folder / "results.md").read_text()
+
+    monkeypatch.setattr(training, "_distil", original)
+    again = train(*GRID)
+    assert again.code == 0, again.err
+    assert set(statuses(folder).values()) == {"finished"}
+    assert "failed" not in (folder / "results.md").read_text()
+
+
+def test_a_cell_that_another_process_works_on_is_passed_over(train, tmp_path):
+    (run,) = train("method=none", "setting=grid").runs
+    (run / "metrics.json").unlink()
+    with RunDirectory(run).lock():
+        done = train("-m", "setting=grid", "method=none", "seed=0,1")
+    assert done.code == 1
+    assert "another process is working on this run" in done.err
+    assert len(done.runs) == 1
+
+
+COMMAND = [
+    "train.py", "-m", *TINY, "method=none,combined", "student=small", "seed=0", "setting=grid",
+    "data=digits", "data.batch_size=32", "trainer.max_epochs=4", "trainer.precision=32-true",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    done = in_a_new_process(*COMMAND, f"output_dir={root}", f"data_dir={root}/data")
+    assert done.code == 0, done.err
+    return results(root)
+
+
+def results(root):
+    """Of every cell: weights, history without the speed, and what was measured."""
+    found = {}
+    for run in sorted((root / "runs" / "grid").glob("*/")):
+        metrics = json.loads((run / "metrics.json").read_text())
+        rows = (run / "history.csv").read_text().splitlines()
+        found[run.name] = (
+            (run / "student.safetensors").read_bytes(),
+            [row.rpartition(",")[0] for row in rows],
+            {k: v for k, v in metrics.items() if k.endswith("accuracy") or k == "best_epoch"},
+        )
+    return found
+
+
+# After the teacher began, within the first cell, within the second.
+@pytest.mark.parametrize(
+    "wait_for", ["none*/checkpoints/last.ckpt", "combined*/checkpoints/last.ckpt"]
+)
+def test_killed_and_started_again_it_ends_as_if_nothing_had_been(tmp_path, uninterrupted, wait_for):
+    command = [sys.executable, *COMMAND, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
+    process = subprocess.Popen(
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not list((tmp_path / "runs").glob(f"grid/{wait_for}")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    done = in_a_new_process(*command[1:])
+    assert done.code == 0, done.err
+    assert "goes on after epoch" in done.err
+    assert results(tmp_path) == uninterrupted
+
+
+def test_a_damaged_checkpoint_is_not_gone_on_with(train, tmp_path, caplog):
+    (run,) = train("method=none", "setting=grid").runs
+    weights = (run / "student.safetensors").read_bytes()
+    (run / "metrics.json").write_text(
+        json.dumps({**json.loads((run / "metrics.json").read_text()), "status": "running"})
+    )
+    checkpoint = run / "checkpoints" / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    done = train("method=none", "setting=grid")
+    assert done.code == 0
+    assert "is damaged: training begins anew" in done.err + caplog.text
+    assert (run / "student.safetensors").read_bytes() == weights
+
+
+def test_a_checkpoint_is_replaced_when_the_next_is_whole(tmp_path, monkeypatch):
+    from kd_lightning.fitting import WholeCheckpoints
+
+    path = tmp_path / "last.ckpt"
+    WholeCheckpoints().save_checkpoint({"epoch": 1}, path)
+
+    def dies(content, file):
+        with open(file, "wb") as out:  # noqa: PTH123
+            out.write(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", dies)
+    with pytest.raises(OSError, match="No space"):
+        WholeCheckpoints().save_checkpoint({"epoch": 2}, path)
+    assert torch.load(path, weights_only=True) == {"epoch": 1}
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_workers_share_one_teacher(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
+    done = in_a_new_process(
+        "train.py", "-m", *TINY, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
+        "method=none,logit", "seed=0,1", "setting=grid", "data=digits", "trainer.max_epochs=1",
+        f"output_dir={tmp_path}", f"data_dir={tmp_path}/data",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert set(statuses(tmp_path / "runs" / "grid").values()) == {"finished"}
+    assert len(list((tmp_path / "teachers").glob("*/teacher.safetensors"))) == 1
+    assert (tmp_path / "runs" / "grid" / "results.csv").read_text().count("finished") == 4
+    # Threads are divided among the workers.
+    cores = len(os.sched_getaffinity(0))
+    devices = {json.loads(p.read_text())["device"] for p in tmp_path.rglob("metrics.json")}
+    assert {int(d.rsplit(", ", 1)[1].split()[0]) for d in devices} == {max(1, cores // 2)}

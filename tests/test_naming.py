@@ -1,0 +1,76 @@
+"""The same configuration lies in the same folder, another one in another."""
+
+import pytest
+from hydra import compose, initialize_config_dir
+
+from kd_lightning import config, naming
+
+naming.register()
+
+
+def composed(*overrides):
+    with initialize_config_dir(config.tree(), version_base="1.3"):
+        return config.plain(compose("train", list(overrides)))
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["seed=5"],
+        ["method=none", "student=large"],
+        ["output_dir=elsewhere", "data_dir=elsewhere"],
+        ["remember.disk_gb=0"],
+    ],
+)
+def test_a_setting_is_what_runs_share_that_may_be_compared(overrides):
+    assert composed(*overrides)["setting"] == composed()["setting"]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["trainer.max_epochs=3"],
+        ["optimizer.lr=0.05"],
+        ["teacher=resnet9"],
+        ["teacher.trainer.max_epochs=3"],
+        ["data.padding=2"],
+        ["remember.dtype=float32"],
+        ["+trainer.limit_train_batches=3"],
+    ],
+)
+def test_what_changes_a_result_changes_the_setting_and_the_key(overrides):
+    one, other = composed(), composed(*overrides)
+    assert one["setting"] != other["setting"]
+    assert naming.config_key(one) != naming.config_key(other)
+
+
+def test_the_key_tells_apart_what_the_setting_does_not():
+    keys = {
+        naming.config_key(composed(*overrides))
+        for overrides in ([], ["seed=1"], ["method=none"], ["method.terms.logit.temperature=2"])
+    }
+    assert len(keys) == 4
+    assert naming.config_key(composed("output_dir=x", "name=y")) == naming.config_key(composed())
+
+
+@pytest.mark.parametrize(
+    ("overrides", "suffix"),
+    [
+        ([], ""),
+        (["method=logit", "student=small", "trainer.max_epochs=3"], ""),
+        (["method.terms.logit.temperature=2"], "-logit.temperature=2"),
+        (["+student.model.pool_after=2"], "-model.pool_after=2"),
+        (["~student.model.hidden"], "-no-model.hidden"),
+        (["student.model.channels=[4,8]"], "-model.channels=4_8"),
+        (["student.name=mine"], ""),
+        (["method.terms.a.b='x/../y z'"], "-a.b=x_.._y_z"),
+    ],
+)
+def test_a_variant_is_readable_and_safe(overrides, suffix):
+    assert naming.variant(overrides) == suffix
+
+
+def test_a_long_variant_is_shortened_and_still_of_its_own():
+    names = {naming.variant([f"method.terms.logit.{'x' * 100}={n}"]) for n in range(3)}
+    assert len(names) == 3
+    assert all(len(name) < 20 for name in names)

@@ -1,0 +1,75 @@
+"""The search: on validation, resumable, with sentences for what is written wrongly."""
+
+import pytest
+from conftest import TINY, write_folder
+
+from kd_lightning.errors import InputError
+
+tuning = pytest.importorskip("kd_lightning.tuning")
+
+
+@pytest.fixture
+def overrides(tmp_path):
+    images = write_folder(tmp_path / "images")
+    return [
+        *TINY, "method=logit", "data=folder", f"data.root={images}", "data.image_size=16",
+        "data.padding=2", "data.batch_size=16", f"output_dir={tmp_path / 'outputs'}",
+        f"data_dir={tmp_path / 'data'}", "trainer.max_epochs=1",
+    ]  # fmt: skip
+
+
+def test_a_study_searches_what_the_method_has_and_goes_on(overrides, tmp_path):
+    study = tuning.tune(overrides, trials=2)
+    assert len(study.trials) == 2
+    assert set(study.best_params) == {
+        "optimizer.lr", "method.terms.logit.temperature", "method.terms.logit.weight",
+        "method.terms.cross_entropy.weight",
+    }  # fmt: skip
+    for trial in study.trials:
+        assert 1 <= trial.params["method.terms.logit.temperature"] <= 20
+        assert 0 <= trial.value <= 1
+        assert trial.intermediate_values == {1: trial.value}
+    assert len(tuning.tune(overrides, trials=3).trials) == 3
+    assert len(tuning.tune(overrides, trials=3).trials) == 3
+    # One teacher for all of them.
+    assert len(list((tmp_path / "outputs").rglob("teacher.safetensors"))) == 1
+
+
+def test_a_trial_without_prospects_is_ended(overrides):
+    class Hopeless:
+        def report(self, value, epoch):
+            self.reported = epoch
+
+        def should_prune(self):
+            return True
+
+    import optuna
+
+    trial = Hopeless()
+    callback = tuning.Pruning(trial)
+
+    class Fitting:
+        class state:  # noqa: N801
+            fn = "fit"
+
+        callback_metrics = {"val/accuracy": 0.1}  # noqa: RUF012
+        current_epoch = 4
+
+    with pytest.raises(optuna.TrialPruned):
+        callback.on_validation_end(Fitting, None)
+    assert trial.reported == 5
+
+
+def test_the_space_can_be_given():
+    assert tuning.parse_range("optimizer.lr=0.01:0.3:log") == (
+        "optimizer.lr", tuning.Range(0.01, 0.3, log=True),
+    )  # fmt: skip
+    assert tuning.parse_range("a.b=-1:8")[1] == tuning.Range(-1, 8)
+
+
+@pytest.mark.parametrize(
+    "text", ["lr", "lr=1", "lr=2:1", "lr=0:1:log", "lr=a:b", "=1:2", "lr=1:1e"]
+)
+def test_a_range_that_is_none_is_refused(text):
+    with pytest.raises(InputError, match="KEY=LOW:HIGH"):
+        tuning.parse_range(text)
