@@ -1,6 +1,6 @@
 """Test the student of a finished run again, from its folder alone.
 
-python scripts/evaluate.py outputs/runs/combined-small-s0/2026-01-31_12-00-00_000000
+python scripts/evaluate.py outputs/runs/cifar10-convnet-15e-3ff7b752/combined-small-s0
 """
 
 import argparse
