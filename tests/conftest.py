@@ -83,7 +83,7 @@ def train(
             given += ["data=folder", f"data.root={folder}", "data.image_size=16"]
             given += ["data.padding=2", "data.batch_size=16"]
         given += TINY if tiny else ()
-        if not any(argument.startswith("setting=") for argument in arguments):
+        if not any(argument.startswith(("setting=", "-m")) for argument in arguments):
             # Every command a folder of its own: it does not find what one before it left.
             given.append(f"setting=call-{len(calls)}")
         calls.append(arguments)
@@ -91,6 +91,7 @@ def train(
         flags = [argument for argument in arguments if argument.startswith("-")]
         overrides = [argument for argument in arguments if not argument.startswith("-")]
         monkeypatch.setattr(sys, "argv", ["train.py", *flags, *given, *overrides])
+        cli.exit_codes.clear()
         code = 0
         try:
             cli.main()

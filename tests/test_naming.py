@@ -58,12 +58,12 @@ def test_the_key_tells_apart_what_the_setting_does_not():
     [
         ([], ""),
         (["method=logit", "student=small", "trainer.max_epochs=3"], ""),
-        (["method.terms.logit.temperature=2"], "-logit.temperature=2"),
-        (["+student.model.pool_after=2"], "-model.pool_after=2"),
+        (["method.terms.logit.temperature=2"], "-logit.temperature_2"),
+        (["+student.model.pool_after=2"], "-model.pool_after_2"),
         (["~student.model.hidden"], "-no-model.hidden"),
-        (["student.model.channels=[4,8]"], "-model.channels=4_8"),
+        (["student.model.channels=[4,8]"], "-model.channels_4_8"),
         (["student.name=mine"], ""),
-        (["method.terms.a.b='x/../y z'"], "-a.b=x_.._y_z"),
+        (["method.terms.a.b='x/../y z'"], "-a.b_x_.._y_z"),
     ],
 )
 def test_a_variant_is_readable_and_safe(overrides, suffix):

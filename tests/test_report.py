@@ -92,11 +92,11 @@ def test_settings_are_never_mixed(tmp_path):
 def test_variants_are_cells_of_their_own_and_share_the_baseline(tmp_path):
     write_run(tmp_path / "a", "none", "small", 0, 0.80)
     write_run(tmp_path / "b", "logit", "small", 0, 0.82)
-    write_run(tmp_path / "c", "logit", "small", 0, 0.84, name="logit-small-s0-logit.temperature=2")
+    write_run(tmp_path / "c", "logit", "small", 0, 0.84, name="logit-small-s0-logit.temperature_2")
     cells = summarise(read_runs([tmp_path]))
     gains = dict(zip(cells["label"], cells["gain"], strict=True))
     assert gains["logit"] == pytest.approx(0.02)
-    assert gains["logit logit.temperature=2"] == pytest.approx(0.04)
+    assert gains["logit logit.temperature_2"] == pytest.approx(0.04)
 
 
 def test_the_interval_of_equal_differences_is_a_point():

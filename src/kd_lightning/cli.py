@@ -17,17 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from kd_lightning import config as configuration
 from kd_lightning import naming
 from kd_lightning.errors import InputError, RunError
+from kd_lightning.sweep import exit_codes
 
 log = logging.getLogger(__name__)
 naming.register()
-
-
-class ReportedError(Exception):
-    """A run ended badly and has said so. A sweep goes on, and ends with this."""
-
-    def __init__(self, code: int) -> None:
-        super().__init__(code)
-        self.code = code
 
 
 def main() -> None:
@@ -36,8 +29,6 @@ def main() -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _app()
-    except ReportedError as failed:
-        sys.exit(failed.code)
     except KeyboardInterrupt:
         _fail("stopped", 130)
     except InputError as error:
@@ -48,6 +39,8 @@ def main() -> None:
         _fail(f"output_dir cannot be written: {error.strerror}: {error.filename}", 2)
     except (ValueError, TypeError) as error:  # the rest of what Hydra's parser lets through
         _fail(f"the command line cannot be read: {error}", 2)
+    if exit_codes:
+        sys.exit(max(exit_codes))
 
 
 @hydra.main(version_base="1.3", config_path=configuration.tree(), config_name="train")
@@ -74,25 +67,27 @@ def _app(composed: DictConfig) -> float | None:
             print_summary(metrics, run_dir)
         return float(metrics["val_accuracy"])
     except InputError as error:
-        raise _said(str(error), 2) from error
+        _report(str(error), 2)
     except RunError as error:
-        raise _said(f"{error} (run: {run_dir})", 1) from error
+        _report(f"{error} (run: {run_dir})", 1)
     except OSError as error:
-        raise _said(f"{error.strerror or error}: {error.filename or run_dir}", 1) from error
+        _report(f"{error.strerror or error}: {error.filename or run_dir}", 1)
     except Exception as error:
         log.info("failed", exc_info=error)  # to the log file only
         reason = (str(error).splitlines() or [""])[0]
         where = f"traceback in {run_dir}/train.log"
-        raise _said(f"{type(error).__name__}: {reason} ({where})", 1) from error
+        _report(f"{type(error).__name__}: {reason} ({where})", 1)
+    return None
 
 
-def _said(message: str, code: int) -> ReportedError:
+def _report(message: str, code: int) -> None:
     print(f"error: {message}", file=sys.stderr)
-    return ReportedError(code)
+    exit_codes.append(code)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    sys.exit(_said(message, code).code)
+    _report(message, code)
+    sys.exit(code)
 
 
 def composition_error(error: Exception) -> str:

@@ -55,7 +55,7 @@ def name(*, _root_: DictConfig) -> str:
 
 
 def variant(overrides: list[str]) -> str:
-    """What tells runs of the same method, student and seed apart: `-temperature=2`.
+    """What tells runs of the same method, student and seed apart: `-logit.temperature_2`.
 
     Args:
         overrides: of the command line, as `method.terms.logit.temperature=2`.
@@ -105,5 +105,5 @@ def _hash(value: Any) -> str:
 
 
 def _tidy(text: str) -> str:
-    """Nothing that a file system or a shell could object to."""
-    return re.sub(r"[^A-Za-z0-9.=_-]+", "_", re.sub(r"[\[\]{}'\"]", "", text))
+    """Nothing that a file system, a shell or Hydra's grammar could object to."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", re.sub(r"[\[\]{}'\"]", "", text))

@@ -77,9 +77,10 @@ class RunDirectory:
         return read_json(self.path / "metrics.json")
 
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace `<name>.csv` by these rows; the first one's keys are the columns."""
+        """Replace `<name>.csv` by these rows; their keys are the columns."""
+        columns = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
-        writer = csv.DictWriter(text, list(rows[0]) if rows else [], lineterminator="\n")
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
         write_text(self.path / f"{name}.csv", text.getvalue())

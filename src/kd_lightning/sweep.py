@@ -1,6 +1,7 @@
 """What a grid does beside its runs: after each of them, the results so far."""
 
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,12 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
+from kd_lightning.files import read_json, write_json
+
 log = logging.getLogger(__name__)
+
+exit_codes: list[int] = []
+"""Of the runs that failed: a grid goes on after a failure and reports it at the end."""
 
 
 class Results(Callback):
@@ -19,14 +25,24 @@ class Results(Callback):
     A Hydra callback: Hydra calls it in whichever process a run was made.
     """
 
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Know afterwards which runs are of now."""
+        self._began = time.time()
+
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """A run has ended, well or badly."""
         if config.hydra.mode == RunMode.MULTIRUN:
             update(Path(config.hydra.sweep.dir))
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Say where to look."""
-        results = Path(config.hydra.sweep.dir) / "results.md"
+        """Say where to look, and whether all went well, in whichever process it was."""
+        folder = Path(config.hydra.sweep.dir)
+        for metrics in folder.glob("*/metrics.json"):
+            recent = metrics.stat().st_mtime >= self._began
+            if recent and read_json(metrics).get("status") == "failed":
+                exit_codes.append(1)
+        update(folder)
+        results = folder / "results.md"
         if results.exists():
             print(results.read_text(encoding="utf-8").split("Every cell.")[0].rstrip())
             print(f"\nall of it in {results}")
@@ -36,12 +52,17 @@ def update(folder: Path) -> None:
     """Write the results of a folder of runs, if any run has changed since they were written."""
     try:
         with FileLock(folder / ".results.lock"):
-            results = folder / "results.md"
-            written = results.stat().st_mtime_ns if results.exists() else 0
-            if all(run.stat().st_mtime_ns < written for run in folder.glob("*/metrics.json")):
+            # What the runs were like when the results were written; no clock is asked, since a run
+            # may end while another process writes.
+            state = {
+                str(run.relative_to(folder)): [run.stat().st_mtime_ns, run.stat().st_size]
+                for run in sorted(folder.glob("*/metrics.json"))
+            }
+            if state == read_json(folder / ".results.json"):
                 return
             from kd_lightning.documents import write_report  # seconds: pandas, pictures
 
             write_report([folder], folder)
+            write_json(folder / ".results.json", state)
     except Exception as error:  # a picture that cannot be drawn must not cost a night of training
         log.warning("the results in %s could not be brought up to date: %s", folder, error)
