@@ -118,5 +118,7 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     # Short epochs log every step of theirs that there is.
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    # What goes on after an interruption finds its own checkpoints.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     # Epochs without a validation leave the best one unknown; `fit_and_test` validates at the end.
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")
