@@ -222,11 +222,11 @@ def _html_section(
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Results</title><style>
-body {{ font: 15px/1.5 system-ui, sans-serif; max-width: 1100px; margin: 2em auto; padding: 1em; }}
+body {{ font: 14px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 1em; }}
 table {{ border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3em .7em; text-align: right; white-space: nowrap; }}
 tr {{ border-bottom: 1px solid #ddd; }}
-th:first-child, td:first-child, td:nth-child(2) {{ text-align: left; }}
+th:first-child, td:first-child {{ text-align: left; }}
 img {{ max-width: 100%; margin: 1em 0; display: block; }}
 </style></head><body><h1>Results</h1>
 {body}
