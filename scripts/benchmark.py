@@ -316,7 +316,7 @@ def measure_grid(overrides: list[str], epochs: int) -> None:
         }.items():
             # A setting of its own: what one command has finished the next must not find.
             own = f"setting={name.replace(',', '').replace(' ', '-')}"
-            seconds = command("-m", *arguments, own, "hydra.callbacks=null", *fixed)
+            seconds = command("-m", *arguments, own, "~hydra.callbacks.results", *fixed)
             baseline = baseline or seconds
             print(
                 f"{name:40}{expected[name]:10.0f} s{seconds:10.0f} s{seconds / baseline:8.2f}",
