@@ -13,7 +13,7 @@ class Flatten(nn.Module):
 
     A linear layer's gradient comes back in the order of its weights. Beside a channels-last map
     every operation on it, the activation's derivative or the sum with an attention term's
-    gradient, then runs through memory in two orders at once: a sixth of the medium student's whole
+    gradient, then runs through memory in two orders at once: a fifth of the small student's whole
     step. One copy is cheaper.
     """
 
