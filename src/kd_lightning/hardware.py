@@ -50,7 +50,7 @@ def keep_freed_memory() -> None:
     """Let the C library keep what is freed, for the next step to use again.
 
     By default glibc returns large blocks to the kernel as they are freed and is given them back
-    page by page, each zeroed, a moment later: up to a third of a step's time. Elsewhere, nothing.
+    page by page, each zeroed, a moment later. With another C library nothing happens.
     """
     try:
         library = ctypes.CDLL("libc.so.6")

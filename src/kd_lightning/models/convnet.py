@@ -13,8 +13,8 @@ class Flatten(nn.Module):
 
     A linear layer's gradient comes back in the order of its weights. Beside a channels-last map
     every operation on it, the activation's derivative or the sum with an attention term's
-    gradient, then runs through memory in two orders at once: a fifth of the small student's whole
-    step. One copy is cheaper.
+    gradient, then runs through memory in two orders at once. One copy is cheaper
+    (docs/performance.md).
     """
 
     def forward(self, x: Tensor) -> Tensor:
