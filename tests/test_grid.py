@@ -84,7 +84,7 @@ def test_a_cell_that_another_process_works_on_is_passed_over(train, tmp_path):
     with RunDirectory(run).lock():
         done = train("-m", "setting=grid", "method=none", "seed=0,1")
     assert done.code == 1
-    assert "another process is working on this run" in done.err
+    assert "another process is working on none-small-s0" in done.err
     assert len(done.runs) == 1
 
 

@@ -1,11 +1,20 @@
-"""Writing files so that a reader sees the old one or the new one, never half of either."""
+"""Files that several processes share: a reader sees the old one or the new one, never half of
+either, and one at a time works where only one may.
+"""
 
 import json
+import logging
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
+
+from kd_lightning.errors import RunError
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -27,6 +36,31 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def hold(path: Path, busy: str, wait: bool = True) -> AbstractContextManager[Any]:
+    """Hold a lock until the end of the `with` block that this is used in.
+
+    It is the system's: a process that dies leaves none behind.
+
+    Args:
+        path: the lock's file; its folder is made.
+        busy: what to say when another process holds it.
+        wait: for that process.
+
+    Raises:
+        RunError: another process holds it, and there was no waiting.
+        OSError: the file cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        return lock.acquire(timeout=0)
+    except Timeout as error:
+        if not wait:
+            raise RunError(busy) from error
+        log.warning("%s; waiting for it", busy)
+        return lock.acquire()
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -6,20 +6,20 @@ import logging
 import platform
 import subprocess
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import yaml
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kd_lightning.config import Node, build, find_target
-from kd_lightning.errors import InputError, RunError
-from kd_lightning.files import read_json, replacing, write_json, write_text
+from kd_lightning.errors import InputError
+from kd_lightning.files import hold, read_json, replacing, write_json, write_text
 
 log = logging.getLogger(__name__)
 
@@ -85,27 +85,9 @@ class RunDirectory:
         writer.writerows(rows)
         write_text(self.path / f"{name}.csv", text.getvalue())
 
-    def lock(self, wait: bool = True) -> FileLock:
-        """The run's lock, acquired: whoever holds it is working on the run.
-
-        It is the system's: a process that dies leaves none behind.
-
-        Args:
-            wait: for another process that holds it.
-
-        Raises:
-            RunError: another process holds it, and there was no waiting.
-        """
-        self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout as error:
-            if not wait:
-                raise RunError("another process is working on this run") from error
-            log.warning("another process is working on %s; waiting for it", self.path)
-            lock.acquire()
-        return lock
+    def lock(self, wait: bool = True) -> AbstractContextManager[Any]:
+        """Held by the process that is working on the run; see `files.hold`."""
+        return hold(self.path / ".lock", f"another process is working on {self.path.name}", wait)
 
     def checkpoint(self) -> Checkpoint | None:
         """The last epoch that was saved whole, if there is one."""

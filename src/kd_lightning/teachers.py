@@ -14,14 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from safetensors.torch import load_file
 from torch import nn
 
 from kd_lightning.config import Node, trainer_node, without
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.files import write_json
+from kd_lightning.files import hold, write_json
 
 log = logging.getLogger(__name__)
 
@@ -98,19 +97,14 @@ class TeacherStore:
                 teacher left it; leaves `teacher.safetensors` there and returns its facts.
         """
         place = self.root / f"{name}-{key[:16]}"
+        busy = f"another process is training the teacher {place.name}"
         try:
-            self.root.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(f"{place}.lock")
-            lock.acquire(timeout=0)
-        except Timeout:
-            log.warning("another process is training the teacher %s; waiting for it", place.name)
-            lock.acquire()
+            held = hold(place.with_name(f"{place.name}.lock"), busy)
         except OSError as error:
             raise InputError(
                 f"output_dir: the teacher store {self.root} cannot be written ({error.strerror})"
             ) from error
-        with lock:
-            lock.release()  # the `with` holds it too
+        with held:
             stored = self._find(place, key)
             if stored is None:
                 stored = self._train(place, key, train)

@@ -71,8 +71,7 @@ def run(
     """
     check_sections(config)
     directory = RunDirectory(run_dir)
-    with directory.lock(wait) as lock:
-        lock.release()  # the `with` holds it too
+    with directory.lock(wait):
         return finished(directory.path, config) or _run(config, directory, callbacks)
 
 
