@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -86,6 +87,32 @@ def test_a_cell_that_another_process_works_on_is_passed_over(train, tmp_path):
     assert done.code == 1
     assert "another process is working on none-small-s0" in done.err
     assert len(done.runs) == 1
+
+
+def test_without_a_teacher_a_run_is_trained_once_for_all_teachers(train, tmp_path):
+    other = ("teacher.model.hidden=24", "setting=another")
+    (first,) = train("method=none", "setting=grid").runs
+    metrics = json.loads((first / "metrics.json").read_text())
+    (copy,) = train("method=none", *other).runs
+    copied = json.loads((copy / "metrics.json").read_text())
+    assert copied["copied_from"] == str(first)
+    assert copied["train_seconds"] == metrics["train_seconds"]  # it was not trained
+    assert (copied["setting"], copied["status"]) == ("another", "finished")
+    assert copied["teacher_parameters"] > metrics["teacher_parameters"]
+    assert copied["compression_ratio"] == copied["teacher_parameters"] / copied["parameters"]
+    assert RunDirectory(copy).read_config()["teacher"]["model"]["hidden"] == 24
+    for name in ("student.safetensors", "history.csv", "confusion.csv", "checkpoints/last.ckpt"):
+        assert (copy / name).read_bytes() == (first / name).read_bytes()
+    # It is the same because training it says so, too.
+    shutil.rmtree(first)
+    shutil.rmtree(copy)
+    (trained,) = train("method=none", *other).runs
+    assert RunDirectory(trained).read_metrics()["test_accuracy"] == metrics["test_accuracy"]
+    # What does depend on the teacher, or differs in more, is trained.
+    (distilled,) = train("method=logit", "setting=grid").runs
+    (more,) = train("method=none", "setting=longer", "trainer.max_epochs=3").runs
+    for run in (distilled, more):
+        assert "copied_from" not in RunDirectory(run).read_metrics()
 
 
 COMMAND = [

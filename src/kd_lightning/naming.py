@@ -6,6 +6,7 @@ what is already there.
     outputs/runs/<setting>/<name>        cifar10-convnet-15e-1f0c3a5b/combined-small-s0
 """
 
+import glob
 import hashlib
 import json
 import re
@@ -72,13 +73,14 @@ def variant(overrides: list[str]) -> str:
     return text if len(text) <= 80 else f"-{_hash(changes)[:8]}"
 
 
-def config_key(config: Node) -> str:
+def config_key(config: Node, *without: str) -> str:
     """SHA-256, in hex, of everything in a configuration that its result depends on.
 
     Args:
         config: complete and plain.
+        without: further sections that are left out.
     """
-    parts = {key: value for key, value in config.items() if key not in ELSEWHERE}
+    parts = {key: value for key, value in config.items() if key not in (*ELSEWHERE, *without)}
     parts["remember"] = {"dtype": config["remember"]["dtype"]}
     return _hash(parts)
 
@@ -98,6 +100,21 @@ def finished(run_dir: Path, config: Node) -> dict[str, Any] | None:
             "or hydra.run.dir=..."
         )
     return metrics
+
+
+def twin(run_dir: Path, config: Node) -> Path | None:
+    """Another setting's finished run that differs in nothing but a teacher it did not have.
+
+    Args:
+        run_dir: where the run is to lie, ``<settings>/<setting>/<name>``.
+        config: of a method that needs no teacher.
+    """
+    key = config_key(config, "teacher")
+    for metrics in sorted(run_dir.parents[1].glob(f"*/{glob.escape(run_dir.name)}/metrics.json")):
+        other = read_json(metrics)
+        if other.get("status") == "finished" and other.get("key_without_teacher") == key:
+            return metrics.parent
+    return None
 
 
 def _hash(value: Any) -> str:

@@ -4,6 +4,7 @@ import csv
 import io
 import logging
 import platform
+import shutil
 import subprocess
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -26,6 +27,9 @@ log = logging.getLogger(__name__)
 # A `_target_` in a file on disk is honoured only if it names a class or function defined in one of
 # these packages: what a stranger's run directory names must not be able to run anything else.
 TRUSTED = ("kd_lightning.models.", "kd_lightning.data.", "torch.nn.", "torchvision.models.")
+
+# What a run says of itself, rather than of its results.
+OF_ITSELF = ("config.yaml", "metrics.json", "train.log", ".lock")
 
 
 class Checkpoint(NamedTuple):
@@ -88,6 +92,19 @@ class RunDirectory:
     def lock(self, wait: bool = True) -> AbstractContextManager[Any]:
         """Held by the process that is working on the run; see `files.hold`."""
         return hold(self.path / ".lock", f"another process is working on {self.path.name}", wait)
+
+    def copy_results(self, other: Path) -> None:
+        """Take over what another run left, but not what it says of itself.
+
+        Args:
+            other: its folder.
+        """
+        for source in sorted(other.rglob("*")):
+            place = self.path / source.relative_to(other)
+            if source.is_file() and source.name not in OF_ITSELF:
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with replacing(place) as partial:
+                    shutil.copyfile(source, partial)
 
     def checkpoint(self) -> Checkpoint | None:
         """The last epoch that was saved whole, if there is one."""

@@ -29,7 +29,7 @@ from kd_lightning.hardware import choose_memory_format, choose_precision
 from kd_lightning.losses import Term
 from kd_lightning.memory import DTYPES, GIGABYTE, Memory, Rows, folder_name
 from kd_lightning.models import count_parameters
-from kd_lightning.naming import config_key, finished
+from kd_lightning.naming import config_key, finished, twin
 from kd_lightning.runs import (
     Checkpoint,
     RunDirectory,
@@ -87,15 +87,37 @@ def _run(config: Node, directory: RunDirectory, callbacks: Sequence[Callback]) -
         **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},
         "seed": config["seed"],
     }
+    copied = None
+    if not needs_teacher(config):
+        metrics["key_without_teacher"] = config_key(config, "teacher")
+        copied = None if resume else twin(directory.path, config)
     directory.write_metrics(metrics)
     try:
-        metrics |= _distil(config, directory, resume, callbacks)
+        if copied:  # what it says of itself stays
+            metrics = {**_take_over(config, directory, copied), **metrics}
+        else:
+            metrics |= _distil(config, directory, resume, callbacks)
     except BaseException as error:
         directory.write_metrics({**metrics, "status": "failed", "error": str(error)})
         raise
     metrics["status"] = "finished"
     directory.write_metrics(metrics)
     return metrics
+
+
+def _take_over(config: Node, directory: RunDirectory, other: Path) -> dict[str, Any]:
+    """The results of a run that differs in nothing but a teacher that neither of them has."""
+    config = fill_in(config, build_data(config))
+    directory.write_config(config)
+    directory.copy_results(other)
+    metrics = RunDirectory(other).read_metrics()
+    teacher_parameters = _teacher_parameters(config, None)
+    return {
+        **metrics,
+        "teacher_parameters": teacher_parameters,
+        "compression_ratio": teacher_parameters / metrics["parameters"],
+        "copied_from": str(other),
+    }
 
 
 def _distil(
@@ -348,12 +370,14 @@ def train_teacher(
 def show_in_tensorboard(trainer: Trainer, config: Node, results: Mapping[str, Any]) -> None:
     """Give the run its line on TensorBoard's page of hyper-parameters."""
     settings: dict[str, Any] = {
-        **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},
+        **{part: config[part]["name"] for part in ("method", "student", "data")},
         "seed": config["seed"],
         "epochs": results["epochs"],
         "lr": config["optimizer"].get("lr"),
         "batch_size": config["data"]["batch_size"],
     }
+    if needs_teacher(config):
+        settings["teacher"] = config["teacher"]["name"]
     for name, term in config["method"]["terms"].items():
         for key, value in term.items():
             if isinstance(value, int | float):
