@@ -25,6 +25,8 @@ def test_a_study_searches_what_the_method_has_and_goes_on(overrides, tmp_path):
         "optimizer.lr", "method.terms.logit.temperature", "method.terms.logit.weight",
         "method.terms.cross_entropy.weight",
     }  # fmt: skip
+    # It begins with what is configured.
+    assert study.trials[0].params["method.terms.logit.temperature"] == 4.0
     for trial in study.trials:
         assert 1 <= trial.params["method.terms.logit.temperature"] <= 20
         assert 0 <= trial.value <= 1

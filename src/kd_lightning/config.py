@@ -43,6 +43,7 @@ KEYS: dict[str, set[str]] = {
 }  # fmt: skip
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 ROUNDINGS = ("float16", "bfloat16", "float32")
+STRATEGIES = ("auto", "ddp")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
 
@@ -114,6 +115,8 @@ def check(config: Node) -> None:
     for prefix in ("", "teacher."):
         trainer = trainer_node(config, teacher=bool(prefix))
         check_trainer(trainer, f"{prefix}trainer")
+        if prefix and trainer["devices"] != 1:
+            raise InputError("teacher.trainer.devices must be 1: one process trains a teacher")
         check_node(select(config, f"{prefix}optimizer"), f"{prefix}optimizer", {"params"})
         scheduler = select(config, f"{prefix}scheduler")
         if scheduler is not None:
@@ -148,12 +151,29 @@ def check_trainer(trainer: Node, path: str) -> None:
             raise InputError(
                 f"{path}.{key} must be a whole number of at least 1, not {trainer[key]}"
             )
+    devices = trainer["devices"]
+    if devices != "auto" and (not _is_integer(devices) or devices < 1):
+        raise InputError(
+            f"{path}.devices must be a whole number of at least 1, or auto, not {devices}"
+        )
+    if trainer.get("strategy", "auto") not in STRATEGIES:
+        raise InputError(
+            f"{path}.strategy must be one of {', '.join(STRATEGIES)}, not {trainer['strategy']}"
+        )
+    if trainer.get("num_nodes", 1) != 1:
+        raise InputError(f"{path}.num_nodes must be 1: a run does not go beyond one machine")
     check_node(without(trainer, "memory_format"), path)
 
 
 def trainer_node(config: Node, teacher: bool = False) -> Node:
-    """The trainer's settings; the teacher's are the run's own, changed by its recipe."""
-    return {**config["trainer"], **(config["teacher"]["trainer"] if teacher else {})}
+    """The trainer's settings; the teacher's are the run's own, changed by its recipe.
+
+    A teacher is trained by one process, so that it is the same however many distil it.
+    """
+    if not teacher:
+        return dict(config["trainer"])
+    own = without(config["trainer"], "strategy")
+    return {**own, "devices": 1, **config["teacher"]["trainer"]}
 
 
 def check_node(node: Any, path: str, given: set[str] | None = None) -> None:

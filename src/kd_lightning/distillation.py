@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
 from torch.nn import ModuleDict, Parameter
 from torch.optim import Optimizer
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from kd_lightning.config import Node, build, build_partial, without
@@ -90,6 +91,7 @@ class DistillationModule(LightningModule):
         self.accuracy = accuracy.clone()
         self.teacher_accuracy = accuracy.clone()
         self.agreement = accuracy.clone()
+        self.val_loss = MeanMetric()
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.validated_at = -1  # the step
         self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, 0.0
@@ -178,22 +180,25 @@ class DistillationModule(LightningModule):
         """One step of the weighted sum of all terms."""
         losses, logits = self.losses(batch)
         loss = torch.stack([self.weights[name] * losses[name] for name in losses]).sum()
-        self.train_accuracy.update(logits, batch["labels"])
+        if batch["share"]:
+            self.train_accuracy.update(logits, batch["labels"])
         self._clock_images += len(logits)
         logging = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if logging:
-            self.log("loss/total", loss)
+            self.log("loss/total", loss, sync_dist=True)
             for name, value in losses.items():
-                self.log(f"loss/{name}", value)
-                self.log(f"loss_weighted/{name}", self.weights[name] * value)
-        # On an accelerator looking at the loss would make every step wait for it.
-        if (logging or loss.device.type == "cpu") and not torch.isfinite(loss):
+                self.log(f"loss/{name}", value, sync_dist=True)
+                self.log(f"loss_weighted/{name}", self.weights[name] * value, sync_dist=True)
+        # On an accelerator looking at the loss would make every step wait for it. What is not
+        # finite in one of several processes is so in all of them a step later; rank 0 says it.
+        look = self.global_rank == 0 and (logging or loss.device.type == "cpu")
+        if look and not torch.isfinite(loss):
             bad = [name for name, value in losses.items() if not torch.isfinite(value)]
             raise RunError(
                 f"the loss is not finite at step {self.global_step} "
                 f"(term: {', '.join(bad) or 'their sum'}); lower the learning rate or its weight"
             )
-        return loss
+        return loss if self.trainer.world_size == 1 else loss * batch["share"]
 
     def on_train_epoch_start(self) -> None:
         """Start the clock and the count of images."""
@@ -246,29 +251,35 @@ class DistillationModule(LightningModule):
     def _stop_clock(self) -> None:
         if self._clock_images:
             seconds = time.perf_counter() - self._clock_began
-            self.log("images_per_second", self._clock_images / seconds)
-            self.images_trained += self._clock_images
+            images = self._clock_images * self.trainer.world_size
+            self.log("images_per_second", images / seconds)
+            self.images_trained += images
             self.training_seconds += seconds
             self._clock_images = 0
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The student on the validation images, and the teacher unless training goes on."""
         logits = self(batch["images"])
-        self.accuracy.update(logits, batch["labels"])
+        if batch["share"]:
+            self.accuracy.update(logits, batch["labels"])
+            loss = F.cross_entropy(logits.float(), batch["labels"])
+            self.val_loss.update(loss, weight=len(logits))
         self.log("val/accuracy", self.accuracy)
-        self.log("val/loss", F.cross_entropy(logits.float(), batch["labels"]))
+        self.log("val/loss", self.val_loss)
         if self.trainer.state.fn != TrainerFn.FITTING and self.teacher is not None:
             self._score_teacher(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Student and teacher on the test images, and how often they name the same class."""
         logits = self(batch["images"])
-        self.accuracy.update(logits, batch["labels"])
-        self.confusion.update(logits, batch["labels"])
+        if batch["share"]:
+            self.accuracy.update(logits, batch["labels"])
+            self.confusion.update(logits, batch["labels"])
         self.log("test/accuracy", self.accuracy)
         if self.teacher is not None:
             teacher = self._score_teacher(batch, "test")
-            self.agreement.update(logits, teacher.argmax(dim=1))
+            if batch["share"]:
+                self.agreement.update(logits, teacher.argmax(dim=1))
             self.log("test/agreement", self.agreement)
 
     def _score_teacher(self, batch: Batch, part: str) -> Tensor:
@@ -280,7 +291,8 @@ class DistillationModule(LightningModule):
             return {"logits": logits.float().clone()}  # not an inference tensor
 
         logits = self._recall(self.evaluation_memory, batch, ask)["logits"]
-        self.teacher_accuracy.update(logits, batch["labels"])
+        if batch["share"]:
+            self.teacher_accuracy.update(logits, batch["labels"])
         self.log(f"{part}/teacher_accuracy", self.teacher_accuracy)
         return logits
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -61,7 +62,8 @@ def build_trainer(
         "logger": TensorBoardLogger(
             folder, name="", version="", default_hp_metric=False, purge_step=steps
         ),
-        "plugins": [WholeCheckpoints()],
+        # Whoever starts processes, it is not the cluster: kd_lightning.ranks.
+        "plugins": [WholeCheckpoints(), LightningEnvironment()],
         "callbacks": [
             ModelCheckpoint(
                 checkpoints, "best", monitor="val/accuracy", mode="max",

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from lightning.pytorch.utilities import rank_zero_only
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -51,6 +52,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
 
+    @rank_zero_only
     def write_config(self, config: Node) -> None:
         """Store the complete configuration, interpolations resolved."""
         write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
@@ -80,6 +82,7 @@ class RunDirectory:
         """The metrics as far as they are known; empty if there are none that can be read."""
         return read_json(self.path / "metrics.json")
 
+    @rank_zero_only
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Replace `<name>.csv` by these rows; their keys are the columns."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -118,13 +121,12 @@ class RunDirectory:
             log.warning("%s is damaged: training begins anew", path)
             return None
 
-    def save_weights(self, model: nn.Module, name: str = "student") -> Path:
+    @rank_zero_only
+    def save_weights(self, model: nn.Module, name: str = "student") -> None:
         """Store a model's weights and buffers as `<name>.safetensors`."""
-        path = self.path / f"{name}.safetensors"
         state = {key: value.contiguous() for key, value in model.state_dict().items()}
-        with replacing(path) as partial:
+        with replacing(self.path / f"{name}.safetensors") as partial:
             save_file(state, partial)
-        return path
 
     def load_student(self) -> tuple[nn.Module, Node]:
         """Rebuild the student and return it with the configuration it was trained by.

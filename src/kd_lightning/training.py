@@ -30,6 +30,7 @@ from kd_lightning.losses import Term
 from kd_lightning.memory import DTYPES, GIGABYTE, Memory, Rows, folder_name
 from kd_lightning.models import count_parameters
 from kd_lightning.naming import config_key, finished, twin
+from kd_lightning.ranks import Meet, together
 from kd_lightning.runs import (
     Checkpoint,
     RunDirectory,
@@ -96,7 +97,8 @@ def _run(config: Node, directory: RunDirectory, callbacks: Sequence[Callback]) -
         if copied:  # what it says of itself stays
             metrics = {**_take_over(config, directory, copied), **metrics}
         else:
-            metrics |= _distil(config, directory, resume, callbacks)
+            with together(trainer_node(config), config, directory.path, resume) as meet:
+                metrics |= _distil(config, directory, resume, callbacks, meet)
     except BaseException as error:
         directory.write_metrics({**metrics, "status": "failed", "error": str(error)})
         raise
@@ -125,6 +127,7 @@ def _distil(
     directory: RunDirectory,
     resume: Checkpoint | None,
     callbacks: Sequence[Callback],
+    meet: Meet,
 ) -> dict[str, Any]:
     # Everything that can be wrong comes first; data, teacher and training cost more and more.
     data = build_data(config)
@@ -145,9 +148,10 @@ def _distil(
     if teacher is not None:
         facts = equip_teacher(teacher, config, data)
         equip_memory(module, config, data, precision)
-        if "teacher_val_accuracy" not in facts:
-            trainer.validate(module, data, verbose=False)
-            facts["teacher_val_accuracy"] = metric(trainer, "val/teacher_accuracy")
+    meet(trainer.world_size)
+    if teacher is not None and "teacher_val_accuracy" not in facts:
+        trainer.validate(module, data, verbose=False)
+        facts["teacher_val_accuracy"] = metric(trainer, "val/teacher_accuracy")
 
     # Again: training a teacher must not change what the student draws.
     seed_everything(config["seed"], verbose=False)
@@ -168,8 +172,14 @@ def _distil(
         **_teacher_results(trainer),
         **versions(),
         "device": device_name(module.device),
+        "processes": trainer.world_size,
         "precision": precision,
     }
+
+
+def help_with(config: Node, folder: Path, resume: Checkpoint | None, meet: Meet) -> None:
+    """Take part in a run that another process has begun; see `kd_lightning.ranks`."""
+    _distil(config, RunDirectory(folder), resume, (), meet)
 
 
 def build_data(config: Node) -> ImageDataModule:

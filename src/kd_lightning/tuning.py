@@ -85,6 +85,8 @@ def tune(
 ) -> optuna.Study:
     """Search until the study has this many trials; go on with one that exists.
 
+    The first trial is the configuration as it is, so that the best is never worse than that.
+
     Args:
         overrides: of the configuration, as on the command line of `train.py`.
         trials: finished or pruned ones, those of earlier and other workers included.
@@ -112,6 +114,10 @@ def tune(
         load_if_exists=True,
         pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3),
     )
+
+    if not study.trials:  # what is searched from: the configuration as it is
+        start = {key: float(configuration.select(config, key)) for key in space}
+        study.enqueue_trial({key: min(max(start[key], r.low), r.high) for key, r in space.items()})
 
     def objective(trial: optuna.Trial) -> float:
         chosen = [

@@ -17,7 +17,8 @@ small operations for every batch costs more than the cutting itself."""
 
 
 class ViewSampler(Sampler[Batch]):
-    """Yields whole batches of views: ``{"index": (B,), "view": (B,)}``, int64.
+    """Yields whole batches of views: ``{"index": (B,), "view": (B,)}``, int64, and their
+    ``share`` (), float32.
 
     Training visits every image once an epoch, in an order that depends on the seed and the epoch
     alone, and shows epoch e the images' view number e, or e modulo the number of views. Evaluation
@@ -31,6 +32,10 @@ class ViewSampler(Sampler[Batch]):
         shuffle: training (True) or evaluation.
         seed: of the order.
         views: how many views of an image there are; None: a new one every epoch.
+        rank: of this process among those that train together; each yields its part of every batch.
+        world: how many processes there are. Their parts may differ by an image: ``share`` is the
+            weight of this part's mean in the mean over the processes, 1 where parts are equal. A
+            part without an image has an image in it all the same, and a share of 0.
     """
 
     def __init__(
@@ -40,7 +45,10 @@ class ViewSampler(Sampler[Batch]):
         shuffle: bool,
         seed: int = 0,
         views: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
+        self.rank, self.world = rank, world
         self.images = images
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -67,8 +75,12 @@ class ViewSampler(Sampler[Batch]):
         if self.shuffle:
             view = self.epoch % self.views if self.views else self.epoch
         for number in range(len(self)):
-            index = order[number * self.batch_size : (number + 1) * self.batch_size]
-            yield {"index": index, "view": torch.full_like(index, view)}
+            together = order[number * self.batch_size : (number + 1) * self.batch_size]
+            index = together[self.rank :: self.world]
+            batch = {"share": torch.tensor(len(index) * self.world / len(together))}
+            if not len(index):  # every process takes part in every step
+                index = together[:1]
+            yield {"index": index, "view": torch.full_like(index, view), **batch}
 
 
 class ViewLoader:
@@ -105,6 +117,6 @@ class ViewLoader:
         while ahead := list(islice(batches, AHEAD)):
             index, view = (torch.cat([batch[key] for batch in ahead]) for key in ("index", "view"))
             sizes = [len(batch["index"]) for batch in ahead]
-            views = self.cut(index, view)
-            for batch in zip(*(part.split(sizes) for part in (index, view, views)), strict=True):
-                yield self.finish(*batch)
+            parts = [part.split(sizes) for part in (index, view, self.cut(index, view))]
+            for batch, *pixels in zip(ahead, *parts, strict=True):
+                yield {**self.finish(*pixels), "share": batch["share"]}

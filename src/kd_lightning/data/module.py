@@ -172,10 +172,12 @@ class ImageDataModule(LightningDataModule):
 
     def _loader(self, split: str, shuffle: bool = False) -> ViewLoader:
         size = self.batch_size if shuffle else self.eval_batch_size
-        sampler = ViewSampler(self.splits[split], size, shuffle, self.seed, self.views)
+        rank, world = 0, 1
         if self.trainer is not None:
+            rank, world = self.trainer.global_rank, self.trainer.world_size
             device = self.trainer.strategy.root_device
             self._pixels, self.labels = self._pixels.to(device), self.labels.to(device)
+        sampler = ViewSampler(self.splits[split], size, shuffle, self.seed, self.views, rank, world)
         return ViewLoader(sampler, cut=self._cut, finish=self._finish)
 
     def train_dataloader(self) -> ViewLoader:

@@ -1,0 +1,132 @@
+"""Several processes that train one student together."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import REPOSITORY, TINY, in_a_new_process
+from safetensors.torch import load
+
+from kd_lightning.data.loading import ViewSampler
+
+COMMAND = (
+    "train.py", *TINY, "method=combined", "student=small", "data=digits", "data.batch_size=50",
+    "trainer.precision=32-true", "remember.dtype=float32",
+)  # fmt: skip
+TEST_IMAGES = 359  # an odd number, so that two processes have unequal parts
+TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+
+
+def train(root, *arguments):
+    done = in_a_new_process(*COMMAND, *arguments, f"output_dir={root}", f"data_dir={root}/data")
+    assert done.code == 0, done.err
+    return done
+
+
+def results(root, method=""):
+    (run,) = [path.parent for path in root.glob(f"runs/*/{method}*/metrics.json")]
+    metrics = json.loads((run / "metrics.json").read_text())
+    history = [row.rpartition(",")[0] for row in (run / "history.csv").read_text().splitlines()]
+    return metrics, (run / "student.safetensors").read_bytes(), history
+
+
+def test_two_processes_train_the_student_that_one_would(tmp_path):
+    for name, arguments in (("one", ()), ("two", TWO)):
+        train(tmp_path / name, *arguments)
+    one, weights, history = results(tmp_path / "one")
+    two, same_weights, same_history = results(tmp_path / "two")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    same_weights = load(same_weights)
+    for name, weight in load(weights).items():
+        torch.testing.assert_close(same_weights[name], weight, rtol=1e-3, atol=1e-4)
+    for key in ("val_accuracy", "test_accuracy", "agreement"):
+        assert two[key] == pytest.approx(one[key], abs=0.01)
+    assert two["teacher_key"] == one["teacher_key"]
+    assert len(history) == len(same_history) == 3
+    # What is measured is measured on all images, not on one process's part of them.
+    for root in (tmp_path / "one", tmp_path / "two"):
+        (confusion,) = root.glob("runs/*/*/confusion.csv")
+        counts = [map(int, row.split(",")) for row in confusion.read_text().splitlines()[1:]]
+        assert sum(map(sum, counts)) == TEST_IMAGES
+
+
+def test_killed_and_started_again_in_a_grid_they_end_as_if_nothing_had_been(tmp_path):
+    grid = ("hydra.mode=MULTIRUN", *TWO, "method=none,logit", "seed=0", "trainer.max_epochs=4")
+    train(tmp_path / "whole", *grid)
+    root = tmp_path / "killed"
+    command = [*COMMAND, *grid, f"output_dir={root}", f"data_dir={root}/data"]
+    process = subprocess.Popen(
+        [sys.executable, *command], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(root.glob("runs/*/logit*/checkpoints/last.ckpt")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    done = train(root, *grid)
+    assert "goes on after epoch" in done.err
+    for method in ("none", "logit"):
+        assert results(root, method)[1:] == results(tmp_path / "whole", method)[1:]
+
+
+@pytest.mark.parametrize("where", ["equip_memory", "DistillationModule.on_train_epoch_end"])
+@pytest.mark.parametrize("how", ["raise OSError('no more of it')", "os._exit(9)"])
+def test_what_goes_wrong_in_another_process_is_said_in_a_sentence(tmp_path, where, how):
+    script = tmp_path / "breaks.py"
+    script.write_text(
+        "import os; from kd_lightning import cli, training\n"
+        "if os.environ.get('LOCAL_RANK', '0') != '0':\n"
+        f"    def fails(*_): {how}\n"
+        f"    training.{where} = fails\n"
+        "if __name__ == '__main__': cli.main()\n"
+    )
+    done = in_a_new_process(
+        str(script), *COMMAND[1:], *TWO, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"
+    )
+    assert done.code == 1
+    reason = "no more of it" if "raise" in how else "it has ended"
+    assert f"error: process 1 of 2: {reason}" in done.err
+    assert "Traceback" not in done.err
+
+
+@pytest.mark.parametrize(
+    ("wrong", "sentence"),
+    [
+        ("trainer.devices=0", "trainer.devices must be a whole number of at least 1, or auto"),
+        ("trainer.strategy=fsdp", "trainer.strategy must be one of auto, ddp, not fsdp"),
+        ("+trainer.num_nodes=2", "trainer.num_nodes must be 1"),
+        ("+teacher.trainer.devices=2", "teacher.trainer.devices must be 1"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path, wrong, sentence):
+    done = in_a_new_process(*COMMAND, "trainer=ddp", wrong, f"output_dir={tmp_path}")
+    assert done.code == 2
+    assert sentence in done.err
+
+
+@pytest.mark.parametrize("images", [100, 101, 103])
+def test_every_image_is_seen_once_an_epoch_and_weighs_the_same(images):
+    world, seen, weights = 3, [], {}
+    samplers = [
+        ViewSampler(torch.arange(images), 25, shuffle=True, seed=1, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    assert len({len(sampler) for sampler in samplers}) == 1
+    whole = list(ViewSampler(torch.arange(images), 25, shuffle=True, seed=1))
+    for together, *parts in zip(whole, *samplers, strict=True):
+        own = [part["index"] for part in parts if part["share"] > 0]
+        assert sorted(torch.cat(own).tolist()) == sorted(together["index"].tolist())
+        seen += torch.cat(own).tolist()
+        for part in parts:  # the mean over processes of share * mean is the mean over the batch
+            for index in part["index"].tolist():
+                weight = float(part["share"]) / len(part["index"]) / world
+                weights[index] = weights.get(index, 0) + weight * len(together["index"])
+    assert sorted(seen) == list(range(images))
+    assert set(weights) == set(range(images))
+    assert all(weight == pytest.approx(1) for weight in weights.values())
