@@ -112,7 +112,10 @@ def tune(
         study_name=name,
         direction="maximize",
         load_if_exists=True,
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=3),
+        # In the first half of its epochs a high learning rate is behind, and may lead in the end.
+        pruner=optuna.pruners.MedianPruner(
+            n_startup_trials=5, n_warmup_steps=config["trainer"]["max_epochs"] // 2
+        ),
     )
 
     if not study.trials:  # what is searched from: the configuration as it is
