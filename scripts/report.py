@@ -1,6 +1,8 @@
 """One table of any runs: results.csv, results.md, pictures and a single report.html.
 
 python scripts/report.py outputs/runs --out outputs/report
+
+A results.csv serves as well as the runs it was made of; curves and confusion need the runs.
 """
 
 import argparse
@@ -11,24 +13,31 @@ from pathlib import Path
 def main() -> None:
     """Read the command line, write the report, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("folders", nargs="+", help="run directories, or folders that have some")
+    parser.add_argument("sources", nargs="+", help="folders of runs, or a results.csv")
     parser.add_argument("--out", help="where to write; by default the first folder")
     arguments = parser.parse_args()
-    missing = [folder for folder in arguments.folders if not Path(folder).is_dir()]
-    if missing:
-        print(f"error: {missing[0]} is not a folder", file=sys.stderr)
+    for source in arguments.sources:
+        if not Path(source).exists():
+            print(f"error: {source} does not exist", file=sys.stderr)
+            sys.exit(2)
+    if arguments.out is None and not Path(arguments.sources[0]).is_dir():
+        print("error: say with --out where to write", file=sys.stderr)
         sys.exit(2)
 
     from kd_lightning.documents import write_report
+    from kd_lightning.errors import InputError
 
-    out = Path(arguments.out or arguments.folders[0])
+    out = Path(arguments.out or arguments.sources[0])
     try:
-        runs = write_report(arguments.folders, out, page=True)
+        runs = write_report(arguments.sources, out, page=True)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         print(f"error: {out} cannot be written: {error.strerror}", file=sys.stderr)
         sys.exit(1)
     if runs.empty:
-        print(f"error: there is no run in {', '.join(arguments.folders)}", file=sys.stderr)
+        print(f"error: there is no run in {', '.join(arguments.sources)}", file=sys.stderr)
         sys.exit(2)
     print(f"{len(runs)} runs: {out / 'results.md'}, {out / 'report.html'}")
 

@@ -197,6 +197,18 @@ def test_a_checkpoint_is_replaced_when_the_next_is_whole(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_jobs_of_a_cluster_share_one_teacher(tmp_path):
+    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+    done = in_a_new_process(
+        "train.py", "-m", *TINY, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5",
+        "method=logit", "seed=0,1", "setting=grid", "data=digits", "trainer.max_epochs=1",
+        f"output_dir={tmp_path}", f"data_dir={tmp_path}/data",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert list(statuses(tmp_path / "runs" / "grid").values()) == ["finished"] * 2
+    assert len(list((tmp_path / "teachers").glob("*/teacher.safetensors"))) == 1
+
+
 def test_two_workers_share_one_teacher(tmp_path):
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
     done = in_a_new_process(

@@ -119,8 +119,17 @@ def test_the_document_says_all_of_it(runs):
     page = (runs / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
     assert "http" not in page  # nothing is fetched from elsewhere
-    # The table can be computed again from the CSV's own numbers.
     assert (runs / "results.csv").read_text().count("\n") == 1 + 9 + 1
+
+
+def test_the_tables_can_be_computed_again_from_the_csv(runs, tmp_path):
+    write_report([runs], runs)
+    again = tmp_path / "again"
+    write_report([runs / "results.csv"], again)
+    text, same = ((place / "results.md").read_text() for place in (runs, again))
+    assert same.partition("![")[0] == text.partition("![")[0]
+    assert (again / "results.csv").read_bytes() == (runs / "results.csv").read_bytes()
+    assert (again / "accuracy.png").exists()
 
 
 def script(monkeypatch, *arguments):
@@ -141,4 +150,11 @@ def test_the_script_reports_any_folders_and_refuses_empty_ones(runs, tmp_path, m
     assert script(monkeypatch, tmp_path / "empty") == 2
     assert "there is no run" in capsys.readouterr().err
     assert script(monkeypatch, tmp_path / "nowhere") == 2
-    assert "nowhere is not a folder" in capsys.readouterr().err
+    assert "nowhere does not exist" in capsys.readouterr().err
+    assert script(monkeypatch, out / "results.csv") == 2
+    assert "--out" in capsys.readouterr().err
+    assert script(monkeypatch, out / "report.html", "--out", out) == 2
+    assert "report.html" in capsys.readouterr().err
+    (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    assert script(monkeypatch, tmp_path / "other.csv", "--out", out) == 2
+    assert "it has no column 'setting'" in capsys.readouterr().err

@@ -24,18 +24,18 @@ _GAIN = (
 )
 
 
-def write_report(folders: Iterable[str | Path], out: Path, page: bool = False) -> pd.DataFrame:
+def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -> pd.DataFrame:
     """Write `results.csv`, `results.md` and the pictures they show.
 
     Args:
-        folders: in and below which runs are looked for.
+        sources: as `report.read_runs` takes them.
         out: where to write.
         page: `report.html` as well: everything in one file.
 
     Returns:
         One line for each run.
     """
-    runs = read_runs(folders)
+    runs = read_runs(sources)
     cells = summarise(runs)
     settings = list(dict.fromkeys(cells["setting"]))
     texts, pages = ["# Results\n"], []

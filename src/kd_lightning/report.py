@@ -11,6 +11,7 @@ from pathlib import Path
 import pandas as pd
 from scipy import stats
 
+from kd_lightning.errors import InputError
 from kd_lightning.files import read_json
 
 METHODS = ("none", "logit", "attention", "combined")  # in this order; others follow by name
@@ -37,17 +38,29 @@ def run_folders(folders: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
-    """One line for each run, finished or not: `COLUMNS`, and what to call its cell, ``label``."""
+def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
+    """One line for each run, finished or not: `COLUMNS`, and what to call its cell, ``label``.
+
+    Args:
+        sources: folders in and below which runs are, or tables of runs that were written before
+            (`results.csv`).
+
+    Raises:
+        InputError: a file is not such a table.
+    """
+    paths = [Path(source) for source in sources]
+    tables = [_read_table(path) for path in paths if path.is_file()]
     rows = []
-    for folder in run_folders(folders):
+    for folder in run_folders(path for path in paths if not path.is_file()):
         metrics = read_json(folder / "metrics.json")
         if not {"method", "student", "seed"} <= metrics.keys():
             metrics = {"status": "unreadable", "name": folder.name}
         suffix = str(metrics.get("name", "")).partition(f"-s{metrics.get('seed')}")[2]
         rows.append({**metrics, "variant": suffix.lstrip("-"), "folder": str(folder)})
-    runs = pd.DataFrame(rows, columns=list(COLUMNS))
-    runs["setting"] = runs["setting"].fillna("")
+    found = pd.DataFrame(rows, columns=list(COLUMNS))
+    runs = pd.concat([found, *tables], ignore_index=True) if tables else found
+    for column in ("setting", "variant"):
+        runs[column] = runs[column].fillna("")
     order = runs["method"].map({name: rank for rank, name in enumerate(METHODS)})
     runs["rank"] = order.fillna(len(METHODS))
     by = ["setting", "parameters", "student", "rank", "method", "variant", "seed"]
@@ -58,6 +71,16 @@ def read_runs(folders: Iterable[str | Path]) -> pd.DataFrame:
         ~several, (runs["method"] + " " + runs["variant"]).str.strip()
     )
     return runs
+
+
+def _read_table(path: Path) -> pd.DataFrame:
+    try:
+        table = pd.read_csv(path)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read as a table of runs: {error}") from error
+    if missing := [column for column in COLUMNS if column not in table]:
+        raise InputError(f"{path} is not a table of runs: it has no column '{missing[0]}'")
+    return table[list(COLUMNS)]
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
