@@ -56,6 +56,24 @@ def test_the_experiment_is_a_grid_and_an_axis_can_be_narrowed(train, tmp_path):
     assert names == {"none-small-s3", "none-medium-s3", "none-large-s3"}
 
 
+def test_each_of_several_teachers_has_a_table_and_none_is_trained_for_the_first(train, tmp_path):
+    done = train(
+        "-m", "experiment=grid", "teacher=resnet20,resnet32", "teacher.trainer.max_epochs=1",
+        "method=none,logit", "student=small", "seed=0", "trainer.max_epochs=1", "optimizer.lr=0.01",
+        tiny=False,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    tables = list(tmp_path.glob("outputs/runs/*/results.md"))
+    assert len(tables) == 2
+    for teacher in ("resnet20", "resnet32"):
+        assert f"| teacher {teacher} |" in done.out
+    metrics = [RunDirectory(run).read_metrics() for run in done.runs]
+    assert sorted("copied_from" in m for m in metrics) == [False, False, False, True]
+    assert {(m["method"], m["teacher"]) for m in metrics if "copied_from" in m} == {
+        ("none", "resnet32")
+    }
+
+
 def test_one_bad_cell_stops_no_other_and_is_tried_again(train, tmp_path, monkeypatch):
     original = training._distil
 
@@ -197,30 +215,23 @@ def test_a_checkpoint_is_replaced_when_the_next_is_whole(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_jobs_of_a_cluster_share_one_teacher(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_submitit_launcher")
+@pytest.mark.parametrize(
+    ("launcher", "setting"),
+    [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local", "hydra.launcher.timeout_min=5")],
+)
+def test_workers_and_jobs_of_a_cluster_share_one_teacher(tmp_path, launcher, setting):
+    pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     done = in_a_new_process(
-        "train.py", "-m", *TINY, "hydra/launcher=submitit_local", "hydra.launcher.timeout_min=5",
-        "method=logit", "seed=0,1", "setting=grid", "data=digits", "trainer.max_epochs=1",
+        "train.py", "-m", *TINY, f"hydra/launcher={launcher}", setting, "method=none,logit",
+        "seed=0,1", "setting=grid", "data=digits", "trainer.max_epochs=1",
         f"output_dir={tmp_path}", f"data_dir={tmp_path}/data",
     )  # fmt: skip
     assert done.code == 0, done.err
-    assert list(statuses(tmp_path / "runs" / "grid").values()) == ["finished"] * 2
-    assert len(list((tmp_path / "teachers").glob("*/teacher.safetensors"))) == 1
-
-
-def test_two_workers_share_one_teacher(tmp_path):
-    pytest.importorskip("hydra_plugins.hydra_joblib_launcher")
-    done = in_a_new_process(
-        "train.py", "-m", *TINY, "hydra/launcher=joblib", "hydra.launcher.n_jobs=2",
-        "method=none,logit", "seed=0,1", "setting=grid", "data=digits", "trainer.max_epochs=1",
-        f"output_dir={tmp_path}", f"data_dir={tmp_path}/data",
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    assert set(statuses(tmp_path / "runs" / "grid").values()) == {"finished"}
+    assert list(statuses(tmp_path / "runs" / "grid").values()) == ["finished"] * 4
     assert len(list((tmp_path / "teachers").glob("*/teacher.safetensors"))) == 1
     assert (tmp_path / "runs" / "grid" / "results.csv").read_text().count("finished") == 4
-    # Threads are divided among the workers.
-    cores = len(os.sched_getaffinity(0))
-    devices = {json.loads(p.read_text())["device"] for p in tmp_path.rglob("metrics.json")}
-    assert {int(d.rsplit(", ", 1)[1].split()[0]) for d in devices} == {max(1, cores // 2)}
+    if launcher == "joblib":  # threads are divided among the workers
+        cores = len(os.sched_getaffinity(0))
+        devices = {json.loads(p.read_text())["device"] for p in tmp_path.rglob("metrics.json")}
+        threads = {int(d.rsplit(", ", 1)[1].split()[0]) for d in devices}
+        assert threads == {max(1, cores // 2)}

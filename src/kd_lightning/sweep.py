@@ -36,16 +36,21 @@ class Results(Callback):
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Say where to look, and whether all went well, in whichever process it was."""
-        folder = Path(config.hydra.sweep.dir)
-        for metrics in folder.glob("*/metrics.json"):
-            recent = metrics.stat().st_mtime >= self._began
-            if recent and read_json(metrics).get("status") == "failed":
-                exit_codes.append(1)
-        update(folder)
-        results = folder / "results.md"
-        if results.exists():
-            print(results.read_text(encoding="utf-8").split("Every cell.")[0].rstrip())
-            print(f"\nall of it in {results}")
+        own = Path(config.hydra.sweep.dir)
+        update(own)
+        # Of several teachers each has a folder: those that something has happened in.
+        written = sorted(own.parent.glob("*/.results.json"))
+        for folder in [p.parent for p in written if self._is_recent(p)] or [own]:
+            for metrics in folder.glob("*/metrics.json"):
+                if self._is_recent(metrics) and read_json(metrics).get("status") == "failed":
+                    exit_codes.append(1)
+            results = folder / "results.md"
+            if results.exists():
+                print(results.read_text(encoding="utf-8").split("Every cell.")[0].rstrip())
+                print(f"\nall of it in {results}\n")
+
+    def _is_recent(self, path: Path) -> bool:
+        return path.stat().st_mtime >= self._began
 
 
 def update(folder: Path) -> None:
