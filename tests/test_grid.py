@@ -161,22 +161,31 @@ def results(root):
     return found
 
 
-# After the teacher began, within the first cell, within the second.
+# Within the first cell, within the second.
 @pytest.mark.parametrize(
-    "wait_for", ["none*/checkpoints/last.ckpt", "combined*/checkpoints/last.ckpt"]
+    ("cell", "how"),
+    [("none", "SIGKILL"), ("combined", "SIGKILL"), ("none", "SIGTERM"), ("combined", "SIGINT")],
 )
-def test_killed_and_started_again_it_ends_as_if_nothing_had_been(tmp_path, uninterrupted, wait_for):
+def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
+    tmp_path, uninterrupted, cell, how
+):
     command = [sys.executable, *COMMAND, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
     process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     )
     deadline = time.monotonic() + 120
-    while not list((tmp_path / "runs").glob(f"grid/{wait_for}")):
+    while not list((tmp_path / "runs").glob(f"grid/{cell}*/checkpoints/last.ckpt")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.send_signal(signal.Signals[how])
+    _, said = process.communicate(timeout=60)
+    if how != "SIGKILL":
+        assert process.returncode == 128 + signal.Signals[how]
+        name = "Ctrl-C" if how == "SIGINT" else how
+        assert f"error: stopped by {name}; the same command goes on after epoch" in said
+        assert "Traceback" not in said
+        assert statuses(tmp_path / "runs" / "grid")[f"{cell}-small-s0"] == "running"
     done = in_a_new_process(*command[1:])
     assert done.code == 0, done.err
     assert "goes on after epoch" in done.err

@@ -1,6 +1,8 @@
 """Several processes that train one student together."""
 
 import json
+import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,26 +55,39 @@ def test_two_processes_train_the_student_that_one_would(tmp_path):
         assert sum(map(sum, counts)) == TEST_IMAGES
 
 
-def test_killed_and_started_again_in_a_grid_they_end_as_if_nothing_had_been(tmp_path):
-    grid = ("hydra.mode=MULTIRUN", *TWO, "method=none,logit", "seed=0", "trainer.max_epochs=4")
-    train(tmp_path / "whole", *grid)
-    root = tmp_path / "killed"
-    command = [*COMMAND, *grid, f"output_dir={root}", f"data_dir={root}/data"]
+GRID = ("hydra.mode=MULTIRUN", *TWO, "method=none,logit", "seed=0", "trainer.max_epochs=4")
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    train(root, *GRID)
+    return root
+
+
+@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
+def test_stopped_and_started_again_in_a_grid_they_end_as_if_nothing_had_been(
+    tmp_path, uninterrupted, how
+):
+    command = [*COMMAND, *GRID, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
     process = subprocess.Popen(
         [sys.executable, *command], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120
-    while not list(root.glob("runs/*/logit*/checkpoints/last.ckpt")):
+    while not list(tmp_path.glob("runs/*/logit*/checkpoints/last.ckpt")):
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.005)
-    process.kill()
-    process.wait()
-    done = train(root, *grid)
+    if how == "SIGKILL":
+        process.kill()
+    else:  # as a terminal does it: to all of them
+        os.killpg(process.pid, signal.SIGINT)
+    assert process.wait(timeout=30) == (-9 if how == "SIGKILL" else 130)
+    done = train(tmp_path, *GRID)
     assert "goes on after epoch" in done.err
     for method in ("none", "logit"):
-        assert results(root, method)[1:] == results(tmp_path / "whole", method)[1:]
+        assert results(tmp_path, method)[1:] == results(uninterrupted, method)[1:]
 
 
 @pytest.mark.parametrize("where", ["equip_memory", "DistillationModule.on_train_epoch_end"])

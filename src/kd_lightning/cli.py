@@ -16,7 +16,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd_lightning import config as configuration
 from kd_lightning import naming
-from kd_lightning.errors import InputError, RunError
+from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.sweep import exit_codes
 
 log = logging.getLogger(__name__)
@@ -24,13 +24,17 @@ naming.register()
 
 
 def main() -> None:
-    """Run what the command line says; exit with 0, 1 (failed while running) or 2 (wrong input)."""
+    """Run what the command line says; exit with 0, 1 (failed while running), 2 (wrong input),
+    or 128 and the number of the signal that stopped it.
+    """
     # Hydra prints tracebacks and exits by itself unless it is asked not to.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         _app()
     except KeyboardInterrupt:
         _fail("stopped", 130)
+    except Stopped as stop:
+        _fail(str(stop), stop.exit_code)
     except InputError as error:
         _fail(str(error), 2)
     except (HydraException, OmegaConfBaseException) as error:

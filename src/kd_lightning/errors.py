@@ -1,4 +1,6 @@
-"""The two ways a run can end badly, told apart because scripts read the exit code."""
+"""The ways a run can end badly, told apart because scripts read the exit code."""
+
+import signal
 
 
 class InputError(Exception):
@@ -10,3 +12,20 @@ class InputError(Exception):
 
 class RunError(Exception):
     """A run that had begun could not go on. Exit code 1."""
+
+
+class Stopped(BaseException):
+    """The process was asked to end, by Ctrl-C or a signal. Exit code 128 and the signal's number.
+
+    Not an Exception: it ends the grid that the run belongs to as well.
+
+    Args:
+        number: the signal's.
+        epochs: that were trained before, whole.
+    """
+
+    def __init__(self, number: int, epochs: int) -> None:
+        name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+        since = f"goes on after epoch {epochs}" if epochs else "begins anew"
+        super().__init__(f"stopped by {name}; the same command {since}")
+        self.exit_code = 128 + number

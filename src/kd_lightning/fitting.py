@@ -21,6 +21,7 @@ from kd_lightning.hardware import keep_freed_memory
 from kd_lightning.pictures import Pictures
 from kd_lightning.progress import ProgressBar
 from kd_lightning.runs import Checkpoint, RunDirectory
+from kd_lightning.stopping import StopWhenAsked
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +76,7 @@ def build_trainer(
             LearningRateMonitor("step"),
             Pictures(),
             ProgressBar(name),
+            StopWhenAsked(),
             *callbacks,
         ],
         "enable_progress_bar": False,

@@ -8,6 +8,7 @@ through the same code, finds the teacher in its store, and writes nothing.
 import logging
 import multiprocessing
 import os
+import signal
 import socket
 import sys
 import warnings
@@ -109,15 +110,16 @@ class _Helpers:
             process.join()
 
     def stop(self) -> None:
-        """End those that are still there."""
+        """End those that are still there, whatever they wait for: they write nothing."""
         for process, _ in self._all:
-            process.terminate()
+            process.kill()
             process.join()
 
 
 def _help(rank_zero: Connection, threads: int, config: Node, folder: Path, resume: Any) -> None:
     """What a helper does, from its start to its end."""
     logging.disable()  # rank 0 says it
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # and hears it
     warnings.simplefilter("ignore")
     _divide_threads(threads)
     try:

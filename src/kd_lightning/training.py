@@ -23,6 +23,7 @@ from kd_lightning.config import (
 )
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
+from kd_lightning.errors import Stopped
 from kd_lightning.fitting import build_trainer, fit_and_test, metric
 from kd_lightning.frozen import FrozenTeacher, Normalization
 from kd_lightning.hardware import choose_memory_format, choose_precision
@@ -99,6 +100,8 @@ def _run(config: Node, directory: RunDirectory, callbacks: Sequence[Callback]) -
         else:
             with together(trainer_node(config), config, directory.path, resume) as meet:
                 metrics |= _distil(config, directory, resume, callbacks, meet)
+    except Stopped:
+        raise  # it will go on
     except BaseException as error:
         directory.write_metrics({**metrics, "status": "failed", "error": str(error)})
         raise
