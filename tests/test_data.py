@@ -123,7 +123,8 @@ def test_batches_cut_ahead_are_the_batches_asked_for(folder):
     assert len(asked) == len(got) == len(loader) == 17
     for views, batch in zip(asked, got, strict=True):
         alone = data.render(views["index"], views["view"])
-        assert set(batch) == {"images", "labels", "index", "view"}
+        assert set(batch) == {"images", "labels", "index", "view", "share"}
+        assert batch["share"] == 1
         for key, value in alone.items():
             assert torch.equal(batch[key], value), key
         assert batch["images"].is_contiguous(memory_format=torch.channels_last)

@@ -22,7 +22,7 @@ KEYS = {
     "compression_ratio", "val_accuracy", "test_accuracy", "best_val_accuracy", "best_epoch",
     "test_accuracy_at_best", "teacher_val_accuracy", "teacher_test_accuracy", "agreement",
     "epochs", "train_seconds", "images_per_second", "teacher_key", "git_commit", "python", "torch",
-    "lightning", "device", "precision",
+    "lightning", "device", "processes", "precision",
 }  # fmt: skip
 
 

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
 from torch.nn import ModuleDict, Parameter
 from torch.optim import Optimizer
-from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from kd_lightning.config import Node, build, build_partial, without
@@ -91,7 +90,6 @@ class DistillationModule(LightningModule):
         self.accuracy = accuracy.clone()
         self.teacher_accuracy = accuracy.clone()
         self.agreement = accuracy.clone()
-        self.val_loss = MeanMetric()
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.validated_at = -1  # the step
         self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, 0.0
@@ -260,12 +258,12 @@ class DistillationModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The student on the validation images, and the teacher unless training goes on."""
         logits = self(batch["images"])
-        if batch["share"]:
+        counted = len(logits) if batch["share"] else 0
+        if counted:
             self.accuracy.update(logits, batch["labels"])
-            loss = F.cross_entropy(logits.float(), batch["labels"])
-            self.val_loss.update(loss, weight=len(logits))
         self.log("val/accuracy", self.accuracy)
-        self.log("val/loss", self.val_loss)
+        loss = F.cross_entropy(logits.float(), batch["labels"])
+        self.log("val/loss", loss, sync_dist=True, batch_size=counted)
         if self.trainer.state.fn != TrainerFn.FITTING and self.teacher is not None:
             self._score_teacher(batch, "val")
 

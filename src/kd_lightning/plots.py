@@ -30,7 +30,7 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
             # A little beside each other, else spreads hide one another.
             part["parameters"] * 1.03**place,
             100 * part["test"],
-            yerr=100 * part["test_std"].fillna(0),
+            yerr=100 * part["test_std"],  # none from a single run
             label=label,
             marker="o",
             capsize=3,
@@ -85,7 +85,7 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
         middle = part["gain"] if compared else part["test"]
         high = part["gain_high"] - part["gain"] if compared else part["test_std"]
         axes.bar(
-            x, 100 * middle, width * 0.92, yerr=100 * high.fillna(0), capsize=3, label=name,
+            x, 100 * middle, width * 0.92, yerr=100 * high, capsize=3, label=name,
             color=_colour(name, place),
         )  # fmt: skip
     axes.set_xticks(range(len(students)), students)
