@@ -13,6 +13,7 @@ from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
 from torch.nn import ModuleDict, Parameter
 from torch.optim import Optimizer
+from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from kd_lightning.config import Node, build, build_partial, without
@@ -90,6 +91,8 @@ class DistillationModule(LightningModule):
         self.accuracy = accuracy.clone()
         self.teacher_accuracy = accuracy.clone()
         self.agreement = accuracy.clone()
+        # Not a plain number, whose mean over processes Lightning rounds to whole images.
+        self.val_loss = MeanMetric()
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.validated_at = -1  # the step
         self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, 0.0
@@ -239,6 +242,7 @@ class DistillationModule(LightningModule):
     def on_validation_start(self) -> None:
         """During training this comes right after a step: stop the clock."""
         self._place_teacher()
+        self.val_loss.reset()  # one validated before training was left in inference mode
         self.validated_at = self.global_step
         self._stop_clock()
 
@@ -258,12 +262,12 @@ class DistillationModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The student on the validation images, and the teacher unless training goes on."""
         logits = self(batch["images"])
-        counted = len(logits) if batch["share"] else 0
-        if counted:
+        if batch["share"]:
             self.accuracy.update(logits, batch["labels"])
+            loss = F.cross_entropy(logits.float(), batch["labels"])
+            self.val_loss.update(loss, weight=len(logits))
         self.log("val/accuracy", self.accuracy)
-        loss = F.cross_entropy(logits.float(), batch["labels"])
-        self.log("val/loss", loss, sync_dist=True, batch_size=counted)
+        self.log("val/loss", self.val_loss)
         if self.trainer.state.fn != TrainerFn.FITTING and self.teacher is not None:
             self._score_teacher(batch, "val")
 
