@@ -269,3 +269,27 @@ def test_a_strangers_run_cannot_name_any_code(train, target):
 def test_an_image_bomb_is_refused(refused, folder, monkeypatch):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 50)
     assert "bomb" in refused()
+
+
+@pytest.mark.parametrize("link", ["train", "train/class3", "train/class0/a.png"])
+def test_links_that_lead_out_of_the_root_or_nowhere_are_refused(refused, folder, tmp_path, link):
+    outside = tmp_path / "outside"
+    shutil.copytree(folder / "train", outside)
+    if link == "train":
+        shutil.rmtree(folder / "train")
+        target = outside
+    else:
+        target = outside / "class0" / ("1.png" if link.endswith("png") else "")
+    (folder / link).symlink_to(target)
+    assert f"{folder / link} is a link that leads out of data.root={folder}" in refused()
+    if link != "train":
+        (folder / link).unlink()
+        (folder / link).symlink_to(folder / link)
+        sentence = refused()
+        assert str(folder / link) in sentence
+        assert "a link that leads nowhere" in sentence
+
+
+def test_a_link_within_the_root_is_followed(folder, train):
+    (folder / "train" / "class0" / "again.png").symlink_to(folder / "train" / "class0" / "1.png")
+    assert train("method=none").code == 0

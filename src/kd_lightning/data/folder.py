@@ -34,7 +34,8 @@ class FolderDataModule(ImageDataModule):
         settings: see `ImageDataModule`.
 
     Raises:
-        InputError: a folder is missing or empty, or ``train`` and ``test`` differ in classes.
+        InputError: a folder is missing or empty, ``train`` and ``test`` differ in classes, or a
+            symbolic link leads out of `root`.
     """
 
     def __init__(self, root: str, cache_dir: str | None = None, **settings: Any) -> None:
@@ -52,7 +53,9 @@ class FolderDataModule(ImageDataModule):
                     f"data.root={self.root} has no folder '{part}'; expected are "
                     f"{self.root}/train/<class>/*.png and {self.root}/test/<class>/*.png"
                 )
-            found[part] = sorted(entry.name for entry in _visible(folder) if entry.is_dir())
+            if folder.is_symlink():
+                self._check_link(folder)
+            found[part] = sorted(e.name for e in self._visible(folder) if e.is_dir())
         if len(found["train"]) < 2:
             raise InputError(f"{self.root / 'train'} needs at least two class folders")
         if found["train"] != found["test"]:
@@ -92,7 +95,7 @@ class FolderDataModule(ImageDataModule):
         return Images(pixels, labels, train_size)
 
     def _files(self, folder: Path, digest: "hashlib._Hash") -> Iterator[Path]:
-        for entry in _visible(folder):
+        for entry in self._visible(folder):
             if Path(entry.name).suffix.lower() not in SUFFIXES:
                 raise InputError(
                     f"{entry.path} is not an image (png or jpg); remove it from the class folder"
@@ -100,6 +103,26 @@ class FolderDataModule(ImageDataModule):
             status = entry.stat()
             digest.update(f"{entry.path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
             yield Path(entry.path)
+
+    def _visible(self, folder: Path) -> list[os.DirEntry[str]]:
+        with os.scandir(folder) as entries:
+            visible = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+        for entry in visible:
+            if entry.is_symlink():
+                self._check_link(Path(entry.path))
+        return visible
+
+    def _check_link(self, link: Path) -> None:
+        """A stranger's folder must not make other files of this machine training data."""
+        try:
+            inside = link.resolve(strict=True).is_relative_to(self.root.resolve())
+        except (OSError, RuntimeError) as error:  # it leads nowhere, or round in circles
+            raise InputError(f"{link} is a link that leads nowhere; remove it") from error
+        if not inside:
+            raise InputError(
+                f"{link} is a link that leads out of data.root={self.root}; put the files "
+                "themselves there, or choose the folder that has them as data.root"
+            )
 
     def _decode(self, paths: list[Path]) -> torch.Tensor:
         pixels = np.empty((len(paths), self.image_size, self.image_size, 3), dtype=np.uint8)
@@ -141,8 +164,3 @@ class FolderDataModule(ImageDataModule):
                 f"decoded images cannot be stored in {stored.parent} ({error.strerror}); free some "
                 "space, choose another data_dir, or set data.cache_dir=null"
             ) from error
-
-
-def _visible(folder: Path) -> list[os.DirEntry[str]]:
-    with os.scandir(folder) as entries:
-        return sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
