@@ -40,6 +40,7 @@ from plain_distillation import plain_loop
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from kd_lightning.building import build_module, build_teacher, needs_teacher, resolve_precision
 from kd_lightning.cli import quiet_lightning
 from kd_lightning.config import build_partial, plain, trainer_node, tree
 from kd_lightning.data.loading import Batch
@@ -49,13 +50,7 @@ from kd_lightning.fitting import build_trainer
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.runs import device_name
-from kd_lightning.training import (
-    build_module,
-    build_teacher,
-    equip_memory,
-    needs_teacher,
-    resolve_precision,
-)
+from kd_lightning.training import equip_memory
 
 METHODS = ("none", "logit", "attention", "combined")
 STUDENTS = ("small", "medium", "large")

@@ -4,12 +4,12 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
+from kd_lightning.building import SUPERVISED, channels_last, resolve_precision
 from kd_lightning.config import build, trainer_node
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import InputError
 from kd_lightning.runs import RunDirectory, check_trusted, load_weights
-from kd_lightning.training import SUPERVISED, channels_last, resolve_precision
 
 
 def evaluate(run_dir: str | Path, data_root: str | None = None) -> dict[str, float]:

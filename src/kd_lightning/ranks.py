@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,12 +29,14 @@ Meet = Callable[[int], None]
 
 
 @contextmanager
-def together(trainer: Node, *run: Any) -> Iterator[Meet]:
+def together(trainer: Node, helper: Callable[..., Any], *run: Any) -> Iterator[Meet]:
     """Be rank 0 of the processes that a run's trainer asks for.
 
     Args:
         trainer: arguments of Lightning's Trainer.
-        run: what a helper needs to do the same: arguments of `training.help_with`.
+        helper: what each of the others does, called with `run` and its own `Meet`; a function of
+            a module, since it goes to another process.
+        run: further arguments of it.
 
     Raises:
         RunError: another process failed.
@@ -46,7 +47,7 @@ def together(trainer: Node, *run: Any) -> Iterator[Meet]:
     threads = torch.get_num_threads()
     place = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     os.environ.update(place)  # where Lightning looks
-    helpers = _Helpers(run)
+    helpers = _Helpers(helper, *run)
     try:
         yield helpers.meet
         helpers.join()
@@ -64,7 +65,7 @@ def together(trainer: Node, *run: Any) -> Iterator[Meet]:
 class _Helpers:
     """The other processes, as rank 0 sees them."""
 
-    def __init__(self, run: tuple[Any, ...]) -> None:
+    def __init__(self, *run: Any) -> None:
         self._run = run
         self._all: list[tuple[BaseProcess, Connection]] = []
 
@@ -116,16 +117,14 @@ class _Helpers:
             process.join()
 
 
-def _help(rank_zero: Connection, threads: int, config: Node, folder: Path, resume: Any) -> None:
+def _help(rank_zero: Connection, threads: int, helper: Callable[..., Any], *run: Any) -> None:
     """What a helper does, from its start to its end."""
     logging.disable()  # rank 0 says it
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # and hears it
     warnings.simplefilter("ignore")
     _divide_threads(threads)
     try:
-        from kd_lightning.training import help_with
-
-        help_with(config, folder, resume, lambda processes: rank_zero.send(""))
+        helper(*run, lambda processes: rank_zero.send(""))
     except BaseException as error:
         rank_zero.send((str(error).splitlines() or [""])[0] or type(error).__name__)
         sys.exit(1)

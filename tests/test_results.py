@@ -1,0 +1,43 @@
+"""What the documents show was measured: their tables follow from the committed runs."""
+
+import pytest
+from conftest import REPOSITORY
+
+from kd_lightning.documents import write_report
+from kd_lightning.report import read_runs
+
+RUNS = REPOSITORY / "docs" / "results" / "runs.csv"
+
+
+@pytest.fixture(scope="module")
+def tables(tmp_path_factory):
+    """The lines of all tables, computed from the runs."""
+    out = tmp_path_factory.mktemp("results")
+    write_report([RUNS], out)
+    lines = (out / "results.md").read_text().splitlines()
+    return [line for line in lines if line.startswith("| ") and "---" not in line]
+
+
+def test_the_results_are_what_the_runs_say(tables):
+    text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
+    assert len(tables) > 30
+    for line in tables:
+        assert line in text
+
+
+def test_the_readme_shows_the_same(tables):
+    text = (REPOSITORY / "README.md").read_text()
+    shown = [line for line in text.splitlines() if " ± " in line]
+    assert len(shown) >= 4
+    for line in shown:
+        assert line in tables
+
+
+def test_the_grid_is_complete():
+    runs = read_runs([RUNS])
+    assert set(runs["status"]) == {"finished"}
+    for _, grid in runs.groupby("setting"):
+        assert len(grid) == 4 * 3 * 3
+        assert set(grid["seed"]) == {0, 1, 2}
+    assert runs["setting"].nunique() == 2
+    assert not runs["git_commit"].str.contains("dirty").any()
