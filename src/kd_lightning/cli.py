@@ -1,8 +1,10 @@
 """The command line: the only place that knows Hydra's decorator. Compose, validate, run, print."""
 
+import errno
 import logging
 import os
 import sys
+import threading
 import warnings
 from pathlib import Path
 from typing import NoReturn
@@ -21,6 +23,8 @@ from kd_lightning.sweep import exit_codes
 
 log = logging.getLogger(__name__)
 naming.register()
+
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
@@ -75,7 +79,8 @@ def _app(composed: DictConfig) -> float | None:
     except RunError as error:
         _report(f"{error} (run: {run_dir})", 1)
     except OSError as error:
-        _report(f"{error.strerror or error}: {error.filename or run_dir}", 1)
+        hint = "; free some space, the same command goes on" if error.errno in DISK_FULL else ""
+        _report(f"{error.strerror or error}: {error.filename or run_dir}{hint}", 1)
     except Exception as error:
         log.info("failed", exc_info=error)  # to the log file only
         reason = (str(error).splitlines() or [""])[0]
@@ -114,6 +119,10 @@ def composition_error(error: Exception) -> str:
 
 def quiet_lightning() -> None:
     """Leave out what Lightning says about every training whatever its outcome."""
+    # TensorBoard writes in a thread. What that fails of, its next caller hears too.
+    threading.excepthook = lambda failed: log.info(
+        "failed in %s", failed.thread, exc_info=failed.exc_value
+    )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
     # Workers would only pass indices on: pixels are made where the model is.

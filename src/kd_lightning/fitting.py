@@ -33,8 +33,12 @@ class WholeCheckpoints(TorchCheckpointIO):
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
         """Write beside its place, then move there in one step."""
-        with replacing(Path(path)) as partial:
-            torch.save(checkpoint, partial)
+        # Into a file that Python opened: torch's own does not say why it could not be written.
+        with replacing(Path(path)) as partial, partial.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # of torch's, about what came of it
+                raise error.__context__ or error from None
 
 
 def build_trainer(
