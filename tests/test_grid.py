@@ -213,8 +213,7 @@ def test_a_checkpoint_is_replaced_when_the_next_is_whole(tmp_path, monkeypatch):
     WholeCheckpoints().save_checkpoint({"epoch": 1}, path)
 
     def dies(content, file):
-        with open(file, "wb") as out:  # noqa: PTH123
-            out.write(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", dies)
