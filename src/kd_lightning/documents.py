@@ -150,7 +150,9 @@ def details(cells: pd.DataFrame) -> pd.DataFrame:
             "validation": [_spread(c.val, c.val_std) for c in cells.itertuples()],
             "test": [_spread(c.test, c.test_std) for c in cells.itertuples()],
             "gain": [_gain(cell) for cell in cells.itertuples()],
-            "gap closed": [DASH if pd.isna(v) else f"{100 * v:.0f} %" for v in cells["gap_closed"]],
+            "gap closed": [
+                DASH if pd.isna(v) else f"{round(100 * v)} %" for v in cells["gap_closed"]
+            ],
             "agreement": cells["agreement"].map(_percent),
             "seconds": cells["seconds"].map(lambda v: DASH if pd.isna(v) else f"{v:,.0f}"),
         }
