@@ -27,8 +27,18 @@ def statuses(folder):
 
 
 def test_a_grid_fills_reports_and_is_then_left_alone(train, tmp_path):
+    # What happens in another grid meanwhile is not its affair.
+    other = tmp_path / "outputs" / "runs" / "other"
+    (other / "none-small-s9").mkdir(parents=True)
+    (other / "none-small-s9" / "metrics.json").write_text('{"status": "failed"}')
+    (other / "results.md").write_text("a table of another grid")
+    (other / ".results.json").write_text("{}")
+    for path in [*other.glob("*results*"), *other.glob("*/metrics.json")]:
+        os.utime(path, (4e9, 4e9))
     done = train(*GRID)
     assert done.code == 0, done.err
+    assert "another grid" not in done.out
+    assert not list((tmp_path / "outputs").rglob(".folders*"))
     folder = tmp_path / "outputs" / "runs" / "grid"
     assert statuses(folder) == dict.fromkeys(
         ["none-small-s0", "none-small-s1", "logit-small-s0", "logit-small-s1"], "finished"
@@ -203,6 +213,22 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(train, tmp_path, caplog):
     done = train("method=none", "setting=grid")
     assert done.code == 0
     assert "is damaged: training begins anew" in done.err + caplog.text
+    assert (run / "student.safetensors").read_bytes() == weights
+
+
+def test_interrupted_after_its_last_epoch_it_is_only_tested(train):
+    (run,) = train("method=none", "setting=grid").runs
+    metrics = json.loads((run / "metrics.json").read_text())
+    unfinished = ("status", "test_accuracy", "test_accuracy_at_best")
+    kept = {key: value for key, value in metrics.items() if key not in unfinished}
+    (run / "metrics.json").write_text(json.dumps({**kept, "status": "running"}))
+    weights = (run / "student.safetensors").read_bytes()
+    done = train("method=none", "setting=grid")
+    assert done.code == 0, done.err
+    again = json.loads((run / "metrics.json").read_text())
+    for key in ("status", "val_accuracy", "test_accuracy", "best_epoch", "test_accuracy_at_best"):
+        assert again[key] == metrics[key]
+    assert again["images_per_second"] == metrics["images_per_second"]  # nothing was trained again
     assert (run / "student.safetensors").read_bytes() == weights
 
 

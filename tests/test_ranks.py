@@ -15,7 +15,7 @@ from safetensors.torch import load
 from kd_lightning.data.loading import ViewSampler
 
 COMMAND = (
-    "train.py", *TINY, "method=combined", "student=small", "data=digits", "data.batch_size=50",
+    "train.py", *TINY, "method=combined", "student=small", "data=digits", "data.batch_size=15",
     "trainer.precision=32-true", "remember.dtype=float32",
 )  # fmt: skip
 TEST_IMAGES = 359  # an odd number, so that two processes have unequal parts

@@ -1,5 +1,7 @@
 """The search: on validation, resumable, with sentences for what is written wrongly."""
 
+import json
+
 import pytest
 from conftest import TINY, write_folder
 
@@ -33,6 +35,16 @@ def test_a_study_searches_what_the_method_has_and_goes_on(overrides, tmp_path):
         assert trial.intermediate_values == {1: trial.value}
     assert len(tuning.tune(overrides, trials=3).trials) == 3
     assert len(tuning.tune(overrides, trials=3).trials) == 3
+    # The test images are not looked at, not even in passing.
+    trials = list((tmp_path / "outputs").glob("tuning/**/metrics.json"))
+    assert len(trials) == 3
+    for path in trials:
+        metrics = json.loads(path.read_text())
+        assert metrics["status"] == "finished"
+        assert "val_accuracy" in metrics
+        tested = {key: metrics.get(key) for key in ("test_accuracy", "test_accuracy_at_best")}
+        assert not any(tested.values())
+        assert not (path.parent / "confusion.csv").exists()
     # One teacher for all of them.
     assert len(list((tmp_path / "outputs").rglob("teacher.safetensors"))) == 1
 

@@ -133,5 +133,5 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     # What goes on after an interruption finds its own checkpoints.
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    # Epochs without a validation leave the best one unknown; `fit_and_test` validates at the end.
+    # Epochs without a validation leave the best one unknown; `fitting.fit` validates at the end.
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")

@@ -1,7 +1,7 @@
 """Lightning's Trainer as every training here uses it, student's and teacher's alike."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -104,7 +104,7 @@ def build_trainer(
     return build_partial(without(settings, "memory_format", "precision"), "trainer")(**fixed)
 
 
-def fit_and_test(
+def fit(
     trainer: Trainer,
     module: DistillationModule,
     data: ImageDataModule,
@@ -112,9 +112,7 @@ def fit_and_test(
     weights: str,
     resume: Checkpoint | None = None,
 ) -> dict[str, Any]:
-    """Train, keep the last epoch's weights, and test them and those of the best epoch.
-
-    The best epoch is chosen on the validation images; the test images play no part in it.
+    """Train, keep the last epoch's weights, and say how far it came on the validation images.
 
     Args:
         trainer: from `build_trainer`.
@@ -131,19 +129,46 @@ def fit_and_test(
     directory.write_table("history", module.history)
     if module.validated_at != trainer.global_step:  # stopped between two validations
         trainer.validate(module, data, verbose=False)
-    epochs = trainer.current_epoch
     results = {"val_accuracy": metric(trainer, "val/accuracy")}
-    best = trainer.checkpoint_callback
-    assert isinstance(best, ModelCheckpoint)
+    best = _best(trainer)
     if best.best_model_score is None or best.best_model_score < results["val_accuracy"]:
-        results |= {"best_val_accuracy": results["val_accuracy"], "best_epoch": epochs}
+        results |= {
+            "best_val_accuracy": results["val_accuracy"],
+            "best_epoch": trainer.current_epoch,
+        }
     else:
-        checkpoint = torch.load(best.best_model_path, map_location="cpu", weights_only=True)
         results["best_val_accuracy"] = float(best.best_model_score)
-        results["best_epoch"] = checkpoint["epoch"] + 1
-    if results["best_epoch"] < epochs:
+        results["best_epoch"] = _load(best)["epoch"] + 1
+    return {
+        **results,
+        "epochs": trainer.current_epoch,
+        "train_seconds": round(module.fit_seconds, 2),
+        "images_per_second": round(module.images_trained / module.training_seconds, 1),
+    }
+
+
+def test(
+    trainer: Trainer,
+    module: DistillationModule,
+    data: ImageDataModule,
+    directory: RunDirectory,
+    fitted: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Test the weights of the last epoch, and those of the best.
+
+    The best epoch was chosen on the validation images; the test images play no part in it.
+
+    Args:
+        trainer: that has trained the module.
+        module: with the weights of the last epoch.
+        data: the images.
+        directory: where the confusion matrix goes.
+        fitted: what `fit` returned.
+    """
+    results = {}
+    if fitted["best_epoch"] < fitted["epochs"]:
         last = {key: value.clone() for key, value in module.state_dict().items()}
-        module.load_state_dict(checkpoint["state_dict"])
+        module.load_state_dict(_load(_best(trainer))["state_dict"])
         trainer.test(module, data, verbose=False)
         results["test_accuracy_at_best"] = metric(trainer, "test/accuracy")
         module.load_state_dict(last)
@@ -153,12 +178,20 @@ def fit_and_test(
     names, counts = data.classes, module.confusion.compute().tolist()
     directory.write_table("confusion", [dict(zip(names, row, strict=True)) for row in counts])
     results.setdefault("test_accuracy_at_best", results["test_accuracy"])
-    return {
-        **results,
-        "epochs": epochs,
-        "train_seconds": round(module.fit_seconds, 2),
-        "images_per_second": round(module.images_trained / module.training_seconds, 1),
-    }
+    return results
+
+
+def _best(trainer: Trainer) -> ModelCheckpoint:
+    best = trainer.checkpoint_callback
+    assert isinstance(best, ModelCheckpoint)
+    return best
+
+
+def _load(best: ModelCheckpoint) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(
+        best.best_model_path, map_location="cpu", weights_only=True
+    )
+    return content
 
 
 def metric(trainer: Trainer, name: str) -> float:

@@ -102,15 +102,15 @@ def finished(run_dir: Path, config: Node) -> dict[str, Any] | None:
     return metrics
 
 
-def twin(run_dir: Path, config: Node) -> Path | None:
+def twin(config: Node) -> Path | None:
     """Another setting's finished run that differs in nothing but a teacher it did not have.
 
     Args:
-        run_dir: where the run is to lie, ``<settings>/<setting>/<name>``.
         config: of a method that needs no teacher.
     """
     key = config_key(config, "teacher")
-    for metrics in sorted(run_dir.parents[1].glob(f"*/{glob.escape(run_dir.name)}/metrics.json")):
+    runs = Path(config["output_dir"]) / "runs"
+    for metrics in sorted(runs.glob(f"*/{glob.escape(config['name'])}/metrics.json")):
         other = read_json(metrics)
         if other.get("status") == "finished" and other.get("key_without_teacher") == key:
             return metrics.parent

@@ -51,9 +51,9 @@ def together(trainer: Node, helper: Callable[..., Any], *run: Any) -> Iterator[M
     try:
         yield helpers.meet
         helpers.join()
-    except RuntimeError as error:  # how torch says that another process is gone
+    except RuntimeError:  # how torch says that another process is gone
         helpers.check()
-        raise error
+        raise
     finally:
         helpers.stop()
         _leave()

@@ -1,6 +1,7 @@
 """What a grid does beside its runs: after each of them, the results so far."""
 
 import logging
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,11 @@ exit_codes: list[int] = []
 """Of the runs that failed: a grid goes on after a failure and reports it at the end."""
 
 
+FOLDERS = "KD_GRID_FOLDERS"
+"""Environment variable: the file in which the runs of a grid, in whichever process they are made,
+leave the folders that they lie in. With several teachers there is one for each."""
+
+
 class Results(Callback):
     """Keeps `results.csv`, `results.md` and pictures in the grid's folder up to date.
 
@@ -26,31 +32,34 @@ class Results(Callback):
     """
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Know afterwards which runs are of now."""
+        """Know afterwards which runs are of now, and where they lie."""
         self._began = time.time()
+        own = Path(config.hydra.sweep.dir).absolute()
+        os.environ[FOLDERS] = str(own / f".folders-{os.getpid()}")
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
         """A run has ended, well or badly."""
         if config.hydra.mode == RunMode.MULTIRUN:
-            update(Path(config.hydra.sweep.dir))
+            folder = Path(config.hydra.sweep.dir)
+            update(folder)
+            with Path(os.environ[FOLDERS]).open("a", encoding="utf-8") as file:
+                file.write(f"{folder}\n")
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Say where to look, and whether all went well, in whichever process it was."""
-        own = Path(config.hydra.sweep.dir)
-        update(own)
-        # Of several teachers each has a folder: those that something has happened in.
-        written = sorted(own.parent.glob("*/.results.json"))
-        for folder in [p.parent for p in written if self._is_recent(p)] or [own]:
+        names = Path(os.environ.pop(FOLDERS))
+        written = names.read_text(encoding="utf-8").splitlines() if names.exists() else []
+        names.unlink(missing_ok=True)
+        for folder in sorted({Path(name) for name in written}):
+            update(folder)
             for metrics in folder.glob("*/metrics.json"):
-                if self._is_recent(metrics) and read_json(metrics).get("status") == "failed":
+                recent = metrics.stat().st_mtime >= self._began
+                if recent and read_json(metrics).get("status") == "failed":
                     exit_codes.append(1)
             results = folder / "results.md"
             if results.exists():
                 print(results.read_text(encoding="utf-8").split("Every cell.")[0].rstrip())
                 print(f"\nall of it in {results}\n")
-
-    def _is_recent(self, path: Path) -> bool:
-        return path.stat().st_mtime >= self._began
 
 
 def update(folder: Path) -> None:

@@ -10,6 +10,7 @@ import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
+from kd_lightning import fitting
 from kd_lightning.building import (
     SUPERVISED,
     build_data,
@@ -26,7 +27,7 @@ from kd_lightning.config import Node, build, check, check_sections, select, trai
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import Stopped
-from kd_lightning.fitting import build_trainer, fit_and_test, metric
+from kd_lightning.fitting import build_trainer, metric
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.losses import Term
 from kd_lightning.memory import DTYPES, GIGABYTE, Memory, Rows, folder_name
@@ -40,7 +41,11 @@ log = logging.getLogger(__name__)
 
 
 def run(
-    config: Node, run_dir: str | Path, wait: bool = True, callbacks: Sequence[Callback] = ()
+    config: Node,
+    run_dir: str | Path,
+    wait: bool = True,
+    callbacks: Sequence[Callback] = (),
+    test: bool = True,
 ) -> dict[str, Any]:
     """Train and test one student; return what `metrics.json` then holds.
 
@@ -51,6 +56,7 @@ def run(
         run_dir: the folder of this run.
         wait: for another process that is working on the same run.
         callbacks: of Lightning's, that look on at the student's training.
+        test: whether the test images are looked at; a search must not.
 
     Raises:
         InputError: before any training, if the configuration, the data or a file is wrong.
@@ -59,10 +65,12 @@ def run(
     check_sections(config)
     directory = RunDirectory(run_dir)
     with directory.lock(wait):
-        return finished(directory.path, config) or _run(config, directory, callbacks)
+        return finished(directory.path, config) or _run(config, directory, callbacks, test)
 
 
-def _run(config: Node, directory: RunDirectory, callbacks: Sequence[Callback]) -> dict[str, Any]:
+def _run(
+    config: Node, directory: RunDirectory, callbacks: Sequence[Callback], test: bool
+) -> dict[str, Any]:
     key = config_key(config)
     resume = None
     if directory.read_metrics().get("config_key") == key:
@@ -77,14 +85,15 @@ def _run(config: Node, directory: RunDirectory, callbacks: Sequence[Callback]) -
     copied = None
     if not needs_teacher(config):
         metrics["key_without_teacher"] = config_key(config, "teacher")
-        copied = None if resume else twin(directory.path, config)
+        copied = twin(config) if test and not resume else None
     directory.write_metrics(metrics)
     try:
         if copied:  # what it says of itself stays
             metrics = {**_take_over(config, directory, copied), **metrics}
         else:
-            with together(trainer_node(config), help_with, config, directory.path, resume) as meet:
-                metrics |= _distil(config, directory, resume, callbacks, meet)
+            others = (config, directory.path, resume, test)
+            with together(trainer_node(config), help_with, *others) as meet:
+                metrics |= _distil(config, directory, resume, callbacks, test, meet)
     except Stopped:
         raise  # it will go on
     except BaseException as error:
@@ -115,6 +124,7 @@ def _distil(
     directory: RunDirectory,
     resume: Checkpoint | None,
     callbacks: Sequence[Callback],
+    test: bool,
     meet: Meet,
 ) -> dict[str, Any]:
     # Everything that can be wrong comes first; data, teacher and training cost more and more.
@@ -143,7 +153,9 @@ def _distil(
 
     # Again: training a teacher must not change what the student draws.
     seed_everything(config["seed"], verbose=False)
-    results = fit_and_test(trainer, module, data, directory, "student", resume)
+    results = fitting.fit(trainer, module, data, directory, "student", resume)
+    if test:
+        results |= fitting.test(trainer, module, data, directory, results)
     show_in_tensorboard(trainer, config, results)
     parameters = count_parameters(module.student)
     teacher_parameters = _teacher_parameters(config, teacher)
@@ -165,9 +177,11 @@ def _distil(
     }
 
 
-def help_with(config: Node, folder: Path, resume: Checkpoint | None, meet: Meet) -> None:
+def help_with(
+    config: Node, folder: Path, resume: Checkpoint | None, test: bool, meet: Meet
+) -> None:
     """Take part in a run that another process has begun; see `kd_lightning.ranks`."""
-    _distil(config, RunDirectory(folder), resume, (), meet)
+    _distil(config, RunDirectory(folder), resume, (), test, meet)
 
 
 def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -> dict[str, Any]:
@@ -274,7 +288,8 @@ def train_teacher(
     resume = directory.checkpoint()
     name = f"teacher {teacher['name']}"
     trainer = build_trainer(settings, precision, directory.path, name, resume)
-    results = fit_and_test(trainer, module, data, directory, "teacher", resume)
+    results = fitting.fit(trainer, module, data, directory, "teacher", resume)
+    results |= fitting.test(trainer, module, data, directory, results)
     return {"parameters": count_parameters(module.student), **results, **versions()}
 
 
@@ -293,7 +308,8 @@ def show_in_tensorboard(trainer: Trainer, config: Node, results: Mapping[str, An
         for key, value in term.items():
             if isinstance(value, int | float):
                 settings[f"{name}.{key}"] = value
-    final = {f"final/{key}": results[key] for key in ("val_accuracy", "test_accuracy")}
+    shown = ("val_accuracy", "test_accuracy")
+    final = {f"final/{key}": results[key] for key in shown if key in results}
     assert isinstance(trainer.logger, TensorBoardLogger)
     trainer.logger.log_hyperparams(settings, final, step=trainer.global_step)
     trainer.logger.save()

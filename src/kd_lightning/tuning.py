@@ -131,6 +131,7 @@ def tune(
             composed(chosen),
             folder / name / f"trial-{trial.number:04d}",
             callbacks=[Pruning(trial)],
+            test=False,
         )
         return float(metrics["val_accuracy"])
 
