@@ -4,7 +4,7 @@ import pytest
 from conftest import REPOSITORY
 
 from kd_lightning.documents import write_report
-from kd_lightning.report import read_runs
+from kd_lightning.report import read_runs, summarise
 
 RUNS = REPOSITORY / "docs" / "results" / "runs.csv"
 
@@ -23,6 +23,22 @@ def test_the_results_are_what_the_runs_say(tables):
     assert len(tables) > 30
     for line in tables:
         assert line in text
+
+
+def test_beside_the_published_numbers_stand_those_of_the_runs():
+    cells = summarise(read_runs([RUNS]))
+    text = (REPOSITORY / "RESULTS.md").read_text().partition("## The published")[2]
+    rows = [line.split("|") for line in text.partition("\n## ")[0].splitlines() if "(+" in line]
+    assert len(rows) == 7
+    for _, method, student, published, *ours, _ in rows:
+        for teacher, shown in zip(("convnet", "resnet9"), ours, strict=True):
+            cell = cells[
+                cells["setting"].str.contains(f"-{teacher}-12e")
+                & (cells["method"] == method.strip(" `"))
+                & (cells["student"] == student.strip())
+            ]
+            test = 100 * cell["test"].item()
+            assert shown.strip() == f"{test:.2f} ({test - float(published):+.2f})"
 
 
 def test_the_readme_shows_the_same(tables):
