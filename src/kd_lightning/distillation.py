@@ -201,9 +201,14 @@ class DistillationModule(LightningModule):
             )
         return loss if self.trainer.world_size == 1 else loss * batch["share"]
 
-    def on_train_epoch_start(self) -> None:
-        """Start the clock and the count of images."""
+    def on_train_start(self) -> None:
+        """Start the clock: an epoch that is gone on with does not start."""
         self._clock_began, self._clock_images = time.perf_counter(), 0
+
+    def on_train_epoch_start(self) -> None:
+        """Start the clock, and count images and right answers anew."""
+        self._clock_began, self._clock_images = time.perf_counter(), 0
+        self.train_accuracy.reset()
 
     def on_test_epoch_end(self) -> None:
         """Keep what the teacher said of the test images."""
@@ -216,9 +221,6 @@ class DistillationModule(LightningModule):
             self.memory.flush()
         self._stop_clock()
         self.log("train/accuracy", self.train_accuracy)
-        now = time.perf_counter()
-        self.fit_seconds += now - self._epoch_began
-        self._epoch_began = now
         self._remember_epoch()
 
     def _remember_epoch(self) -> None:
@@ -231,13 +233,21 @@ class DistillationModule(LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """What the training has gone through so far goes with it."""
+        now = time.perf_counter()
+        self.fit_seconds += now - self._epoch_began
+        self._epoch_began = now
+        self._count_images()
         checkpoint["progress"] = {name: getattr(self, name) for name in PROGRESS}
+        # Within an epoch; at its end it is counted anew.
+        checkpoint["train_accuracy"] = self.train_accuracy.metric_state
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on counting where it stopped."""
         for name, value in checkpoint.get("progress", {}).items():
             if name in PROGRESS:
                 setattr(self, name, value)
+        for name, value in checkpoint.get("train_accuracy", {}).items():
+            setattr(self.train_accuracy, name, value)
 
     def on_validation_start(self) -> None:
         """During training this comes right after a step: stop the clock."""
@@ -252,12 +262,16 @@ class DistillationModule(LightningModule):
 
     def _stop_clock(self) -> None:
         if self._clock_images:
-            seconds = time.perf_counter() - self._clock_began
-            images = self._clock_images * self.trainer.world_size
-            self.log("images_per_second", images / seconds)
-            self.images_trained += images
-            self.training_seconds += seconds
-            self._clock_images = 0
+            self.log("images_per_second", self._count_images())
+
+    def _count_images(self) -> float:
+        """Add what was trained since the clock began; images per second since then."""
+        now = time.perf_counter()
+        images, seconds = self._clock_images * self.trainer.world_size, now - self._clock_began
+        self.images_trained += images
+        self.training_seconds += seconds if images else 0
+        self._clock_began, self._clock_images = now, 0
+        return images / seconds
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """The student on the validation images, and the teacher unless training goes on."""

@@ -21,11 +21,11 @@ class Stopped(BaseException):
 
     Args:
         number: the signal's.
-        epochs: that were trained before, whole.
+        place: where the same command will go on, as `epoch 3`; None: at the beginning.
     """
 
-    def __init__(self, number: int, epochs: int) -> None:
+    def __init__(self, number: int, place: str | None) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        since = f"goes on after epoch {epochs}" if epochs else "begins anew"
+        since = f"goes on after {place}" if place else "begins anew"
         super().__init__(f"stopped by {name}; the same command {since}")
         self.exit_code = 128 + number

@@ -20,7 +20,8 @@ from kd_lightning.files import replacing
 from kd_lightning.hardware import keep_freed_memory
 from kd_lightning.pictures import Pictures
 from kd_lightning.progress import ProgressBar
-from kd_lightning.runs import Checkpoint, RunDirectory
+from kd_lightning.resuming import ExactResume
+from kd_lightning.runs import LAST, Checkpoint, RunDirectory
 from kd_lightning.stopping import StopWhenAsked
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,8 @@ def build_trainer(
             LearningRateMonitor("step"),
             Pictures(),
             ProgressBar(name),
-            StopWhenAsked(),
+            ExactResume(),
+            StopWhenAsked(checkpoints / LAST),
             *callbacks,
         ],
         "enable_progress_bar": False,
@@ -123,7 +125,7 @@ def fit(
         resume: from where to go on.
     """
     if resume is not None:
-        log.warning("%s goes on after epoch %d", directory.path, resume.epochs)
+        log.warning("%s goes on after %s", directory.path, resume.place)
     trainer.fit(module, data, ckpt_path=resume.path if resume else None, weights_only=True)
     directory.save_weights(module.student, weights)
     directory.write_table("history", module.history)

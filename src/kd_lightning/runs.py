@@ -29,16 +29,33 @@ log = logging.getLogger(__name__)
 # these packages: what a stranger's run directory names must not be able to run anything else.
 TRUSTED = ("kd_lightning.models.", "kd_lightning.data.", "torch.nn.", "torchvision.models.")
 
+LAST = "last.ckpt"
+
 # What a run says of itself, rather than of its results.
 OF_ITSELF = ("config.yaml", "metrics.json", "train.log", ".lock")
 
 
 class Checkpoint(NamedTuple):
-    """Where a training can go on: Lightning's file, and how far it had come."""
+    """Where a training can go on: Lightning's file, and how far it had come.
+
+    Attributes:
+        path: the file.
+        epochs: that were whole.
+        steps: in all.
+        batches: of the epoch that had begun; 0 between two epochs.
+    """
 
     path: Path
     epochs: int
     steps: int
+    batches: int = 0
+
+    @property
+    def place(self) -> str:
+        """For people: `epoch 3`, or `step 57 (batch 7 of epoch 4)`."""
+        if self.batches:
+            return f"step {self.steps} (batch {self.batches} of epoch {self.epochs + 1})"
+        return f"epoch {self.epochs}"
 
 
 class RunDirectory:
@@ -110,13 +127,17 @@ class RunDirectory:
                     shutil.copyfile(source, partial)
 
     def checkpoint(self) -> Checkpoint | None:
-        """The last epoch that was saved whole, if there is one."""
-        path = self.path / "checkpoints" / "last.ckpt"
+        """What was saved last, the end of an epoch or where it was asked to stop, if anything."""
+        path = self.path / "checkpoints" / LAST
         if not path.exists():
             return None
         try:
             content = torch.load(path, map_location="cpu", weights_only=True)
-            return Checkpoint(path, int(content["epoch"]) + 1, int(content["global_step"]))
+            loops = content["loops"]["fit_loop"]
+            epochs = loops["epoch_progress"]["current"]
+            begun = epochs["processed"] < epochs["ready"]
+            batches = loops["epoch_loop.batch_progress"]["current"]["processed"] if begun else 0
+            return Checkpoint(path, epochs["processed"], content["global_step"], batches)
         except Exception:  # torch raises many kinds
             log.warning("%s is damaged: training begins anew", path)
             return None

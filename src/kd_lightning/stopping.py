@@ -4,26 +4,34 @@ import os
 import signal
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kd_lightning.errors import Stopped
+from kd_lightning.runs import Checkpoint
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopWhenAsked(Callback):
-    """Raises `Stopped` after the training step in which the process was asked to end.
+    """Saves where the training is and raises `Stopped`, once the process was asked to end.
 
-    What was trained since the last whole epoch is given up: its checkpoint is where the same
-    command goes on, to the same weights as if nothing had been. Asked a second time, the process
-    ends at once.
+    The step in which it was asked is finished, and so is a validation that is due after it; the
+    same command then goes on with the next step, to the same weights as if nothing had been.
+    Several processes that train together go on after the last whole epoch instead: each has counted
+    its own part of this one. Asked a second time, the process ends at once.
+
+    Args:
+        path: the checkpoint that is gone on from.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, path: Path) -> None:
+        self._path = path
         self._asked: int | None = None
+        self._place: str | None = None
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -40,15 +48,41 @@ class StopWhenAsked(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """The step is complete."""
+        """Save, if nothing is left half done: no validation is due, no gradient is kept."""
+        if self._asked is None:
+            return
+        if trainer.world_size > 1:
+            self._stop(trainer)
+        done = batch_idx + 1
+        counted = done if trainer.check_val_every_n_epoch else trainer.fit_loop.total_batch_idx + 1
+        validates = trainer.is_last_batch or counted % (trainer.val_check_batch or 1) == 0
+        if not validates and done % trainer.accumulate_grad_batches == 0:
+            trainer.save_checkpoint(self._path)
+            epochs, steps = trainer.current_epoch, trainer.global_step
+            self._place = Checkpoint(self._path, epochs, steps, done).place
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """The step before is saved, and what was logged of it is written."""
+        if self._place is not None:
+            self._stop(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """The epoch before is saved."""
         if self._asked is not None:
-            raise Stopped(self._asked, trainer.current_epoch)
+            self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Listen no more."""
         self._leave()
-        if self._asked is not None:  # while the last epoch was validated
-            raise Stopped(self._asked, trainer.current_epoch)
+        if self._asked is not None:  # in the last epoch's last step, or in its validation
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        assert self._asked is not None
+        epochs = trainer.current_epoch
+        raise Stopped(self._asked, self._place or (f"epoch {epochs}" if epochs else None))
 
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException

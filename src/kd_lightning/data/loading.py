@@ -106,6 +106,16 @@ class ViewLoader:
         self.batch_sampler = None
         self.cut = cut
         self.finish = finish
+        self._given = 0  # batches of the sampler's epoch
+        self._resume: dict[str, int] = {}
+
+    def state_dict(self) -> dict[str, int]:
+        """The epoch, and how many of its batches were given: Lightning saves it."""
+        return {"epoch": self.sampler.epoch, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        """Should this very epoch be iterated next, begin it after those batches."""
+        self._resume = state
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -113,10 +123,13 @@ class ViewLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the sampler's current epoch."""
-        batches = iter(self.sampler)
+        resume, self._resume = self._resume, {}
+        self._given = resume["batches"] if resume.get("epoch") == self.sampler.epoch else 0
+        batches = islice(self.sampler, self._given, None)
         while ahead := list(islice(batches, AHEAD)):
             index, view = (torch.cat([batch[key] for batch in ahead]) for key in ("index", "view"))
             sizes = [len(batch["index"]) for batch in ahead]
             parts = [part.split(sizes) for part in (index, view, self.cut(index, view))]
             for batch, *pixels in zip(ahead, *parts, strict=True):
+                self._given += 1
                 yield {**self.finish(*pixels), "share": batch["share"]}

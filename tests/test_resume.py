@@ -1,0 +1,235 @@
+"""Whenever and however a run is interrupted, the same command ends as if nothing had been."""
+
+import json
+import multiprocessing
+import os
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import TINY, write_folder
+from hydra import compose, initialize_config_dir
+from lightning.pytorch import Callback
+from torch import nn
+
+from kd_lightning import training
+from kd_lightning.config import plain, tree
+from kd_lightning.errors import Stopped
+from kd_lightning.naming import register
+from kd_lightning.runs import RunDirectory
+
+register()
+
+
+class Dropping(nn.Sequential):
+    """A student that draws random numbers in every step."""
+
+    def __init__(self, num_classes=3):
+        super().__init__(
+            nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(2),
+            nn.Dropout(0.5), nn.Flatten(), nn.Linear(32, num_classes),
+        )  # fmt: skip
+
+
+BATCHES = 5  # in an epoch: 33 of 36 images, 7 at a time
+SETTING = (
+    *TINY, "method=combined", "optimizer=adamw", "student.layers=['2']", "data=folder",
+    "data.image_size=16", "data.padding=2", "data.batch_size=7", "trainer.max_epochs=3",
+    "trainer.precision=32-true", "trainer.log_every_n_steps=1",
+)  # fmt: skip
+
+
+def configuration(root, *overrides):
+    images = root / "images"
+    if not images.exists():
+        write_folder(images)
+    given = (f"data.root={images}", f"data_dir={root / 'data'}", f"output_dir={root / 'outputs'}")
+    with initialize_config_dir(str(Path(tree()).absolute()), version_base="1.3"):
+        config = plain(compose("train", [*SETTING, *given, *overrides]))
+    config["student"]["model"] = {"_target_": "test_resume.Dropping"}
+    return config
+
+
+class Ask(Callback):
+    """Sends the process a signal in its nth batch, or in the validation after it."""
+
+    def __init__(self, batch, validation=False, number=signal.SIGTERM):
+        self.batch, self.validation, self.number = batch, validation, number
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx + 1 == self.batch and not self.validation:
+            os.kill(os.getpid(), self.number)
+
+    def on_validation_batch_start(self, trainer, module, *_):
+        if trainer.fit_loop.total_batch_idx + 1 == self.batch and self.validation:
+            os.kill(os.getpid(), self.number)
+
+
+class Steps(Callback):
+    """Which images each step was shown, and what it drew."""
+
+    def __init__(self):
+        self.shown = []
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        self.shown.append((batch["index"].tolist(), batch["view"].tolist(), float(outputs["loss"])))
+
+
+def left(folder):
+    run = RunDirectory(folder)
+    metrics = run.read_metrics()
+    kept = ("status", "val_accuracy", "test_accuracy", "test_accuracy_at_best", "best_epoch")
+    rows = (folder / "history.csv").read_text().splitlines()
+    return (
+        (folder / "student.safetensors").read_bytes(),
+        [row.rpartition(",")[0] for row in rows],  # without the speed
+        [metrics[key] for key in kept],
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    root = tmp_path_factory.mktemp("whole")
+    seen = Steps()
+    training.run(configuration(root), root / "run", callbacks=[seen])
+    assert len(seen.shown) == 3 * BATCHES
+    return root, seen.shown
+
+
+@pytest.mark.parametrize(
+    ("step", "validation", "place"),
+    [
+        (1, False, "step 1 (batch 1 of epoch 1)"),
+        (4, False, "step 4 (batch 4 of epoch 1)"),
+        (5, False, "epoch 1"),
+        (5, True, "epoch 1"),
+        (6, False, "step 6 (batch 1 of epoch 2)"),
+        (14, False, "step 14 (batch 4 of epoch 3)"),
+        (15, False, "epoch 3"),
+        (15, True, "epoch 3"),
+    ],
+)
+def test_asked_to_stop_it_finishes_the_step_and_goes_on_with_the_next(
+    tmp_path, whole, step, validation, place
+):
+    root, shown = whole
+    config, folder = configuration(root), tmp_path / "run"
+    before, after = Steps(), Steps()
+    with pytest.raises(Stopped, match="stopped by SIGTERM; the same command goes on") as stop:
+        training.run(config, folder, callbacks=[before, Ask(step, validation)])
+    assert str(stop.value).endswith(f"goes on after {place}")
+    assert stop.value.exit_code == 143
+    assert RunDirectory(folder).read_metrics()["status"] == "running"
+    training.run(config, folder, callbacks=[after])
+    assert len(before.shown) == step
+    assert before.shown + after.shown == shown  # the same steps, each of them once
+    assert left(folder) == left(root / "run")
+
+
+def test_stopped_again_and_again(tmp_path, whole):
+    root, shown = whole
+    seen = Steps()
+    for step in (2, 3, 8, 9):
+        with pytest.raises(Stopped):
+            training.run(configuration(root), tmp_path / "run", callbacks=[seen, Ask(step)])
+    training.run(configuration(root), tmp_path / "run", callbacks=[seen])
+    assert seen.shown == shown
+    assert left(tmp_path / "run") == left(root / "run")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    ["+trainer.val_check_interval=2", "+trainer.limit_train_batches=3",
+     "+trainer.accumulate_grad_batches=2"],
+)  # fmt: skip
+@pytest.mark.parametrize("step", [1, 2, 3, 4])
+def test_stopped_where_lightning_does_something_of_its_own(tmp_path, whole, setting, step):
+    root, _ = whole
+    config = configuration(root, setting)
+    reference = root / f"run-{setting}"
+    training.run(config, reference)  # once for all steps
+    with pytest.raises(Stopped):
+        training.run(config, tmp_path / "run", callbacks=[Ask(step)])
+    training.run(config, tmp_path / "run")
+    assert left(tmp_path / "run") == left(reference)
+
+
+def test_two_runs_of_one_seed_are_the_same_and_of_another_are_not(tmp_path, whole):
+    root, shown = whole
+    seen = Steps()
+    training.run(configuration(root), tmp_path / "same", callbacks=[seen])
+    assert seen.shown == shown
+    assert left(tmp_path / "same") == left(root / "run")
+    training.run(configuration(root, "seed=1"), tmp_path / "other")
+    assert left(tmp_path / "other")[0] != left(root / "run")[0]
+
+
+def command_line(root, output):
+    """What the user types, run to its end in this process."""
+    from kd_lightning import cli
+
+    for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
+        os.dup2(os.open(output.with_suffix(f".{name}"), os.O_CREAT | os.O_WRONLY), stream.fileno())
+    given = (f"data.root={root / 'images'}", f"data_dir={root / 'data'}", f"output_dir={output}")
+    own = ("student.layers=[stage1,stage2]", "trainer.max_epochs=8", "teacher.trainer.max_epochs=8")
+    sys.argv = ["train.py", *SETTING, *given, *own]
+    cli.main()
+
+
+@pytest.fixture(scope="module")
+def start(whole):
+    """Starts that command in a process of its own, which has imported everything before."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_resume"])
+
+    def begin(output):
+        process = context.Process(target=command_line, args=(whole[0], output))
+        process.start()
+        return process
+
+    return begin
+
+
+def everything(output):
+    """Of a student and its teacher: weights, history, results; and what the teacher said."""
+    (run,) = [path.parent for path in output.glob("runs/*/*/metrics.json")]
+    (teacher,) = output.glob("teachers/*/teacher.json")
+    facts = json.loads(teacher.read_text())
+    stored = sorted(output.glob("teachers/remembered/**/*.rows"))
+    rows = {path.relative_to(output): path.read_bytes() for path in stored}
+    assert rows
+    return left(run), facts["sha256"], facts["facts"]["val_accuracy"], rows
+
+
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(tmp_path, start, kills):
+    """In the teacher's training or the student's, at any instruction of it."""
+
+    def finish(output):
+        process = start(output)
+        process.join()
+        assert process.exitcode == 0, output.with_suffix(".err").read_text()
+        return everything(output)
+
+    expected = finish(tmp_path / "whole")
+    began = time.perf_counter()
+    assert finish(tmp_path / "again") == expected
+    duration = time.perf_counter() - began
+    generator = random.Random(0)
+    died = 0
+    for number in range(kills):
+        output = tmp_path / f"killed-{number}"
+        process = start(output)
+        process.join(generator.uniform(0, duration))
+        process.kill()
+        process.join()
+        died += process.exitcode == -signal.SIGKILL
+        assert finish(output) == expected
+    print(
+        f"{died} of {kills} killed, of runs that took {duration:.1f} s: {kills} identical results"
+    )
+    assert died >= kills * 0.8  # the others had ended before
