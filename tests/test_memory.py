@@ -114,7 +114,7 @@ generator = torch.Generator().manual_seed(int(sys.argv[2]))
 number = int(sys.argv[2])
 print("ready", flush=True)
 while True:
-    number += 2
+    number = (number + 2) % 10_000  # a million numbers more would not be exact in float32
     index = torch.randperm(50, generator=generator)[:16]
     values = index[:, None] + torch.full((16, 512), number * 1000.0)
     rows.write(index, torch.zeros(16, dtype=torch.int64), values)

@@ -94,7 +94,7 @@ def _ask(root, log):
             file.write("trained\n")
         time.sleep(1)
         save_file({"weight": torch.zeros(1)}, folder / "teacher.safetensors")
-        return {}
+        return {"val_accuracy": 0.5, "test_accuracy": 0.25}
 
     TeacherStore(root).obtain("tiny", KEY, train)
 

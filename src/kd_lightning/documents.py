@@ -11,6 +11,7 @@ import pandas as pd
 
 from kd_lightning import plots
 from kd_lightning.files import replacing, write_text
+from kd_lightning.naming import tidy
 from kd_lightning.report import CONFIDENCE, read_histories, read_runs, summarise
 
 if TYPE_CHECKING:
@@ -42,7 +43,8 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
     for setting in settings:
         own = runs[runs["setting"] == setting]
         table = cells[cells["setting"] == setting]
-        prefix = f"{setting}-" if len(settings) > 1 else ""
+        # Tidy: a stranger's run may call its setting ../../anything.
+        prefix = f"{tidy(setting)}-" if len(settings) > 1 else ""
         figures = draw(own, table)
         pictures = {}
         for name, figure in figures.items():

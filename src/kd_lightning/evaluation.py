@@ -30,6 +30,9 @@ def evaluate(run_dir: str | Path, data_root: str | None = None) -> dict[str, flo
     config, metrics = directory.read_config(), directory.read_metrics()
     if metrics.get("status") != "finished":
         raise InputError(f"{run_dir} holds no finished run (status: {metrics.get('status')})")
+    recorded = metrics.get("test_accuracy")
+    if not isinstance(recorded, float):
+        raise InputError(f"{run_dir} holds a run that was never tested, as those of a search are")
     for path, node in (("student.model", config["student"]["model"]), ("data", config["data"])):
         check_trusted(node, path)
     if data_root is not None:
@@ -60,5 +63,5 @@ def evaluate(run_dir: str | Path, data_root: str | None = None) -> dict[str, flo
     trainer.test(module, data, verbose=False)
     return {
         "accuracy": float(trainer.callback_metrics["test/accuracy"]),
-        "recorded": float(metrics["test_accuracy"]),
+        "recorded": recorded,
     }

@@ -67,7 +67,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty if there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):  # the last: brackets in brackets in brackets
         return {}
     return value if isinstance(value, dict) else {}
 

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.data.views import PLAIN, counter_random
-from kd_lightning.files import write_json
+from kd_lightning.files import read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -312,11 +312,7 @@ def stored(root: Path) -> list[Stored]:
     found = []
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         files = [file.stat().st_size for file in folder.glob("view-*.rows")]
-        try:
-            key = json.loads((folder / "key.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            key = {}
-        found.append(Stored(folder, sum(files), len(files), key))
+        found.append(Stored(folder, sum(files), len(files), read_json(folder / "key.json")))
     return found
 
 

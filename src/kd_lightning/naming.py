@@ -44,7 +44,7 @@ def setting(*, _root_: DictConfig) -> str:
     parts = {key: value for key, value in written.items() if key not in (*AXES, *ELSEWHERE)}
     parts["remember"] = {"dtype": parts["remember"]["dtype"]}
     readable = f"{_root_.data.name}-{_root_.teacher.name}-{_root_.trainer.max_epochs}e"
-    return f"{_tidy(readable)}-{_hash(parts)[:8]}"
+    return f"{tidy(readable)}-{_hash(parts)[:8]}"
 
 
 def name(*, _root_: DictConfig) -> str:
@@ -69,7 +69,7 @@ def variant(overrides: list[str]) -> str:
             changes.append(
                 f"-{sign}{key.split('.', 1)[1].removeprefix('terms.')}={value}".rstrip("=")
             )
-    text = _tidy("".join(changes))
+    text = tidy("".join(changes))
     return text if len(text) <= 80 else f"-{_hash(changes)[:8]}"
 
 
@@ -121,6 +121,6 @@ def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def _tidy(text: str) -> str:
+def tidy(text: str) -> str:
     """Nothing that a file system, a shell or Hydra's grammar could object to."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", re.sub(r"[\[\]{}'\"]", "", text))

@@ -5,8 +5,10 @@ settings (another teacher, number of epochs, data set, ...) are never put into o
 """
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from scipy import stats
@@ -23,6 +25,14 @@ COLUMNS = (
     "images_per_second", "precision", "device", "git_commit", "torch", "lightning", "python",
     "teacher_key", "name", "error", "folder",
 )  # fmt: skip
+NUMBERS = (
+    "seed", "parameters", "compression_ratio", "val_accuracy", "test_accuracy",
+    "best_val_accuracy", "best_epoch", "test_accuracy_at_best", "agreement", "teacher_parameters",
+    "teacher_val_accuracy", "teacher_test_accuracy", "epochs", "train_seconds",
+    "images_per_second",
+)  # fmt: skip
+ALWAYS = ("method", "student", "seed")
+FINISHED = ("parameters", "val_accuracy")
 CONFIDENCE = 0.95
 
 
@@ -53,7 +63,7 @@ def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
     rows = []
     for folder in run_folders(path for path in paths if not path.is_file()):
         metrics = read_json(folder / "metrics.json")
-        if not {"method", "student", "seed"} <= metrics.keys():
+        if _wrong(metrics):
             metrics = {"status": "unreadable", "name": folder.name}
         suffix = str(metrics.get("name", "")).partition(f"-s{metrics.get('seed')}")[2]
         rows.append({**metrics, "variant": suffix.lstrip("-"), "folder": str(folder)})
@@ -75,12 +85,36 @@ def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
 
 def _read_table(path: Path) -> pd.DataFrame:
     try:
-        table = pd.read_csv(path)
-    except (ValueError, UnicodeDecodeError) as error:
+        # A commit or a version may look like a number.
+        text = dict.fromkeys(set(COLUMNS) - set(NUMBERS), str)
+        table = pd.read_csv(path, dtype=text)
+    except ValueError as error:
         raise InputError(f"{path} cannot be read as a table of runs: {error}") from error
     if missing := [column for column in COLUMNS if column not in table]:
         raise InputError(f"{path} is not a table of runs: it has no column '{missing[0]}'")
+    for line, row in enumerate(table.to_dict("records"), 2):
+        if row["status"] != "unreadable" and (column := _wrong(row)):
+            raise InputError(f"{path}, line {line}: {column} cannot be {row[column]}")
     return table[list(COLUMNS)]
+
+
+def _wrong(run: Mapping[str, Any]) -> str | None:
+    """The first column of a run that is not what a run would say, if any."""
+    if run.get("status") not in ("running", "failed", "finished"):
+        return "status"
+    needed = (*ALWAYS, *(FINISHED if run["status"] == "finished" else ()))
+    for column in COLUMNS:
+        value = run.get(column)
+        if value is None or value != value:  # NaN is how a table says that there is none
+            fits = column not in needed
+        elif column in NUMBERS:
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            fits = number and -(2**53) <= value <= 2**53
+        else:
+            fits = isinstance(value, str)
+        if not fits:
+            return column
+    return None
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:

@@ -35,6 +35,19 @@ LAST = "last.ckpt"
 OF_ITSELF = ("config.yaml", "metrics.json", "train.log", ".lock")
 
 
+# Of a configuration in a file, what a student is rebuilt and tested by.
+NEEDED = {
+    "student.model._target_": str,
+    "data._target_": str,
+    "data.num_classes": int,
+    "data.image_size": int,
+    "optimizer._target_": str,
+    "trainer.accelerator": str,
+    "trainer.precision": str,
+    "trainer.memory_format": str,
+}
+
+
 class Checkpoint(NamedTuple):
     """Where a training can go on: Lightning's file, and how far it had come.
 
@@ -82,13 +95,21 @@ class RunDirectory:
         """
         path = self.path / "config.yaml"
         try:
-            config = yaml.safe_load(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            # Aliases of aliases of aliases are a small file and more settings than there are atoms.
+            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
+                raise InputError(f"{path} has YAML aliases in it, which no run writes: refused")
+            config = yaml.safe_load(text)
         except OSError as error:
             raise InputError(f"{self.path} is not a run directory: no {path.name} in it") from error
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is damaged and cannot be read as YAML") from error
-        if not isinstance(config, dict) or "student" not in config:
-            raise InputError(f"{path} is not the configuration of a run")
+        for key, kind in NEEDED.items():
+            value = config
+            for part in key.split("."):
+                value = value.get(part) if isinstance(value, dict) else None
+            if not isinstance(value, kind):
+                raise InputError(f"{path} is not the configuration of a run: {key} is {value!r}")
         return config
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from torch import nn
 from kd_lightning.config import Node, trainer_node, without
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.files import hold, write_json
+from kd_lightning.files import hold, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -113,13 +113,9 @@ class TeacherStore:
     def _find(self, place: Path, key: str) -> StoredTeacher | None:
         if not place.exists():
             return None
-        try:
-            manifest = json.loads((place / "teacher.json").read_text(encoding="utf-8"))
-            stored = StoredTeacher(place, manifest["facts"])
-            whole = manifest["key"] == key and manifest["sha256"] == file_sha256(stored.weights)
-        except (OSError, ValueError, KeyError, TypeError):
-            whole = False
-        if whole:
+        manifest = read_json(place / "teacher.json")
+        stored = StoredTeacher(place, manifest.get("facts", {}))
+        if manifest.get("key") == key and _is_whole(stored, manifest.get("sha256")):
             return stored
         number = 1
         while (aside := place.with_name(f"{place.name}.damaged-{number}")).exists():
@@ -143,6 +139,17 @@ class TeacherStore:
         write_json(partial / "teacher.json", {"key": key, "sha256": digest, "facts": facts})
         partial.rename(place)
         return StoredTeacher(place, facts)
+
+
+def _is_whole(teacher: StoredTeacher, sha256: Any) -> bool:
+    facts = teacher.facts
+    known = isinstance(facts, dict) and all(
+        isinstance(facts.get(fact), float) for fact in ("val_accuracy", "test_accuracy")
+    )
+    try:
+        return known and file_sha256(teacher.weights) == sha256
+    except OSError:
+        return False
 
 
 def file_sha256(path: Path) -> str:

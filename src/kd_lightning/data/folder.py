@@ -153,7 +153,8 @@ class FolderDataModule(ImageDataModule):
             pixels = load_file(stored)["pixels"]
         except (OSError, SafetensorError, KeyError):
             return None  # absent or damaged: decode again
-        return pixels if pixels.shape == (count, self.image_size, self.image_size, 3) else None
+        shape = (count, self.image_size, self.image_size, 3)
+        return pixels if pixels.shape == shape and pixels.dtype == torch.uint8 else None
 
     def _store(self, pixels: torch.Tensor, stored: Path) -> None:
         try:
