@@ -1,0 +1,423 @@
+"""What a run leaves behind, and how a model is rebuilt from it."""
+
+import csv
+import json
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kd_lightning import runs
+from kd_lightning.errors import InputError, RunError
+from kd_lightning.models import ConvNet
+from kd_lightning.runs import (
+    Checkpoint,
+    RunDirectory,
+    check_trusted,
+    device_name,
+    fit_state,
+    load_weights,
+    versions,
+)
+
+MODEL = {
+    "_target_": "kd_lightning.models.ConvNet", "channels": [4], "hidden": 4, "num_classes": 3,
+    "image_size": 8,
+}  # fmt: skip
+CONFIG = {
+    "student": {"name": "tiny", "model": MODEL},
+    "data": {"_target_": "kd_lightning.data.FolderDataModule", "num_classes": 3, "image_size": 8},
+    "optimizer": {"_target_": "torch.optim.SGD"},
+    "trainer": {"accelerator": "cpu", "precision": "32-true", "memory_format": "auto"},
+}
+
+
+def model():
+    return ConvNet(channels=[4], hidden=4, num_classes=3, image_size=8)
+
+
+@pytest.fixture
+def run(tmp_path):
+    return RunDirectory(tmp_path / "setting" / "run")
+
+
+# --- configuration and metrics ---------------------------------------------------------------
+
+
+def test_a_configuration_is_read_as_it_was_written(run):
+    run.write_config(CONFIG)
+    assert run.read_config() == CONFIG
+    text = (run.path / "config.yaml").read_text(encoding="utf-8")
+    assert list(yaml.safe_load(text)) == list(CONFIG)  # in the order people know
+    assert "!!" not in text
+
+
+def test_a_folder_without_a_configuration_is_no_run(run):
+    with pytest.raises(InputError) as refused:
+        run.read_config()
+    assert str(refused.value) == f"{run.path} is not a run directory: no config.yaml in it"
+
+
+@pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"day: 2001-99-99"])
+def test_a_damaged_configuration_is_named(run, content):
+    run.path.mkdir(parents=True)
+    (run.path / "config.yaml").write_bytes(content)
+    with pytest.raises(InputError) as refused:
+        run.read_config()
+    path = run.path / "config.yaml"
+    assert str(refused.value) == f"{path} is damaged and cannot be read as YAML"
+
+
+@pytest.mark.parametrize("key", runs.NEEDED)
+def test_what_a_student_is_rebuilt_by_must_be_there(run, key):
+    *nest, last = key.split(".")
+    for wrong in (None, [], "a string" if runs.NEEDED[key] is int else 7):
+        config = json.loads(json.dumps(CONFIG))
+        node = config
+        for part in nest:
+            node = node[part]
+        node[last] = wrong
+        run.write_config(config)
+        with pytest.raises(InputError) as refused:
+            run.read_config()
+        path = run.path / "config.yaml"
+        expected = f"{path} is not the configuration of a run: {key} is {wrong!r}"
+        assert str(refused.value) == expected
+        config[nest[0]] = "no section"
+        run.write_config(config)
+        with pytest.raises(InputError, match="is None"):
+            run.read_config()
+
+
+def test_aliases_are_refused(run):
+    run.path.mkdir(parents=True)
+    (run.path / "config.yaml").write_text("a: &a [1]\nb: *a\n")
+    with pytest.raises(InputError) as refused:
+        run.read_config()
+    path = run.path / "config.yaml"
+    assert str(refused.value) == f"{path} has YAML aliases in it, which no run writes: refused"
+
+
+def test_metrics_are_replaced(run):
+    assert run.read_metrics() == {}
+    run.write_metrics({"status": "running", "accuracy": 0.5})
+    run.write_metrics({"status": "finished"})
+    assert run.read_metrics() == {"status": "finished"}
+    assert [path.name for path in run.path.iterdir()] == ["metrics.json"]
+
+
+def test_a_table_has_every_column_of_every_row(run):
+    run.write_table("history", [{"epoch": 1, "a": 0.5}, {"epoch": 2, "b": 0.25}])
+    text = (run.path / "history.csv").read_bytes().decode()
+    assert text == "epoch,a,b\n1,0.5,\n2,,0.25\n"
+    with (run.path / "history.csv").open() as file:
+        assert [row["epoch"] for row in csv.DictReader(file)] == ["1", "2"]
+
+
+def test_one_process_works_on_a_run(run):
+    with run.lock(), pytest.raises(RunError) as busy, run.lock(wait=False):
+        pass
+    assert str(busy.value) == "another process is working on run"
+    with run.lock(wait=False):
+        assert (run.path / ".lock").exists()
+
+
+def test_by_default_a_run_is_waited_for(run, caplog):
+    held, order = threading.Event(), []
+
+    def work():
+        with run.lock():
+            held.set()
+            time.sleep(0.2)
+            order.append("the other's work")
+
+    other = threading.Thread(target=work)
+    other.start()
+    held.wait()
+    with run.lock():
+        order.append("ours")
+    other.join()
+    assert order == ["the other's work", "ours"]
+    assert caplog.messages == ["another process is working on run; waiting for it"]
+
+
+def test_results_are_taken_over_and_what_a_run_says_of_itself_is_not(run, tmp_path):
+    other = RunDirectory(tmp_path / "other")
+    other.write_config(CONFIG)
+    other.write_metrics({"status": "finished"})
+    other.save_weights(model())
+    other.write_table("history", [{"epoch": 1}])
+    for name in ("train.log", ".lock", "checkpoints/deep/last.ckpt"):
+        path = other.path / name
+        path.parent.mkdir(exist_ok=True, parents=True)
+        path.write_text("x")
+    (run.path / "checkpoints").mkdir(parents=True)
+    (run.path / "history.csv").write_text("an older one")
+    run.copy_results(other.path)
+    copied = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
+    assert copied == {"history.csv", "student.safetensors", "checkpoints/deep/last.ckpt"}
+    for name in copied:
+        assert (run.path / name).read_bytes() == (other.path / name).read_bytes()
+
+
+# --- checkpoints -------------------------------------------------------------------------------
+
+
+def lightnings(epochs, steps, batches, begun):
+    current = {"ready": epochs + begun, "started": epochs + begun, "processed": epochs}
+    loops = {
+        "epoch_progress": {"current": current, "total": {"ready": 90, "processed": 80}},
+        "epoch_loop.batch_progress": {
+            "current": {"ready": 70, "processed": batches},
+            "total": {"ready": 60, "processed": 50},
+        },
+    }
+    return {"global_step": steps, "epoch": 40, "loops": {"fit_loop": loops}}
+
+
+def test_a_checkpoint_says_how_far_it_had_come(run):
+    assert run.checkpoint() is None
+    path = run.path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(lightnings(3, 21, 7, begun=0), path)
+    assert run.checkpoint() == Checkpoint(path, epochs=3, steps=21, batches=0)
+    assert run.checkpoint().place == "epoch 3"
+    torch.save(lightnings(3, 26, 5, begun=1), path)
+    assert run.checkpoint() == Checkpoint(path, epochs=3, steps=26, batches=5)
+    assert run.checkpoint().place == "step 26 (batch 5 of epoch 4)"
+    assert Checkpoint(path, 2, 14).batches == 0
+
+
+def test_a_checkpoint_that_is_none_is_said_and_not_used(run, caplog):
+    path = run.path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"half of it")
+    assert run.checkpoint() is None
+    assert caplog.messages == [f"{path} is damaged: training begins anew"]
+
+
+class Bomb:
+    def __reduce__(self):
+        return (Path("/tmp/kd-lightning-exploded").touch, ())
+
+
+def test_a_checkpoint_runs_no_code(run):
+    path = run.path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save({**lightnings(1, 7, 0, begun=0), "bomb": Bomb()}, path)
+    assert run.checkpoint() is None
+    assert not Path("/tmp/kd-lightning-exploded").exists()
+
+
+def test_a_checkpoint_of_another_device_is_read_here(run, monkeypatch):
+    path = run.path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    torch.save(lightnings(1, 7, 0, begun=0), path)
+    asked = []
+    original = torch.load
+
+    def load(*args, **kwargs):
+        asked.append(kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "load", load)
+    run.checkpoint()
+    assert asked == [{"map_location": "cpu", "weights_only": True}]
+
+
+# --- weights -----------------------------------------------------------------------------------
+
+
+def test_a_student_is_rebuilt_from_its_folder(run):
+    student = model()
+    student.to(memory_format=torch.channels_last)
+    run.write_config(CONFIG)
+    run.save_weights(student)
+    rebuilt, config = run.load_student()
+    assert config == CONFIG
+    assert type(rebuilt) is ConvNet
+    for key, value in student.state_dict().items():
+        assert torch.equal(rebuilt.state_dict()[key], value)
+    run.save_weights(student, "teacher")
+    assert (run.path / "teacher.safetensors").exists()
+
+
+def test_weights_replace_weights_in_one_step(run, monkeypatch):
+    run.save_weights(model())
+    before = (run.path / "student.safetensors").read_bytes()
+
+    def dies(state, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(runs, "save_file", dies)
+    with pytest.raises(OSError, match="No space"):
+        run.save_weights(model())
+    assert (run.path / "student.safetensors").read_bytes() == before
+    assert [path.name for path in run.path.iterdir()] == ["student.safetensors"]
+
+
+def test_weights_that_are_missing_or_damaged_are_named(tmp_path):
+    path = tmp_path / "student.safetensors"
+    with pytest.raises(InputError) as refused:
+        load_weights(model(), path)
+    assert str(refused.value) == f"{path} does not exist"
+    path.write_bytes(b"no header")
+    with pytest.raises(InputError) as refused:
+        load_weights(model(), path)
+    assert str(refused.value).startswith(f"{path} is damaged: ")
+    assert not str(refused.value).endswith("None")
+    save_file({"x": torch.zeros(1)}, path)
+    with pytest.raises(InputError, match="another architecture") as refused:
+        load_weights(model(), path)
+    assert str(refused.value).startswith(f"{path} is of another architecture than ConvNet")
+
+
+def test_what_does_not_fit_is_said_by_name_and_shape():
+    net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+    def refusal(state):
+        with pytest.raises(InputError) as refused:
+            fit_state(net, state, "that file")
+        return str(refused.value)
+
+    state = net.state_dict()
+    other = "that file is of another architecture than Sequential: "
+    lacking = {key: value for key, value in state.items() if key != "0.bias"}
+    assert refusal(lacking) == f"{other}it has no '0.bias', but has '0.weight' and so on"
+    assert refusal({}) == f"{other}it has no '0.weight', but has 'nothing' and so on"
+    larger = {**state, "0.weight": torch.zeros(4, 2)}
+    assert refusal(larger) == f"{other}'0.weight' has the shape (4, 2) there and (3, 2) here"
+    assert refusal({**state, "2.bias": torch.zeros(1)}) == f"{other}its '2.bias' has no place here"
+
+
+def test_an_old_checkpoint_may_lack_the_number_of_batches():
+    net = nn.BatchNorm1d(3)
+    net.num_batches_tracked += 7
+    state = {"weight": torch.full((3,), 2.0), "bias": torch.ones(3), "running_mean": torch.ones(3)}
+    fit_state(net, {**state, "running_var": torch.ones(3)}, "it")
+    assert net.weight.tolist() == [2, 2, 2]
+    assert int(net.num_batches_tracked) == 7
+    with pytest.raises(InputError):  # nothing else may be missing
+        fit_state(net, state, "it")
+
+
+# --- trust -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["os.system", "builtins.eval", "torch.hub.load", "subprocess.Popen", "torch.load",
+     "kd_lightning.data.folder.os.system",
+     "torchvision.models.squeezenet.torch.load"],
+)  # fmt: skip
+@pytest.mark.parametrize("nest", [lambda n: n, lambda n: {"a": [1, {"b": n}]}, lambda n: [n]])
+def test_code_that_is_not_trusted_is_refused_wherever_it_hides(target, nest):
+    node = {"_target_": "torch.nn.Identity", "inner": nest({"_target_": target, "x": 1})}
+    with pytest.raises(InputError, match=r"student\.model") as refused:
+        check_trusted(node, "student.model")
+    assert "because code named in a file from elsewhere could do anything" in str(refused.value)
+    assert f"student.model._target_={target} is not one of kd_lightning.models." in str(
+        refused.value
+    )
+
+
+@pytest.mark.parametrize(
+    "target", ["kd_lightning.models.ConvNet", "torch.nn.Linear", "torchvision.models.resnet18"]
+)
+def test_models_and_layers_are_trusted(target):
+    check_trusted({"_target_": target, "parts": [{"_target_": "torch.nn.ReLU"}]}, "student.model")
+
+
+def test_a_strangers_student_is_not_built(run):
+    config = json.loads(json.dumps(CONFIG))
+    config["student"]["model"] = {"_target_": "os.mkdir", "path": str(run.path / "made")}
+    run.write_config(config)
+    run.save_weights(model())
+    with pytest.raises(InputError, match="refused"):
+        run.load_student()
+    assert not (run.path / "made").exists()
+
+
+# --- what a result depends on ------------------------------------------------------------------
+
+
+def test_versions_name_the_commit(monkeypatch):
+    found = versions()
+    assert found["torch"] == torch.__version__
+    assert found["lightning"][0].isdigit()
+    assert found["python"].startswith("3.")
+    root = Path(runs.__file__).resolve().parents[2]
+    if (root / ".git").exists():
+        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
+        head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        commit, _, dirty = found["git_commit"].partition("-")
+        assert len(commit) == 12
+        assert head.startswith(commit)
+        assert dirty in ("", "dirty")
+
+
+@pytest.mark.parametrize("error", [OSError("no git"), subprocess.TimeoutExpired("git", 10)])
+def test_without_git_there_is_no_commit(monkeypatch, error, tmp_path):
+    (tmp_path / ".git").mkdir()
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "a" / "b" / "runs.py"))
+
+    def fails(*_, **__):
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(subprocess, "run", fails)
+        assert versions()["git_commit"] == ""
+    assert versions()["git_commit"] == ""  # no repository, although it looks like one
+    (tmp_path / ".git").rmdir()
+    assert versions()["git_commit"] == ""
+
+
+def test_a_checkout_that_was_changed_is_called_dirty(monkeypatch, tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
+        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
+
+    (tmp_path / "file").write_text("1")
+    git("init", "--quiet")
+    git("add", "file")
+    git("commit", "--quiet", "--message", "first")
+    monkeypatch.setattr(runs, "__file__", str(tmp_path / "a" / "b" / "runs.py"))
+    clean = versions()["git_commit"]
+    assert len(clean) == 12
+    (tmp_path / "file").write_text("2")
+    assert versions()["git_commit"] == f"{clean}-dirty"
+
+
+def test_the_device_is_called_what_people_call_it(monkeypatch):
+    name = device_name(torch.device("cpu"))
+    assert name.endswith(f", {torch.get_num_threads()} threads")
+    info = Path("/proc/cpuinfo")
+    if info.exists() and "model name" in info.read_text():
+        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
+        assert name.rpartition(",")[0] == models[0].split(":")[1].strip()
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU at {device}")
+    assert device_name(torch.device("cuda:1")) == "a GPU at cuda:1"
+    assert device_name(torch.device("mps")) == "mps"
+
+
+def test_a_device_without_proc_has_the_name_that_python_knows(monkeypatch):
+    def absent(self, *_, **__):
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "open", absent)
+    for processor, machine, expected in (("chip", "arch", "chip"), ("", "arch", "arch")):
+        monkeypatch.setattr(runs.platform, "processor", lambda p=processor: p)
+        monkeypatch.setattr(runs.platform, "machine", lambda m=machine: m)
+        assert device_name(torch.device("cpu")).startswith(f"{expected}, ")
+
+
+def test_saved_weights_are_what_other_tools_read(run):
+    run.save_weights(model())
+    assert set(load_file(run.path / "student.safetensors")) == set(model().state_dict())
