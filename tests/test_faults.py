@@ -1,14 +1,19 @@
 """Real faults: a disk that takes no more, files cut off or full of garbage. Nothing is lost."""
 
+import errno
 import json
+import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 
 import pytest
 from conftest import REPOSITORY, TINY
+from filelock import FileLock
 
+from kd_lightning import memory, sweep
 from kd_lightning.runs import RunDirectory
 
 COMMAND = (
@@ -98,11 +103,224 @@ def test_metrics_of_garbage_are_no_finished_run(tmp_path, garbage):
 
 def test_the_clock_may_go_backwards(tmp_path, whole):
     """A run is found by what it is, whatever the times of its files."""
-    import os
-
     for path in sorted(whole.rglob("*")):
         os.utime(path, (4e9, 4e9))  # the year 2096
     done = train(whole.parents[2])
     assert done.returncode == 0, done.stderr
     assert "finished before" in done.stdout
     assert json.loads((whole / "metrics.json").read_text())["status"] == "finished"
+
+
+class Disk:
+    """A small file system of its own."""
+
+    def __init__(self, place):
+        self.place = place
+        place.mkdir()
+        command = ["mount", "-t", "tmpfs", "-o", "size=20m", "tmpfs", str(place)]
+        if shutil.which("mount") is None or subprocess.run(command, capture_output=True).returncode:
+            pytest.skip("only root may mount a file system")
+
+    def fill(self):
+        with (self.place / "filler").open("wb", buffering=0) as file:
+            for size in (1 << 16, 1):
+                try:
+                    while True:
+                        file.write(bytes(size))
+                except OSError:
+                    continue
+
+    def free(self):
+        (self.place / "filler").unlink()
+
+    def mount(self, how):
+        subprocess.run(["mount", "-o", f"remount,{how}", str(self.place)], check=True)
+
+    def remove(self):
+        subprocess.run(["umount", "--lazy", str(self.place)], check=True)
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """Where `train` puts everything."""
+    disk = Disk(tmp_path / "outputs")
+    yield disk
+    disk.remove()
+
+
+def before(monkeypatch, disk, owner, name, which=lambda *_, **__: True):
+    """Fill the disk just before that is written."""
+    original = getattr(owner, name)
+
+    def write(*args, **kwargs):
+        if which(*args, **kwargs) and not (disk.place / "filler").exists():
+            disk.fill()
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(owner, name, write)
+
+
+def is_finished(run, metrics):
+    return metrics["status"] == "finished"
+
+
+def is_student(run, model, name="student"):
+    return name == "student"
+
+
+def is_teacher(run, model, name="student"):
+    return name == "teacher"
+
+
+@pytest.mark.parametrize(
+    ("name", "which"),
+    [
+        ("write_config", lambda run, config: run.path.parent.name == "full"),
+        ("save_weights", is_teacher),
+        ("save_weights", is_student),
+        ("write_table", lambda run, name, rows: name == "history"),
+        ("write_table", lambda run, name, rows: name == "confusion"),
+        ("write_metrics", is_finished),
+    ],
+)
+def test_a_full_disk_where_a_result_is_written(train, tmp_path, disk, monkeypatch, name, which):
+    settings = ("method=logit", "trainer.precision=32-true")
+    (reference,) = train(*settings, "setting=whole").runs
+    expected = left(reference)
+    shutil.rmtree(disk.place / "teachers")
+    with monkeypatch.context() as patch:
+        before(patch, disk, RunDirectory, name, which)
+        done = train(*settings, "setting=full")
+    assert (done.code, done.err.count("error: ")) == (1, 1)
+    assert "error: No space left on device: " in done.err
+    assert "free some space, the same command goes on" in done.err
+    assert "Traceback" not in done.err
+    assert not list(disk.place.rglob(".*.partial"))
+    disk.free()
+    again = train(*settings, "setting=full")
+    assert again.code == 0, again.err
+    run = disk.place / "runs" / "full" / reference.name
+    assert left(run) == expected
+
+
+def test_a_full_disk_where_an_answer_is_remembered(train, disk, monkeypatch, caplog):
+    """The teacher computes; the student is the same."""
+    settings = ("method=logit", "trainer.precision=32-true", "remember.dtype=float32")
+    (reference,) = train(*settings, "setting=whole").runs
+    shutil.rmtree(disk.place / "teachers" / "remembered")
+    reserve = memory.Rows.reserve
+    refused = []
+
+    def on_a_full_disk(rows, view):
+        disk.fill()
+        try:
+            reserve(rows, view)
+        except OSError as error:
+            refused.append(error.errno)
+            raise
+        finally:
+            disk.free()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(memory.Rows, "reserve", on_a_full_disk)
+        done = train(*settings, "setting=full")
+    assert done.code == 0, done.err
+    assert set(refused) == {errno.ENOSPC}
+    assert "no more of the teacher's answers are stored" in caplog.text + done.err
+    assert not list(disk.place.glob("teachers/remembered/*/*.rows"))
+    assert left(disk.place / "runs" / "full" / reference.name) == left(reference)
+
+
+def test_a_full_disk_where_a_grid_writes_its_table(train, disk, monkeypatch):
+    """No run is lost, and the table is written by the same command."""
+    grid = ("-m", "method=none", "seed=0,1", "setting=grid")
+    with monkeypatch.context() as patch:
+        from kd_lightning import documents
+
+        before(patch, disk, documents, "write_text")
+        patch.setattr(sweep, "update", once_full(disk, sweep.update))
+        done = train(*grid)
+    assert "could not be brought up to date: [Errno 28] No space left on device" in done.err
+    done = train(*grid)
+    assert done.code == 0, done.err
+    assert (disk.place / "runs" / "grid" / "results.csv").read_text().count("finished") == 2
+
+
+def once_full(disk, update):
+    """The disk has room again after a table."""
+
+    def updated(folder):
+        update(folder)
+        (disk.place / "filler").unlink(missing_ok=True)
+
+    return updated
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(train, disk):
+    run = disk.place / "runs" / "old"
+    run.mkdir(parents=True)
+    (run / "metrics.json").write_text("{}")
+    disk.mount("ro")
+    for arguments in (("method=none", "setting=other"), ("-m", "method=none", "setting=other")):
+        done = train(*arguments)
+        assert done.code == 2
+        assert "error: output_dir cannot be written: Read-only file system" in done.err
+        assert "Traceback" not in done.err
+    disk.mount("rw")
+    assert (run / "metrics.json").read_text() == "{}"
+    assert train("method=none", "setting=other").code == 0
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from kd_lightning.runs import RunDirectory
+with RunDirectory(Path(sys.argv[1])).lock():
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_lock_of_a_process_that_died_holds_nobody_up(tmp_path):
+    holder = subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout.readline() == "held\n"
+    lock = FileLock(tmp_path / ".lock")
+    with pytest.raises(TimeoutError):
+        lock.acquire(timeout=0)
+    holder.kill()
+    holder.wait()
+    holder.stdout.close()
+    assert (tmp_path / ".lock").exists()
+    with RunDirectory(tmp_path).lock(wait=False):
+        pass
+
+
+def test_two_grids_in_one_folder_do_the_work_once(tmp_path):
+    command = [
+        sys.executable, "train.py", "-m", *TINY, "method=none,logit", "seed=0,1", "setting=grid",
+        "data=digits", "trainer.max_epochs=2", f"output_dir={tmp_path}", f"data_dir={tmp_path}/d",
+    ]  # fmt: skip
+    grids = [
+        subprocess.Popen(
+            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        for _ in range(2)
+    ]
+    said = [grid.communicate(timeout=240) for grid in grids]
+    # A cell that the other one is working on is passed over, and said: exit code 1.
+    for grid, (_, err) in zip(grids, said, strict=True):
+        passed_over = "another process is working on" in err
+        assert grid.returncode == (1 if passed_over else 0), err
+        assert "Traceback" not in err
+    runs = list((tmp_path / "runs" / "grid").glob("*/metrics.json"))
+    assert len(runs) == 4
+    for metrics in runs:
+        assert json.loads(metrics.read_text())["status"] == "finished"
+        # The number before the last is that of the process that wrote it.
+        writers = {path.name.split(".")[-2] for path in metrics.parent.glob("events.*")}
+        assert len(writers) == 1
+    assert len(list((tmp_path / "teachers").glob("*/teacher.safetensors"))) == 1
+    assert (tmp_path / "runs" / "grid" / "results.csv").read_text().count("finished") == 4
+    assert not list((tmp_path / "runs").rglob(".folders*"))
