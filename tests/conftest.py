@@ -9,9 +9,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from hypothesis import Phase, settings
 from PIL import Image
 
 from kd_lightning import cli
+
+# For mutation testing: that an example fails is enough, however large it is.
+settings.register_profile("first-failure", phases=(Phase.explicit, Phase.generate))
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

@@ -51,10 +51,16 @@ def run(tmp_path):
 
 
 def test_a_configuration_is_read_as_it_was_written(run):
-    run.write_config(CONFIG)
-    assert run.read_config() == CONFIG
+    config = {**CONFIG, "name": "größer"}
+    run.write_config(config)
+    assert run.read_config() == config
+    (run.path / "config.yaml").write_bytes(yaml.safe_dump(config, allow_unicode=True).encode())
+    assert run.read_config() == config
     text = (run.path / "config.yaml").read_text(encoding="utf-8")
-    assert list(yaml.safe_load(text)) == list(CONFIG)  # in the order people know
+    run.write_config(CONFIG)
+    assert list(yaml.safe_load((run.path / "config.yaml").read_text())) == list(
+        CONFIG
+    )  # in the order people know
     assert "!!" not in text
 
 
@@ -322,9 +328,10 @@ def test_code_that_is_not_trusted_is_refused_wherever_it_hides(target, nest):
     node = {"_target_": "torch.nn.Identity", "inner": nest({"_target_": target, "x": 1})}
     with pytest.raises(InputError, match=r"student\.model") as refused:
         check_trusted(node, "student.model")
-    assert "because code named in a file from elsewhere could do anything" in str(refused.value)
-    assert f"student.model._target_={target} is not one of kd_lightning.models." in str(
-        refused.value
+    assert str(refused.value) == (
+        f"student.model._target_={target} is not one of kd_lightning.models., kd_lightning.data., "
+        "torch.nn., torchvision.models.*: refused, because code named in a file from elsewhere "
+        "could do anything"
     )
 
 
@@ -340,9 +347,16 @@ def test_a_strangers_student_is_not_built(run):
     config["student"]["model"] = {"_target_": "os.mkdir", "path": str(run.path / "made")}
     run.write_config(config)
     run.save_weights(model())
-    with pytest.raises(InputError, match="refused"):
+    with pytest.raises(InputError, match=r"^student\.model\._target_=os.mkdir .* refused"):
         run.load_student()
     assert not (run.path / "made").exists()
+
+
+def test_what_a_student_cannot_be_built_from_is_named(run):
+    for node in ({**MODEL, "depth": 3}, {"_target_": "kd_lightning.models.Nothing"}):
+        run.write_config({**CONFIG, "student": {"model": node}})
+        with pytest.raises(InputError, match=r"^student\.model"):
+            run.load_student()
 
 
 # --- what a result depends on ------------------------------------------------------------------

@@ -5,6 +5,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kd_lightning.data.loading import ViewSampler
 from kd_lightning.data.views import PLAIN, Augmentation, counter_random
@@ -87,6 +88,18 @@ def test_views_are_spread_evenly():
     # And so are those of one image, and the first view of all images.
     assert 0.45 < flip[view == 0].double().mean() < 0.55
     assert len({(int(r), int(c)) for r, c in zip(rows[:20], columns[:20], strict=True)}) > 10
+
+
+def test_views_are_made_where_the_images_are():
+    """Of a GPU that need not be there: tensors without numbers, which know their device."""
+    augmentation = Augmentation(padding=2, cutout=3)
+    with FakeTensorMode(), torch.device("cuda"):
+        images = torch.zeros(5, 8, 8, 3, dtype=torch.uint8)
+        index, view = torch.zeros(2, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
+        with torch.device("cpu"):
+            rendered = augmentation.render(images, index, view)
+    assert rendered.device.type == "cuda"
+    assert rendered.shape == (2, 3, 8, 8)
 
 
 def test_another_seed_gives_other_views():

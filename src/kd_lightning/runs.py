@@ -143,7 +143,6 @@ class RunDirectory:
         for source in sorted(other.rglob("*")):
             place = self.path / source.relative_to(other)
             if source.is_file() and source.name not in OF_ITSELF:
-                place.parent.mkdir(parents=True, exist_ok=True)
                 with replacing(place) as partial:
                     shutil.copyfile(source, partial)
 
