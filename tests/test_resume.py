@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from conftest import TINY, write_folder
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
@@ -17,7 +18,7 @@ from torch import nn
 
 from kd_lightning import training
 from kd_lightning.config import plain, tree
-from kd_lightning.errors import Stopped
+from kd_lightning.errors import RunError, Stopped
 from kd_lightning.naming import register
 from kd_lightning.runs import RunDirectory
 
@@ -51,6 +52,14 @@ def configuration(root, *overrides):
         config = plain(compose("train", [*SETTING, *given, *overrides]))
     config["student"]["model"] = {"_target_": "test_resume.Dropping"}
     return config
+
+
+@pytest.fixture(scope="module")
+def processes():
+    """Processes that begin with everything imported and nothing computed."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["test_resume"])
+    return context
 
 
 class Ask(Callback):
@@ -157,6 +166,61 @@ def test_stopped_where_lightning_does_something_of_its_own(tmp_path, whole, sett
     assert left(tmp_path / "run") == left(reference)
 
 
+def asked_twice(root, folder):
+    training.run(configuration(root), folder, callbacks=[Ask(7), Ask(7)])
+
+
+def test_asked_twice_it_ends_at_once(tmp_path, whole, processes):
+    """Within the step: nothing of it is saved, and what was saved before is gone on with."""
+    root, _ = whole
+    folder = tmp_path / "run"
+    process = processes.Process(target=asked_twice, args=(root, folder))
+    process.start()
+    process.join()
+    assert process.exitcode == -signal.SIGTERM
+    assert RunDirectory(folder).checkpoint().place == "epoch 1"
+    training.run(configuration(root), folder)
+    assert left(folder) == left(root / "run")
+
+
+class Spoil(Callback):
+    """From the nth batch on, weights are not numbers."""
+
+    def __init__(self, batch):
+        self.batch = batch
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        if trainer.fit_loop.total_batch_idx + 1 >= self.batch:
+            with torch.no_grad():
+                module.student[0].weight.fill_(float("nan"))
+
+
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, whole):
+    root, _ = whole
+    config, folder = configuration(root), tmp_path / "run"
+    said = r"the loss is not finite at step 7 \(term: cross_entropy, logit, attention\)"
+    with pytest.raises(RunError, match=said):
+        training.run(config, folder, callbacks=[Spoil(8)])
+    assert RunDirectory(folder).read_metrics()["status"] == "failed"
+    checkpoint = RunDirectory(folder).checkpoint()
+    assert checkpoint.place == "epoch 1"
+    state = torch.load(checkpoint.path, weights_only=True)["state_dict"]
+    assert all(value.isfinite().all() for value in state.values())
+    # And it is gone on with, should it have been the machine.
+    training.run(config, folder)
+    assert left(folder) == left(root / "run")
+
+
+def test_bf16_is_as_reproducible_as_float32(tmp_path, whole):
+    root, _ = whole
+    config = configuration(root, "trainer.precision=bf16-mixed")
+    training.run(config, tmp_path / "one")
+    with pytest.raises(Stopped):
+        training.run(config, tmp_path / "two", callbacks=[Ask(7)])
+    training.run(config, tmp_path / "two")
+    assert left(tmp_path / "one") == left(tmp_path / "two")
+
+
 def test_two_runs_of_one_seed_are_the_same_and_of_another_are_not(tmp_path, whole):
     root, shown = whole
     seen = Steps()
@@ -180,13 +244,11 @@ def command_line(root, output):
 
 
 @pytest.fixture(scope="module")
-def start(whole):
-    """Starts that command in a process of its own, which has imported everything before."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resume"])
+def start(whole, processes):
+    """Starts that command in a process of its own."""
 
     def begin(output):
-        process = context.Process(target=command_line, args=(whole[0], output))
+        process = processes.Process(target=command_line, args=(whole[0], output))
         process.start()
         return process
 
