@@ -193,7 +193,7 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
     if how != "SIGKILL":
         assert process.returncode == 128 + signal.Signals[how]
         name = "Ctrl-C" if how == "SIGINT" else how
-        assert f"error: stopped by {name}; the same command goes on after " in said
+        assert f"error: stopped by {name}; the same command goes on with {cell}-small-s0" in said
         assert "Traceback" not in said
         assert statuses(tmp_path / "runs" / "grid")[f"{cell}-small-s0"] == "running"
     done = in_a_new_process(*command[1:])

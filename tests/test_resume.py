@@ -127,15 +127,23 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on_with_the_next(
     root, shown = whole
     config, folder = configuration(root), tmp_path / "run"
     before, after = Steps(), Steps()
-    with pytest.raises(Stopped, match="stopped by SIGTERM; the same command goes on") as stop:
+    with pytest.raises(Stopped, match="stopped by") as stop:
         training.run(config, folder, callbacks=[before, Ask(step, validation)])
-    assert str(stop.value).endswith(f"goes on after {place}")
+    assert str(stop.value) == (
+        f"stopped by SIGTERM; the same command goes on with {config['name']} after {place}"
+    )
     assert stop.value.exit_code == 143
     assert RunDirectory(folder).read_metrics()["status"] == "running"
     training.run(config, folder, callbacks=[after])
     assert len(before.shown) == step
     assert before.shown + after.shown == shown  # the same steps, each of them once
     assert left(folder) == left(root / "run")
+
+
+def test_how_to_go_on_is_said():
+    said = "stopped by Ctrl-C; the same command begins teacher convnet anew"
+    assert str(Stopped(signal.SIGINT, "teacher convnet", None)) == said
+    assert Stopped(signal.SIGINT, "x", None).exit_code == 130
 
 
 def test_stopped_again_and_again(tmp_path, whole):

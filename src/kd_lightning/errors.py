@@ -21,11 +21,12 @@ class Stopped(BaseException):
 
     Args:
         number: the signal's.
-        place: where the same command will go on, as `epoch 3`; None: at the beginning.
+        what: was trained, a run or a teacher.
+        place: after which the same command will go on, as `epoch 3`; None: at the beginning.
     """
 
-    def __init__(self, number: int, place: str | None) -> None:
+    def __init__(self, number: int, what: str, place: str | None) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        since = f"goes on after {place}" if place else "begins anew"
-        super().__init__(f"stopped by {name}; the same command {since}")
+        then = f"goes on with {what} after {place}" if place else f"begins {what} anew"
+        super().__init__(f"stopped by {name}; the same command {then}")
         self.exit_code = 128 + number

@@ -56,7 +56,7 @@ def build_trainer(
         settings: arguments of Lightning's Trainer.
         precision: as Lightning calls it.
         folder: where logs and checkpoints go.
-        name: what the bar says is trained.
+        name: what is trained, for people.
         resume: from where the training will go on; what was logged beyond that is left out.
         callbacks: further ones.
     """
@@ -82,7 +82,7 @@ def build_trainer(
             Pictures(),
             ProgressBar(name),
             ExactResume(),
-            StopWhenAsked(checkpoints / LAST),
+            StopWhenAsked(name, checkpoints / LAST),
             *callbacks,
         ],
         "enable_progress_bar": False,

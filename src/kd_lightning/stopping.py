@@ -25,11 +25,12 @@ class StopWhenAsked(Callback):
     its own part of this one. Asked a second time, the process ends at once.
 
     Args:
+        what: is trained, for people.
         path: the checkpoint that is gone on from.
     """
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, what: str, path: Path) -> None:
+        self._what, self._path = what, path
         self._asked: int | None = None
         self._place: str | None = None
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
@@ -82,7 +83,8 @@ class StopWhenAsked(Callback):
     def _stop(self, trainer: Trainer) -> None:
         assert self._asked is not None
         epochs = trainer.current_epoch
-        raise Stopped(self._asked, self._place or (f"epoch {epochs}" if epochs else None))
+        place = self._place or (f"epoch {epochs}" if epochs else None)
+        raise Stopped(self._asked, self._what, place)
 
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException
