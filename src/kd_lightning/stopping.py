@@ -58,7 +58,7 @@ class StopWhenAsked(Callback):
         counted = done if trainer.check_val_every_n_epoch else trainer.fit_loop.total_batch_idx + 1
         validates = trainer.is_last_batch or counted % (trainer.val_check_batch or 1) == 0
         if not validates and done % trainer.accumulate_grad_batches == 0:
-            trainer.save_checkpoint(self._path)
+            trainer.save_checkpoint(self._path, weights_only=False)
             epochs, steps = trainer.current_epoch, trainer.global_step
             self._place = Checkpoint(self._path, epochs, steps, done).place
 
