@@ -246,8 +246,10 @@ class DistillationModule(LightningModule):
         for name, value in checkpoint.get("progress", {}).items():
             if name in PROGRESS:
                 setattr(self, name, value)
-        for name, value in checkpoint.get("train_accuracy", {}).items():
-            setattr(self.train_accuracy, name, value)
+        counts = checkpoint.get("train_accuracy", {})
+        for name, value in self.train_accuracy.metric_state.items():
+            if name in counts:
+                setattr(self.train_accuracy, name, counts[name].to(value.device))
 
     def on_validation_start(self) -> None:
         """During training this comes right after a step: stop the clock."""
