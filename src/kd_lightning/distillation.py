@@ -248,7 +248,7 @@ class DistillationModule(LightningModule):
                 setattr(self, name, value)
         counts = checkpoint.get("train_accuracy", {})
         for name, value in self.train_accuracy.metric_state.items():
-            if name in counts:
+            if name in counts and isinstance(value, Tensor):
                 setattr(self.train_accuracy, name, counts[name].to(value.device))
 
     def on_validation_start(self) -> None:
