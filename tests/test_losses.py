@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_lightning.losses import Attention, CrossEntropy, Logit
+from kd_lightning.losses import Attention, CrossEntropy, Logit, Term
 from kd_lightning.losses.attention import attention_map, pair_by_resolution
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.models.features import Output
@@ -87,6 +87,22 @@ def test_logit_remembers_logits_so_that_every_temperature_shares_them():
 def test_cross_entropy_by_hand():
     loss = CrossEntropy()(output(torch.tensor([[0.0, 0.0]])), None, torch.tensor([1]))
     assert float(loss) == pytest.approx(math.log(2))
+
+
+def test_label_smoothing_by_hand():
+    # Targets (0.9, 0.1) of two classes with a smoothing of 0.2.
+    logits = torch.tensor([[math.log(3), 0.0]])
+    loss = CrossEntropy(label_smoothing=0.2)(output(logits), None, torch.tensor([0]))
+    assert float(loss) == pytest.approx(-0.9 * math.log(0.75) - 0.1 * math.log(0.25))
+    assert CrossEntropy().label_smoothing == 0
+
+
+@pytest.mark.parametrize("smoothing", [1, 1.5, -0.1, math.nan])
+def test_label_smoothing_is_a_share_below_one(smoothing):
+    with pytest.raises(
+        ValueError, match=rf"^label_smoothing must be in \[0, 1\), not {smoothing}$"
+    ):
+        CrossEntropy(smoothing)
 
 
 def test_cross_entropy_is_computed_in_float32():
@@ -188,10 +204,46 @@ def test_attention_sums_over_pairs_of_any_sizes():
     torch.testing.assert_close(term(student, remembered, torch.zeros(3)), sum(singles))
 
 
+def test_a_target_of_another_size_is_refused():
+    term = connected(pairs=[["a", "y"], ["b", "x"]])
+    student = output(a=torch.randn(3, 4, 8, 8), b=torch.randn(3, 8, 4, 4))
+    with pytest.raises((ValueError, RuntimeError)):
+        term(student, torch.zeros(3, 8 * 8), torch.zeros(3))
+
+
 def test_attention_of_a_network_with_itself_is_nothing():
     term = connected(pairs=[["a", "y"]])
     same = torch.randn(3, 4, 8, 8)
     assert float(term(output(a=same), term.remember(output(y=same)), torch.zeros(3))) == 0
+
+
+SHAPES = {"a": (4, 8, 6), "b": (8, 4, 3), "c": (8, 4, 3), "fc": (10,)}
+
+
+def test_attention_pairs_the_layers_it_may_read():
+    term = Attention(["a", "c"], ["x", "y", "z"])
+    assert term.sizes == []
+    assert (term.student_reads, term.teacher_reads) == ((), ())
+    term.connect(SHAPES, {"x": (2, 8, 6), "y": (6, 8, 6), "z": (16, 4, 3), "w": (16, 4, 3)})
+    assert term.pairs == [("a", "y"), ("c", "z")]
+    assert term.sizes == [(8, 6), (4, 3)]
+    assert term.student_reads == ("a", "c")
+    assert term.teacher_reads == ("y", "z")
+    assert term.depends_on() == {"maps": [["y", 8, 6], ["z", 4, 3]]}
+    assert not term.needs_logits
+
+
+def test_attention_compares_at_the_smaller_height_and_width():
+    term = Attention(pairs=[["a", "x"], ["a", "y"], ["b", "x"]])
+    term.connect(SHAPES, {"x": (2, 5, 9), "y": (2, 9, 5)})
+    assert term.sizes == [(5, 6), (8, 5), (4, 3)]
+    assert term.student_reads == ("a", "b")  # once each, in order
+    assert term.teacher_reads == ("x", "y")
+    term.sizes.pop()  # never another number of maps than of pairs
+    with pytest.raises(ValueError, match="zip"):
+        term.remember(output(x=torch.ones(1, 2, 5, 9), y=torch.ones(1, 2, 9, 5)))
+    with pytest.raises(ValueError, match="zip"):
+        term.depends_on()
 
 
 def test_layers_are_paired_by_resolution_the_deepest_of_each():
@@ -203,6 +255,11 @@ def test_layers_are_paired_by_resolution_the_deepest_of_each():
 def test_without_a_common_resolution_the_deepest_are_paired():
     student = {"s1": (32, 32), "s2": (16, 16)}
     assert pair_by_resolution(student, {"t1": (28, 28), "t2": (7, 7)}) == [("s2", "t2")]
+    three = {**student, "s3": (8, 8)}
+    assert pair_by_resolution(three, {"t1": (28, 28)}) == [("s3", "t1")]
+    assert pair_by_resolution({"s1": (4, 4)}, {f"t{n}": (20 + n, 9) for n in range(3)}) == [
+        ("s1", "t2")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -210,10 +267,16 @@ def test_without_a_common_resolution_the_deepest_are_paired():
     [
         ({"pairs": [["nowhere", "x"]]}, "in the student there is no layer 'nowhere'.*a, b"),
         ({"pairs": [["a", "nowhere"]]}, "in the teacher there is no layer 'nowhere'.*x, y"),
-        ({"pairs": [["a"]]}, "pairs"),
-        ({"pairs": [], "distance": "norm"}, "pairs"),
-        ({"student_layers": ["a"], "teacher_layers": ["x"], "distance": "far"}, "distance"),
-        ({}, "layers"),
+        ({"pairs": [["a"]]}, r"^pairs must be a list of \[student layer, teacher layer\]$"),
+        ({"pairs": [["a", "x"], ["a", "x", "y"]]}, "^pairs"),
+        ({"pairs": [], "distance": "norm"}, "^pairs"),
+        (
+            {"student_layers": ["a"], "teacher_layers": ["x"], "distance": "far"},
+            "^distance must be 'mean_square' or 'norm', not 'far'$",
+        ),
+        ({}, "^attention needs layers of both networks, or pairs of them$"),
+        ({"student_layers": ["a"]}, "^attention needs layers of both"),
+        ({"teacher_layers": ["x"]}, "^attention needs layers of both"),
     ],
 )
 def test_attention_refuses_what_cannot_work(arguments, message):
@@ -223,5 +286,22 @@ def test_attention_refuses_what_cannot_work(arguments, message):
 
 def test_attention_refuses_a_layer_without_a_map():
     term = Attention(pairs=[["a", "x"]])
-    with pytest.raises(ValueError, match="map"):
+    needs = r"puts out \(10,\), but attention needs a map \(channels, height, width\)$"
+    with pytest.raises(ValueError, match=f"^layer 'a' of the student {needs}"):
         term.connect({"a": (10,)}, {"x": (2, 8, 8)})
+    with pytest.raises(ValueError, match=f"^layer 'x' of the teacher {needs}"):
+        term.connect({"a": (2, 8, 8)}, {"x": (10,)})
+
+
+# --- every term ----------------------------------------------------------------------------------
+
+
+def test_a_term_is_what_it_says_it_needs():
+    assert (CrossEntropy().needs_teacher, Logit().needs_teacher) == (False, True)
+    assert Logit().temperature == 4
+    assert Logit().depends_on() == {}  # the temperature comes later
+    assert Term().depends_on() is None  # until a term says better, nothing is stored
+    assert (Term().student_reads, Term().teacher_reads) == ((), ())
+    for method in (lambda: Term().remember(output()), lambda: Term()(output(), None, None)):
+        with pytest.raises(NotImplementedError):
+            method()

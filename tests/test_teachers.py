@@ -1,6 +1,7 @@
 """The teacher store: one training for each key, whatever else happens."""
 
 import copy
+import hashlib
 import json
 import multiprocessing
 import time
@@ -8,10 +9,11 @@ import time
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from kd_lightning.data import FolderDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.teachers import TeacherStore, read_checkpoint, teacher_key
+from kd_lightning.teachers import TeacherStore, read_checkpoint, teacher_key, weights_sha256
 
 KEY = "0123456789abcdef" * 4
 
@@ -36,6 +38,15 @@ def test_the_second_to_ask_finds_what_the_first_trained(tmp_path):
     assert second.facts["test_accuracy"] == 0.25
     assert second.path.name == "tiny-0123456789abcdef"
     assert not (second.path / "checkpoints").exists()
+
+
+def test_a_training_may_leave_nothing_but_weights(tmp_path):
+    def train(folder):
+        save_file({"weight": torch.ones(1)}, folder / "teacher.safetensors")
+        return {"val_accuracy": 0.5, "test_accuracy": 0.25}
+
+    stored = TeacherStore(tmp_path).obtain("tiny", KEY, train)
+    assert sorted(p.name for p in stored.path.iterdir()) == ["teacher.json", "teacher.safetensors"]
 
 
 def test_another_key_is_another_teacher(tmp_path):
@@ -170,6 +181,18 @@ def test_whatever_changes_the_weights_changes_the_key(data, path, value):
     assert teacher_key(changed(path, value), data, "32-true") != key
 
 
+def test_a_key_stays_what_it_was():
+    """Every teacher that was ever stored is found by it. Another one needs another FORMAT."""
+
+    class Data:
+        def fingerprint(self):
+            return "the images"
+
+    assert teacher_key(CONFIG, Data(), "32-true") == (
+        "ce33dab55a787183c556d159d510a43b9f129e7b0bf9c96240ce298618b6076b"
+    )
+
+
 def test_precision_and_images_are_in_the_key(data):
     key = teacher_key(CONFIG, data, "32-true")
     assert teacher_key(CONFIG, data, "bf16-mixed") != key
@@ -192,6 +215,27 @@ def test_precision_and_images_are_in_the_key(data):
 def test_what_does_not_change_the_weights_does_not_change_the_key(data, path, value):
     expected = teacher_key(CONFIG, data, "32-true")
     assert teacher_key(changed(path, value), data, "32-true") == expected
+
+
+def test_a_digest_is_that_of_names_types_shapes_and_numbers():
+    def digest(**tensors):
+        model = nn.Module()
+        for name, tensor in tensors.items():
+            model.register_buffer(name, tensor)
+        return weights_sha256(model)
+
+    a, b = torch.arange(6.0).view(2, 3), torch.tensor(7)
+    expected = hashlib.sha256(b"a torch.float32 (2, 3)")
+    expected.update(a.numpy().tobytes())
+    expected.update(b"b torch.int64 ()")
+    expected.update(b.numpy().tobytes())
+    assert digest(a=a, b=b) == digest(b=b, a=a) == expected.hexdigest()
+    assert digest(a=a.t().contiguous().t(), b=b) == expected.hexdigest()
+    others = [
+        digest(c=a, b=b), digest(a=a.view(3, 2), b=b), digest(a=a.view(torch.int32), b=b),
+        digest(a=a + 1, b=b), digest(a=a, b=b + 1), digest(a=a),
+    ]  # fmt: skip
+    assert len({*others, expected.hexdigest()}) == 7
 
 
 @pytest.mark.parametrize("nest", [None, "state_dict", "model"])
