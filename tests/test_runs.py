@@ -209,16 +209,19 @@ def test_a_checkpoint_that_is_none_is_said_and_not_used(run, caplog):
 
 
 class Bomb:
+    def __init__(self, path):
+        self.path = path
+
     def __reduce__(self):
-        return (Path("/tmp/kd-lightning-exploded").touch, ())
+        return (self.path.touch, ())
 
 
 def test_a_checkpoint_runs_no_code(run):
     path = run.path / "checkpoints" / "last.ckpt"
     path.parent.mkdir(parents=True)
-    torch.save({**lightnings(1, 7, 0, begun=0), "bomb": Bomb()}, path)
+    torch.save({**lightnings(1, 7, 0, begun=0), "bomb": Bomb(run.path / "exploded")}, path)
     assert run.checkpoint() is None
-    assert not Path("/tmp/kd-lightning-exploded").exists()
+    assert not (run.path / "exploded").exists()
 
 
 def test_a_checkpoint_of_another_device_is_read_here(run, monkeypatch):

@@ -254,7 +254,8 @@ class DistillationModule(LightningModule):
     def on_validation_start(self) -> None:
         """During training this comes right after a step: stop the clock."""
         self._place_teacher()
-        self.val_loss.reset()  # one validated before training was left in inference mode
+        for measured in (self.accuracy, self.val_loss):
+            measured.reset()  # one validated before training was left in inference mode
         self.validated_at = self.global_step
         self._stop_clock()
 
