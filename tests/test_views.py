@@ -93,13 +93,15 @@ def test_views_are_spread_evenly():
 def test_views_are_made_where_the_images_are():
     """Of a GPU that need not be there: tensors without numbers, which know their device."""
     augmentation = Augmentation(padding=2, cutout=3)
-    with FakeTensorMode():
-        try:
+    try:
+        with FakeTensorMode():
             images = torch.zeros(5, 8, 8, 3, dtype=torch.uint8, device="cuda")
-        except RuntimeError:
-            pytest.skip("this torch wants a driver all the same")
-        index = torch.zeros(2, dtype=torch.int64, device="cuda")
-        rendered = augmentation.render(images, index, torch.ones_like(index))
+            index = torch.zeros(2, dtype=torch.int64, device="cuda")
+            rendered = augmentation.render(images, index, torch.ones_like(index))
+    except RuntimeError as error:
+        if "CUDA driver" not in str(error):
+            raise
+        pytest.skip("this version of torch wants a driver all the same")
     assert rendered.device.type == "cuda"
     assert rendered.shape == (2, 3, 8, 8)
 
