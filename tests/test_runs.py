@@ -324,7 +324,7 @@ def test_an_old_checkpoint_may_lack_the_number_of_batches():
     "target",
     ["os.system", "builtins.eval", "torch.hub.load", "subprocess.Popen", "torch.load",
      "kd_lightning.data.folder.os.system",
-     "torchvision.models.squeezenet.torch.load"],
+     "torchvision.models.squeezenet.torch.load", "kd_lightning.data.views.PLAIN"],
 )  # fmt: skip
 @pytest.mark.parametrize("nest", [lambda n: n, lambda n: {"a": [1, {"b": n}]}, lambda n: [n]])
 def test_code_that_is_not_trusted_is_refused_wherever_it_hides(target, nest):
@@ -385,7 +385,8 @@ def test_without_git_there_is_no_commit(monkeypatch, error, tmp_path):
     (tmp_path / ".git").mkdir()
     monkeypatch.setattr(runs, "__file__", str(tmp_path / "a" / "b" / "runs.py"))
 
-    def fails(*_, **__):
+    def fails(*_, timeout, **__):
+        assert 1 <= timeout <= 60  # nobody waits for ever for a name
         raise error
 
     with monkeypatch.context() as patch:

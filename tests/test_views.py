@@ -90,6 +90,21 @@ def test_views_are_spread_evenly():
     assert len({(int(r), int(c)) for r, c in zip(rows[:20], columns[:20], strict=True)}) > 10
 
 
+def test_more_pixels_than_int32_counts(tmp_path):
+    """In a file that is all holes but for its last image."""
+    count = 2**31 // 64 + 3
+    with (tmp_path / "images").open("wb") as file:
+        file.seek((count - 1) * 64)
+        file.write(bytes(range(64)))
+    images = torch.from_file(
+        str(tmp_path / "images"), shared=True, size=count * 64, dtype=torch.uint8
+    ).view(count, 8, 8, 1)
+    view = torch.tensor([PLAIN, PLAIN])
+    last, first = Augmentation(padding=1).render(images, torch.tensor([count - 1, 0]), view)
+    assert last.flatten().tolist() == list(range(64))
+    assert not first.any()
+
+
 def test_views_are_made_where_the_images_are():
     """Of a GPU that need not be there: tensors without numbers, which know their device."""
     augmentation = Augmentation(padding=2, cutout=3)
