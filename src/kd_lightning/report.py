@@ -31,8 +31,13 @@ NUMBERS = (
     "teacher_val_accuracy", "teacher_test_accuracy", "epochs", "train_seconds",
     "images_per_second",
 )  # fmt: skip
-ALWAYS = ("method", "student", "seed")
-FINISHED = ("parameters", "val_accuracy")
+# What a run of each status has at least.
+NEEDED: dict[str, tuple[str, ...]] = {
+    "unreadable": (),
+    "running": ("method", "student", "seed"),
+    "failed": ("method", "student", "seed"),
+    "finished": ("method", "student", "seed", "parameters", "val_accuracy"),
+}
 CONFIDENCE = 0.95
 
 
@@ -93,20 +98,20 @@ def _read_table(path: Path) -> pd.DataFrame:
     if missing := [column for column in COLUMNS if column not in table]:
         raise InputError(f"{path} is not a table of runs: it has no column '{missing[0]}'")
     for line, row in enumerate(table.to_dict("records"), 2):
-        if row["status"] != "unreadable" and (column := _wrong(row)):
+        if column := _wrong(row):
             raise InputError(f"{path}, line {line}: {column} cannot be {row[column]}")
     return table[list(COLUMNS)]
 
 
 def _wrong(run: Mapping[str, Any]) -> str | None:
     """The first column of a run that is not what a run would say, if any."""
-    if run.get("status") not in ("running", "failed", "finished"):
+    status = run.get("status")
+    if not isinstance(status, str) or status not in NEEDED:
         return "status"
-    needed = (*ALWAYS, *(FINISHED if run["status"] == "finished" else ()))
     for column in COLUMNS:
         value = run.get(column)
         if value is None or value != value:  # NaN is how a table says that there is none
-            fits = column not in needed
+            fits = column not in NEEDED[status]
         elif column in NUMBERS:
             number = isinstance(value, Real) and not isinstance(value, bool)
             fits = number and -(2**53) <= value <= 2**53
