@@ -14,6 +14,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", help="folder of the run")
     parser.add_argument("--data-root", help="where the images are, if they have moved")
+    parser.add_argument(
+        "--trust",
+        nargs="+",
+        default=[],
+        metavar="PACKAGE",
+        help="packages of your own that the run's model or data come from",
+    )
     arguments = parser.parse_args()
 
     from kd_lightning.cli import quiet_lightning
@@ -22,7 +29,7 @@ def main() -> None:
 
     quiet_lightning()
     try:
-        result = evaluate(arguments.run, arguments.data_root)
+        result = evaluate(arguments.run, arguments.data_root, arguments.trust)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

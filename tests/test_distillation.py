@@ -1,6 +1,7 @@
 """The module: a teacher that stays frozen, a checkpoint of the student alone, a sum of terms."""
 
 import copy
+import pickle
 
 import pytest
 import torch
@@ -119,6 +120,30 @@ def test_checkpoint_loads_tests_and_resumes_with_weights_only(folder, tmp_path):
     resumed = make_trainer(tmp_path, epochs=2)
     resumed.fit(make_module(frozen()), data, ckpt_path=path, weights_only=True)
     assert resumed.current_epoch == 2
+
+
+@pytest.mark.parametrize("part", ["student", "optimizer", "terms"])
+def test_a_checkpoint_of_a_strangers_names_no_code(folder, tmp_path, part):
+    trainer = make_trainer(tmp_path, epochs=1)
+    trainer.fit(make_module(frozen()), make_data(folder))
+    path = tmp_path / "one.ckpt"
+    trainer.save_checkpoint(path)
+    content = torch.load(path, weights_only=True)
+    evil = {"_target_": "os.mkdir", "path": str(tmp_path / "made"), "weight": 1.0}
+    content["hyper_parameters"][part] = {"logit": evil} if part == "terms" else evil
+    torch.save(content, path)
+    for kwargs in ({}, {"weights_only": False}, {"trust": ["numpy"]}):
+        with pytest.raises(InputError, match=r"hyper_parameters\._target_=os\.mkdir .* refused"):
+            DistillationModule.load_from_checkpoint(path, teacher=frozen(), **kwargs)
+    assert not (tmp_path / "made").exists()
+
+    class Bomb:
+        def __reduce__(self):
+            return (print, ("the checkpoint ran code",))
+
+    torch.save({**content, "bomb": Bomb()}, path)
+    with pytest.raises(pickle.UnpicklingError):
+        DistillationModule.load_from_checkpoint(path, teacher=frozen(), weights_only=False)
 
 
 def test_loss_is_the_weighted_sum_of_its_terms(folder):

@@ -3,6 +3,7 @@
 import csv
 import json
 import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -332,10 +333,33 @@ def test_code_that_is_not_trusted_is_refused_wherever_it_hides(target, nest):
     with pytest.raises(InputError, match=r"student\.model") as refused:
         check_trusted(node, "student.model")
     assert str(refused.value) == (
-        f"student.model._target_={target} is not one of kd_lightning.models., kd_lightning.data., "
-        "torch.nn., torchvision.models.*: refused, because code named in a file from elsewhere "
-        "could do anything"
+        f"student.model._target_={target} is not in {', '.join(runs.TRUSTED)}: refused, because "
+        "code named in a file from elsewhere could do anything; if it is yours, say so (trust)"
     )
+
+
+def test_what_is_not_trusted_is_not_even_imported():
+    sys.modules.pop("this", None)
+    with pytest.raises(InputError, match="refused"):
+        check_trusted({"_target_": "this.s"}, "student.model")
+    assert "this" not in sys.modules
+
+
+def test_what_is_ones_own_may_be_trusted(run):
+    run.write_config({**CONFIG, "student": {"model": {"_target_": "test_runs.own"}}})
+    run.save_weights(model())
+    for trust in ((), ("test",), ("elsewhere", "kd_lightning.files")):
+        with pytest.raises(InputError, match="say so"):
+            run.load_student(trust)
+    student, _ = run.load_student(trust=("elsewhere", "test_runs"))
+    assert type(student) is ConvNet
+    # What is imported there is still not defined there.
+    with pytest.raises(InputError, match="say so"):
+        check_trusted({"_target_": "test_runs.subprocess.run"}, "x", ("test_runs",))
+
+
+def own():
+    return model()
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import time
 from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.losses import Term
 from kd_lightning.memory import Ask, Memory
 from kd_lightning.models.features import FeatureReader, layer_shapes
+from kd_lightning.runs import check_trusted
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 VALIDATION = ("val_accuracy", "val_loss")
@@ -99,6 +101,26 @@ class DistillationModule(LightningModule):
         self.history: list[dict[str, float]] = []
         self._clock_began, self._clock_images = time.perf_counter(), 0
         self._epoch_began = self._clock_began
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *args: Any, trust: Iterable[str] = (), **kwargs: Any
+    ) -> "DistillationModule":
+        """As Lightning's, but a file of a stranger's cannot run code.
+
+        Args:
+            checkpoint_path: the file.
+            args: see Lightning.
+            trust: packages of one's own that the checkpoint may name; see `runs.check_trusted`.
+            kwargs: what the checkpoint does not hold: the ``teacher``.
+
+        Raises:
+            InputError: the checkpoint names code that is not trusted.
+        """
+        content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        check_trusted(content.get("hyper_parameters", {}), "hyper_parameters", trust)
+        kwargs["weights_only"] = True
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def _connect(self, num_classes: int, image_size: int) -> None:
         """Show every term both networks, and set up the reading of the layers they ask for."""

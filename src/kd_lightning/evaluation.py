@@ -1,5 +1,6 @@
 """A finished run, tested again from what it left behind."""
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from lightning.pytorch import Trainer
@@ -12,12 +13,15 @@ from kd_lightning.errors import InputError
 from kd_lightning.runs import RunDirectory, check_trusted, load_weights
 
 
-def evaluate(run_dir: str | Path, data_root: str | None = None) -> dict[str, float]:
+def evaluate(
+    run_dir: str | Path, data_root: str | None = None, trust: Iterable[str] = ()
+) -> dict[str, float]:
     """Rebuild the student of a run from its folder alone, and test it.
 
     Args:
         run_dir: folder of the run.
         data_root: where the images are now, if not where they were.
+        trust: packages of one's own that the run may name; see `runs.check_trusted`.
 
     Returns:
         ``accuracy`` on the test set now, and ``recorded``, the one the run reported.
@@ -34,7 +38,7 @@ def evaluate(run_dir: str | Path, data_root: str | None = None) -> dict[str, flo
     if not isinstance(recorded, float):
         raise InputError(f"{run_dir} holds a run that was never tested, as those of a search are")
     for path, node in (("student.model", config["student"]["model"]), ("data", config["data"])):
-        check_trusted(node, path)
+        check_trusted(node, path, trust)
     if data_root is not None:
         config["data"]["root"] = data_root
     settings = trainer_node(config)

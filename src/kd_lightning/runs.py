@@ -6,7 +6,7 @@ import logging
 import platform
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
 from pathlib import Path
@@ -26,8 +26,16 @@ from kd_lightning.files import hold, read_json, replacing, write_json, write_tex
 log = logging.getLogger(__name__)
 
 # A `_target_` in a file on disk is honoured only if it names a class or function defined in one of
-# these packages: what a stranger's run directory names must not be able to run anything else.
-TRUSTED = ("kd_lightning.models.", "kd_lightning.data.", "torch.nn.", "torchvision.models.")
+# these packages: what a stranger's file names must not be able to run anything else.
+TRUSTED = (
+    "kd_lightning.models",
+    "kd_lightning.data",
+    "kd_lightning.losses",
+    "kd_lightning.schedules",
+    "torch.nn",
+    "torch.optim",
+    "torchvision.models",
+)
 
 LAST = "last.ckpt"
 
@@ -169,33 +177,47 @@ class RunDirectory:
         with replacing(self.path / f"{name}.safetensors") as partial:
             save_file(state, partial)
 
-    def load_student(self) -> tuple[nn.Module, Node]:
+    def load_student(self, trust: Iterable[str] = ()) -> tuple[nn.Module, Node]:
         """Rebuild the student and return it with the configuration it was trained by.
+
+        Args:
+            trust: see `check_trusted`.
 
         Raises:
             InputError: something is missing or damaged, or names code that is not trusted.
         """
         config = self.read_config()
-        check_trusted(config["student"]["model"], "student.model")
+        check_trusted(config["student"]["model"], "student.model", trust)
         model = build(config["student"]["model"], "student.model")
         load_weights(model, self.path / "student.safetensors")
         return model, config
 
 
-def check_trusted(node: Node, path: str) -> None:
+def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
     """Check that a node read from a file may be built.
+
+    Args:
+        node: with any nodes in it.
+        path: what to call it.
+        trust: packages and modules of one's own, whose classes and functions may be used too.
 
     Raises:
         InputError: a target in it, wherever its name leads, is not defined in a trusted package.
     """
+    packages = (*TRUSTED, *trust)
+
+    def trusted(name: str) -> bool:
+        return name.startswith(tuple(f"{package}." for package in packages))
+
     for nested in _targets(node):
-        target = find_target(nested, path)
-        # The name alone proves nothing: `kd_lightning.models.convnet.nn.Module` walks elsewhere.
-        home = f"{getattr(target, '__module__', '')}."
-        if not (nested.startswith(TRUSTED) and home.startswith(TRUSTED)):
+        # Nothing else is even imported. But the name alone proves nothing:
+        # `kd_lightning.models.convnet.nn.Module` walks elsewhere.
+        if not trusted(nested) or not trusted(
+            f"{getattr(find_target(nested, path), '__module__', '')}."
+        ):
             raise InputError(
-                f"{path}._target_={nested} is not one of {', '.join(TRUSTED)}*: refused, "
-                "because code named in a file from elsewhere could do anything"
+                f"{path}._target_={nested} is not in {', '.join(packages)}: refused, because code "
+                "named in a file from elsewhere could do anything; if it is yours, say so (trust)"
             )
 
 
