@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import multiprocessing
+import threading
 import time
 
 import pytest
@@ -81,8 +82,64 @@ def test_a_damaged_teacher_is_set_aside_and_trained_again(tmp_path, damage, capl
     again = store.obtain("tiny", KEY, trainer(calls))
     assert len(calls) == 2
     assert load_file(again.weights)["weight"].tolist() == [2, 2, 2]
-    assert "damaged" in caplog.text
-    assert (tmp_path / "tiny-0123456789abcdef.damaged-1").is_dir()
+    place = tmp_path / "tiny-0123456789abcdef"
+    assert (tmp_path / f"{place.name}.damaged-1").is_dir()
+    assert caplog.messages == [
+        f"the stored teacher {place} is damaged; it was moved to {place.name}.damaged-1 "
+        "and is trained again"
+    ]
+
+
+def test_every_damaged_teacher_is_kept(tmp_path):
+    store = TeacherStore(tmp_path)
+    for number in range(4):
+        stored = store.obtain("tiny", KEY, trainer([None] * number))
+        (stored.path / "teacher.json").write_text(f"damage {number}")
+    aside = sorted(tmp_path.glob("*.damaged-*"))
+    assert [path.name[-9:] for path in aside] == ["damaged-1", "damaged-2", "damaged-3"]
+    for number, path in enumerate(aside):
+        assert (path / "teacher.json").read_text() == f"damage {number}"
+
+
+@pytest.mark.parametrize("facts", [None, [], "no", {}, {"val_accuracy": 0.5}, {"a": 1.0}])
+def test_a_teacher_of_whom_nothing_is_known_is_trained_again(tmp_path, facts):
+    calls = []
+    store = TeacherStore(tmp_path)
+    manifest = store.obtain("tiny", KEY, trainer(calls)).path / "teacher.json"
+    content = {**json.loads(manifest.read_text()), "facts": facts}
+    manifest.write_text(json.dumps(content))
+    store.obtain("tiny", KEY, trainer(calls))
+    del content["facts"]
+    manifest.write_text(json.dumps(content))
+    assert store.obtain("tiny", KEY, trainer(calls)).facts["val_accuracy"] == 0.5
+    assert len(calls) == 3
+
+
+def test_a_teacher_that_is_being_trained_is_waited_for(tmp_path, caplog):
+    store, started = TeacherStore(tmp_path), threading.Event()
+
+    def slow(folder):
+        started.set()
+        time.sleep(0.2)
+        return trainer([])(folder)
+
+    other = threading.Thread(target=store.obtain, args=("tiny", KEY, slow))
+    other.start()
+    started.wait()
+    store.obtain("tiny", KEY, lambda _: pytest.fail("trained twice"))
+    other.join()
+    assert caplog.messages == [
+        "another process is training the teacher tiny-0123456789abcdef; waiting for it"
+    ]
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path):
+    (tmp_path / "teachers").write_text("in the way")
+    with pytest.raises(InputError) as refused:
+        TeacherStore(tmp_path / "teachers").obtain("tiny", KEY, trainer([]))
+    assert str(refused.value) == (
+        f"output_dir: the teacher store {tmp_path / 'teachers'} cannot be written (File exists)"
+    )
 
 
 def test_an_interrupted_training_leaves_no_teacher(tmp_path):
