@@ -180,16 +180,12 @@ class DistillationModule(LightningModule):
 
     def _remembered(self, batch: Batch, images: Tensor) -> Mapping[str, Tensor]:
         """What every term needs of the teacher, (B, ...): recalled, or else computed."""
-
-        def ask(positions: Tensor | None) -> dict[str, Tensor]:
-            return self.ask_teacher(images if positions is None else images[positions])
-
-        return self._recall(self.memory, batch, ask)
+        return self._recall(self.memory, batch, lambda: self.ask_teacher(images))
 
     @staticmethod
     def _recall(memory: Memory | None, batch: Batch, ask: Ask) -> Mapping[str, Tensor]:
         if memory is None:
-            return ask(None)
+            return ask()
         return memory.recall(batch["index"], batch["view"], batch["images"].device, ask)
 
     def ask_teacher(self, images: Tensor) -> dict[str, Tensor]:
@@ -326,10 +322,9 @@ class DistillationModule(LightningModule):
     def _score_teacher(self, batch: Batch, part: str) -> Tensor:
         images = batch["images"].contiguous(memory_format=self.memory_format)
 
-        def ask(positions: Tensor | None) -> dict[str, Tensor]:
+        def ask() -> dict[str, Tensor]:
             assert self.teacher is not None
-            logits = self.teacher(images if positions is None else images[positions])
-            return {"logits": logits.float().clone()}  # not an inference tensor
+            return {"logits": self.teacher(images).float().clone()}  # not an inference tensor
 
         logits = self._recall(self.evaluation_memory, batch, ask)["logits"]
         if batch["share"]:

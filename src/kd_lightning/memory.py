@@ -41,9 +41,8 @@ GIGABYTE = 10**9
 ODD = np.uint64(0x9E3779B97F4A7C15)  # multiplying by an odd number modulo 2^64 loses nothing
 
 Words = npt.NDArray[np.uint32]
-Ask = Callable[[Tensor | None], Mapping[str, Tensor]]
-"""Computes what every term remembers, name to float32 (n, ...), of the batch's rows at these
-positions (n,), on the device that trains; None: of all its rows."""
+Ask = Callable[[], Mapping[str, Tensor]]
+"""Computes what every term remembers of a batch, name to float32 (B, ...), where it is trained."""
 
 
 class Rows:
@@ -208,39 +207,37 @@ class Memory:
     ) -> dict[str, Tensor]:
         """What each term remembers of a batch: name to float32 (B, ...), on the device.
 
-        What is stored is read, the rest is computed and stored. Either way the numbers are rounded
+        What is stored is read. If anything is not there, the teacher is asked about the whole
+        batch, and that is stored too: about fewer images at once it would add in another order, and
+        a training that was interrupted could end up elsewhere. Either way the numbers are rounded
         to what is stored, so that a result does not depend on who was here before.
 
         Args:
             index: which images (B,), int64, on the CPU.
             view: which view of each (B,), int64, on the CPU.
             device: where the images are.
-            ask: computes what is not there.
+            ask: computes what is not there, the whole batch of it.
         """
         self._make_room(view)
         self._write_finished()
         stored, there = {}, {}
         for name, rows in self.rows.items():
             stored[name], there[name] = rows.read(index, view)
-        known = torch.stack(list(there.values())).all(dim=0)
-        if known.all():
+        if all(known.all() for known in there.values()):
             return {name: _move(values, device).float() for name, values in stored.items()}
-        unknown = (~known).nonzero().flatten()
-        complete = len(unknown) == len(index)
-        computed = ask(None if complete else unknown.to(device))
+        computed = ask()
         result = {}
         for name, rows in self.rows.items():
             rounded = computed[name].to(rows.dtype)
-            fresh = torch.where(rounded.isfinite(), rounded.float(), computed[name])
-            new = (~there[name][unknown]).nonzero().flatten()
-            if len(new) == len(index):
-                result[name] = fresh
-            else:
-                result[name] = _move(stored[name], device).float()
-                result[name][unknown[new].to(device)] = fresh[new.to(device)]
+            result[name] = torch.where(rounded.isfinite(), rounded.float(), computed[name])
+            known = there[name]
+            if known.any():
+                where = known.nonzero().flatten()
+                result[name][where.to(device)] = _move(stored[name][where], device).float()
+            new = (~known).nonzero().flatten()
+            if len(new) < len(index):
                 rounded = rounded[new.to(device)]
-            places = unknown[new]
-            self._unwritten.append(_Unwritten(rows, index[places], view[places], rounded))
+            self._unwritten.append(_Unwritten(rows, index[new], view[new], rounded))
         if device.type == "cpu":
             self.flush()
         return result
