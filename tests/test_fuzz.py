@@ -128,7 +128,8 @@ def test_results_csv(tmp_path, column, row, value, data):
     path = tmp_path / "results.csv"
     read_runs([tmp_path / "runs"]).to_csv(path, index=False)
     again, runs = tables([path]), tables([tmp_path / "runs"])
-    pd.testing.assert_frame_equal(again.fillna(""), runs.fillna(""), check_dtype=False)
+    again, runs = (table.astype(object).where(table.notna(), None) for table in (again, runs))
+    pd.testing.assert_frame_equal(again, runs)
     table = pd.read_csv(path).astype(object)
     table.loc[row % 2, column] = str(value) if isinstance(value, list | dict) else value
     table.to_csv(path, index=False)

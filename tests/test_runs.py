@@ -65,6 +65,12 @@ def test_a_configuration_is_read_as_it_was_written(run):
     assert "!!" not in text
 
 
+def test_what_is_there_twice_is_written_twice(run):
+    layers = ["stage1", {"a": [1]}]
+    run.write_config({**CONFIG, "layers": layers, "again": [layers, layers]})
+    assert run.read_config()["again"] == [layers, layers]
+
+
 def test_a_folder_without_a_configuration_is_no_run(run):
     with pytest.raises(InputError) as refused:
         run.read_config()

@@ -79,6 +79,13 @@ class Checkpoint(NamedTuple):
         return f"epoch {self.epochs}"
 
 
+class _WithoutAliases(yaml.SafeDumper):
+    """Writes what is there twice, twice; `RunDirectory.read_config` says why."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
 class RunDirectory:
     """The folder of one run: `config.yaml`, `metrics.json`, `history.csv`, `confusion.csv`,
     `student.safetensors`, checkpoints for resuming, and TensorBoard's events.
@@ -93,7 +100,8 @@ class RunDirectory:
     @rank_zero_only
     def write_config(self, config: Node) -> None:
         """Store the complete configuration, interpolations resolved."""
-        write_text(self.path / "config.yaml", yaml.safe_dump(config, sort_keys=False))
+        text = yaml.dump(config, Dumper=_WithoutAliases, sort_keys=False)
+        write_text(self.path / "config.yaml", text)
 
     def read_config(self) -> Node:
         """The configuration of the run.
