@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from kd_lightning import memory
 from kd_lightning.data import FolderDataModule
 from kd_lightning.data.views import PLAIN
-from kd_lightning.frozen import FrozenTeacher
+from kd_lightning.frozen import FrozenTeacher, Normalization
 from kd_lightning.memory import DTYPES, Memory, Rows, stored
+from kd_lightning.models import ConvNet, ResNet9
 
 IMAGES = 20
 CPU = torch.device("cpu")
@@ -232,6 +233,26 @@ def test_a_full_disk_is_survived_with_a_warning(tmp_path, caplog):
     assert memory.used_bytes(tmp_path) == 0  # nothing half-made is left
     _, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
     assert teacher.asked
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda: ConvNet(channels=[64, 128, 256], hidden=512), ResNet9],
+    ids=["convnet", "resnet9"],
+)
+def test_a_teacher_says_the_same_of_an_image_in_whatever_company(model):
+    """So that what one seed's batches were answered serves another's: not in batches of a few."""
+    torch.manual_seed(0)
+    half = Normalization((0.5,) * 3, (0.5,) * 3)
+    teacher = FrozenTeacher(model(), half, half)
+    teacher.prepare(CPU, torch.channels_last, None)
+    images = torch.randn(96, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    whole = teacher(images).clone()
+    order = torch.randperm(96)
+    assert torch.equal(teacher(images[order]), whole[order])
+    for size in (32, 50):
+        part = images[:size].contiguous(memory_format=torch.channels_last)
+        assert torch.equal(teacher(part), whole[:size])
 
 
 def test_numbers_beyond_the_rounding_are_given_as_they_are_and_not_kept(tmp_path):
