@@ -14,6 +14,7 @@ import torch
 from conftest import TINY, write_folder
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from kd_lightning import training
@@ -167,6 +168,24 @@ def test_stopped_again_and_again(tmp_path, whole):
     training.run(configuration(root), tmp_path / "run", callbacks=[seen])
     assert seen.shown == shown
     assert left(tmp_path / "run") == left(root / "run")
+
+
+def test_its_curves_in_tensorboard_are_those_of_one_training(tmp_path, whole):
+    root, _ = whole
+    with pytest.raises(Stopped):
+        training.run(configuration(root), tmp_path / "run", callbacks=[Ask(8)])
+    time.sleep(1.1)  # files are read in the order of the seconds in their names
+    training.run(configuration(root), tmp_path / "run")
+    assert curves(tmp_path / "run") == curves(root / "run")
+
+
+def curves(folder):
+    """What TensorBoard shows of the training but its speed: no step twice, none left out."""
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    names = [name for name in events.Tags()["scalars"] if name.startswith(("l", "train", "val"))]
+    assert {"lr-AdamW", "loss/total", "loss_weighted/logit", "val/loss"} <= set(names)
+    return {name: [(row.step, row.value) for row in events.Scalars(name)] for name in names}
 
 
 @pytest.mark.parametrize(
