@@ -226,6 +226,7 @@ def test_the_exit_code_and_the_sentence_reach_the_shell(tmp_path):
         (lambda run: (run / "config.yaml").write_text("]["), "config.yaml is damaged"),
         (lambda run: (run / "config.yaml").write_text("a: 1"), "not the configuration"),
         (lambda run: (run / "metrics.json").write_text("garbage"), "no finished run"),
+        (lambda run: (run / "metrics.json").write_text('{"status": "finished"}'), "never tested"),
         (lambda run: (run / "student.safetensors").write_bytes(b"half"), "is damaged"),
         (lambda run: (run / "student.safetensors").unlink(), "does not exist"),
     ],

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -45,6 +46,8 @@ def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tm
 
     # The run is rebuilt from its folder alone, to the same accuracy.
     assert evaluate(run)["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-7)
+    moved = shutil.copytree(tmp_path / "images", tmp_path / "moved")
+    assert evaluate(run, str(moved))["accuracy"] == evaluate(run)["accuracy"]
     student, config = RunDirectory(run).load_student()
     assert config["data"]["num_classes"] == 3
     assert student(torch.zeros(1, 3, 16, 16)).shape == (1, 3)

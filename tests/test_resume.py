@@ -332,20 +332,23 @@ def test_killed_at_random_moments(tmp_path, start, kills):
     assert finish(tmp_path / "again") == expected
     duration = time.perf_counter() - began
     generator = random.Random(0)
-    died = 0
-    for number in range(kills):
+    killed = 0
+    for number in range(3 * kills):  # some may end before they are killed
         output = tmp_path / f"killed-{number}"
         process = start(output)
         process.join(generator.uniform(0, duration))
         process.kill()
         process.join()
-        died += process.exitcode == -signal.SIGKILL
+        killed += process.exitcode == -signal.SIGKILL
         assert finish(output) == expected
         # After the last epoch it is validated again, and the teacher answers for more images.
         for path, rows in answers(output).items():
             for row, same in zip(said[path], rows, strict=True):
                 assert row in (same, bytes(len(row)))
+        if killed == kills:
+            break
+    tries = number + 1
     print(
-        f"{died} of {kills} killed, of runs that took {duration:.1f} s: {kills} identical results"
+        f"{killed} of {tries} killed, of runs that took {duration:.1f} s: {tries} identical results"
     )
-    assert died >= kills * 0.8  # the others had ended before
+    assert killed == kills
