@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 import torch
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from kd_lightning import memory
 from kd_lightning.data.folder import FolderDataModule
-from kd_lightning.documents import markdown
+from kd_lightning.documents import markdown, write_report
 from kd_lightning.errors import InputError
 from kd_lightning.models import ConvNet
 from kd_lightning.report import COLUMNS, read_histories, read_runs, summarise
@@ -139,15 +139,22 @@ def test_results_csv(tmp_path, column, row, value, data):
             tables([path])
 
 
-@fuzz
-@given(garbage | damaged(b"epoch,train_accuracy,val_accuracy,images_per_second\n1,0.5,0.4,99\n"))
-def test_what_a_run_has_beside_its_metrics(tmp_path, content):
-    """A report is written all the same."""
-    run = tmp_path / "run"
+@settings(fuzz, max_examples=15)
+@given(
+    garbage | damaged(b"epoch,train_accuracy,val_accuracy,images_per_second\n1,0.5,0.4,99\n"),
+    garbage | damaged(b"cat,dog\n5,1\n2,4\n"),
+)
+@example(b"a,b\n1,2\n", b"a,b\n1,2\n")
+@example(b"epoch,val_accuracy\nlate,good\n", b"cat,dog\nmany,few\n3,4\n")
+def test_what_a_run_has_beside_its_metrics(tmp_path, history, confusion):
+    """The report is written all the same, without the picture."""
+    run = tmp_path / "runs" / "run"
     write(run / "metrics.json", metrics())
-    write(run / "history.csv", content)
-    write(run / "confusion.csv", content)
-    read_histories(read_runs([tmp_path]))
+    write(run / "history.csv", history)
+    write(run / "confusion.csv", confusion)
+    (tmp_path / "results.md").unlink(missing_ok=True)
+    write_report([tmp_path / "runs"], tmp_path)
+    assert "| logit |" in (tmp_path / "results.md").read_text()
 
 
 @fuzz
@@ -298,8 +305,6 @@ def test_what_a_grid_remembers_of_its_results(tmp_path, content):
 
 def test_a_strangers_setting_leads_nowhere(tmp_path):
     """Its name is part of the pictures' names."""
-    from kd_lightning.documents import write_report
-
     for number, setting in enumerate(("../../elsewhere", "/tmp/x", "<script>alert(1)</script>")):
         write(tmp_path / "runs" / str(number) / "metrics.json", {**metrics(), "setting": setting})
     out = tmp_path / "a" / "b" / "out"

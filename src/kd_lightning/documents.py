@@ -12,7 +12,7 @@ import pandas as pd
 from kd_lightning import plots
 from kd_lightning.files import replacing, write_text
 from kd_lightning.naming import tidy
-from kd_lightning.report import CONFIDENCE, read_histories, read_runs, summarise
+from kd_lightning.report import CONFIDENCE, read_histories, read_numbers, read_runs, summarise
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -76,9 +76,8 @@ def draw(runs: pd.DataFrame, cells: pd.DataFrame) -> "dict[str, Figure]":
     if len(histories):
         figures["curves"] = plots.learning_curves(histories)
     best = finished.loc[finished["val_accuracy"].astype(float).idxmax()]
-    confusion = Path(str(best["folder"])) / "confusion.csv"
-    if confusion.exists():
-        counts = pd.read_csv(confusion)
+    counts = read_numbers(Path(str(best["folder"])) / "confusion.csv")
+    if counts is not None and len(counts) == len(counts.columns):
         figures["confusion"] = plots.confusion_matrix(
             counts.to_numpy(), list(counts.columns), f"{best['name']}, the best on validation"
         )

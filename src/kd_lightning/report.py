@@ -214,13 +214,22 @@ def interval(differences: list[float], confidence: float = CONFIDENCE) -> tuple[
     return values.mean() - half, values.mean() + half
 
 
+def read_numbers(path: Path) -> pd.DataFrame | None:
+    """A run's table of numbers; None if there is none, or something else is in it."""
+    try:
+        table = pd.read_csv(path)
+    except (OSError, ValueError):
+        return None
+    numbers = table.select_dtypes("number")
+    return table if len(table) and numbers.shape == table.shape else None
+
+
 def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
     """The learning curves of the finished runs: a line an epoch, with the run's own columns."""
     parts = []
     for run in runs[runs["status"] == "finished"].itertuples():
-        try:
-            history = pd.read_csv(Path(str(run.folder)) / "history.csv")
-        except (OSError, ValueError):
+        history = read_numbers(Path(str(run.folder)) / "history.csv")
+        if history is None or not {"epoch", "val_accuracy"} <= set(history):
             continue
         parts.append(history.assign(label=run.label, student=run.student, seed=run.seed))
     return pd.concat(parts, ignore_index=True) if parts else pd.DataFrame()

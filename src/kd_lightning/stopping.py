@@ -32,7 +32,7 @@ class StopWhenAsked(Callback):
     def __init__(self, what: str, path: Path) -> None:
         self._what, self._path = what, path
         self._asked: int | None = None
-        self._place: str | None = None
+        self._saved = 0  # batches of the epoch that are in the checkpoint
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -59,14 +59,13 @@ class StopWhenAsked(Callback):
         validates = trainer.is_last_batch or counted % (trainer.val_check_batch or 1) == 0
         if not validates and done % trainer.accumulate_grad_batches == 0:
             trainer.save_checkpoint(self._path, weights_only=False)
-            epochs, steps = trainer.current_epoch, trainer.global_step
-            self._place = Checkpoint(self._path, epochs, steps, done).place
+            self._saved = done
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """The step before is saved, and what was logged of it is written."""
-        if self._place is not None:
+        if self._saved:
             self._stop(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -82,9 +81,9 @@ class StopWhenAsked(Callback):
 
     def _stop(self, trainer: Trainer) -> None:
         assert self._asked is not None
-        epochs = trainer.current_epoch
-        place = self._place or (f"epoch {epochs}" if epochs else None)
-        raise Stopped(self._asked, self._what, place)
+        epochs, steps = trainer.current_epoch, trainer.global_step
+        come = Checkpoint(self._path, epochs, steps, self._saved)
+        raise Stopped(self._asked, self._what, come.place if epochs or self._saved else None)
 
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException
