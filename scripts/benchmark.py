@@ -50,7 +50,7 @@ from kd_lightning.fitting import build_trainer
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.runs import device_name
-from kd_lightning.training import equip_memory
+from kd_lightning.teaching import equip_memory
 
 METHODS = ("none", "logit", "attention", "combined")
 STUDENTS = ("small", "medium", "large")
@@ -106,7 +106,8 @@ def whole_loop(
     module = build_module(config, teacher, precision)
     settings = {**trainer_node(config), "max_epochs": epochs}
     if memory is not None:
-        equip_memory(module, {**config, "output_dir": memory}, data, precision)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        equip_memory(module, {**config, "output_dir": memory}, data, precision, device)
     with tempfile.TemporaryDirectory() as folder:
         trainer = build_trainer(settings, precision, Path(folder), "benchmark")
         trainer.fit(module, data)

@@ -1,5 +1,6 @@
 """The command line: the only place that knows Hydra's decorator. Compose, validate, run, print."""
 
+import contextlib
 import errno
 import logging
 import os
@@ -61,6 +62,8 @@ def _app(composed: DictConfig) -> float | None:
         from kd_lightning.summary import print_summary
 
         metrics = naming.finished(run_dir, config)
+        if metrics and not naming.unchanged(metrics, config):
+            metrics = None
         if metrics and in_a_grid:
             print(f"{metrics['name']} was finished before")
         elif metrics:
@@ -76,6 +79,10 @@ def _app(composed: DictConfig) -> float | None:
         return float(metrics["val_accuracy"])
     except InputError as error:
         _report(str(error), 2)
+        if in_a_grid:
+            _record_failure(composed, run_dir, error)
+        else:
+            _remove_unused(run_dir)
     except RunError as error:
         _report(f"{error} (run: {run_dir})", 1)
     except OSError as error:
@@ -87,6 +94,23 @@ def _app(composed: DictConfig) -> float | None:
         where = f"traceback in {run_dir}/train.log"
         _report(f"{type(error).__name__}: {reason} ({where})", 1)
     return None
+
+
+def _record_failure(composed: DictConfig, run_dir: Path, error: InputError) -> None:
+    """Let the grid's table show a cell that could not begin."""
+    from kd_lightning.training import record_failure
+
+    with contextlib.suppress(InputError, OSError, KeyError, TypeError):
+        record_failure(configuration.plain(composed), run_dir, error)
+
+
+def _remove_unused(run_dir: Path) -> None:
+    """Remove what Hydra made for a run that never started: empty folders, and their log."""
+    with contextlib.suppress(OSError):
+        if [path.name for path in run_dir.iterdir()] == ["train.log"]:
+            (run_dir / "train.log").unlink()
+        for folder in (run_dir, *run_dir.parents[:2]):
+            folder.rmdir()  # refuses one that holds anything
 
 
 def _report(message: str, code: int) -> None:

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from pathlib import Path
 
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 
 from kd_lightning.building import SUPERVISED, channels_last, resolve_precision
@@ -59,6 +60,7 @@ def evaluate(
         accelerator=settings["accelerator"],
         devices=1,
         precision=precision,  # type: ignore[arg-type]
+        plugins=[LightningEnvironment()],  # whatever a scheduler's variables say
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,

@@ -106,6 +106,15 @@ def build_trainer(
     return build_partial(without(settings, "memory_format", "precision"), "trainer")(**fixed)
 
 
+def try_trainer(settings: Node, precision: str) -> None:
+    """Build a trainer of one process, so that a bad argument shows before anything is written.
+
+    Raises:
+        InputError: Lightning refuses an argument, or it cannot be set here.
+    """
+    build_trainer({**settings, "devices": 1, "strategy": "auto"}, precision, Path("unused"), "")
+
+
 def fit(
     trainer: Trainer,
     module: DistillationModule,

@@ -10,6 +10,7 @@ import glob
 import hashlib
 import json
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +18,19 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config import Node
+from kd_lightning.contents import stamps
 from kd_lightning.errors import InputError
 from kd_lightning.files import read_json
 
 AXES = ("method", "student", "seed")
 """What runs of one setting may differ in: the axes of a comparison."""
 
-# Where things lie, and what they are called: nothing that a result depends on.
-ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting")
+# Where things lie, what they are called and whether pictures are drawn: no result depends on it.
+ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures")
+
+# Keys that are younger than the first runs, with the value that means what these runs did. They
+# are left out of every hash while they have it, so that a new feature renames no run.
+SINCE: dict[str, Any] = {"update_bn": False, "callbacks": {}, "teacher.ignore_keys": []}
 
 
 def register() -> None:
@@ -41,8 +47,7 @@ def setting(*, _root_: DictConfig) -> str:
     """
     written = OmegaConf.to_container(_root_)
     assert isinstance(written, dict)
-    parts = {key: value for key, value in written.items() if key not in (*AXES, *ELSEWHERE)}
-    parts["remember"] = {"dtype": parts["remember"]["dtype"]}
+    parts = _what_counts(written, *AXES)
     readable = f"{_root_.data.name}-{_root_.teacher.name}-{_root_.trainer.max_epochs}e"
     return f"{tidy(readable)}-{_hash(parts)[:8]}"
 
@@ -80,13 +85,27 @@ def config_key(config: Node, *without: str) -> str:
         config: complete and plain.
         without: further sections that are left out.
     """
+    return _hash(_what_counts(config, *without))
+
+
+def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
+    """The part of a configuration that a result depends on, less some sections."""
     parts = {key: value for key, value in config.items() if key not in (*ELSEWHERE, *without)}
-    parts["remember"] = {"dtype": config["remember"]["dtype"]}
-    return _hash(parts)
+    parts["remember"] = {"dtype": parts["remember"]["dtype"]}
+    for path, default in SINCE.items():
+        section, _, key = path.rpartition(".")
+        if section in parts:
+            parts[section] = dict(parts[section])
+        node = parts.get(section, {}) if section else parts
+        if key in node and node[key] == default:
+            del node[key]
+    return parts
 
 
 def finished(run_dir: Path, config: Node) -> dict[str, Any] | None:
     """The metrics of this very run if it was finished before.
+
+    Its files may have changed since: see `kd_lightning.contents`.
 
     Raises:
         InputError: the folder holds a finished run of another configuration.
@@ -102,17 +121,28 @@ def finished(run_dir: Path, config: Node) -> dict[str, Any] | None:
     return metrics
 
 
-def twin(config: Node) -> Path | None:
+def unchanged(metrics: Mapping[str, Any], config: Node) -> bool:
+    """Whether the files that a finished run was computed from are certainly what they were.
+
+    Runs of older versions do not say, and are believed.
+    """
+    recorded = metrics.get("stamps")
+    return recorded is None or (recorded != "" and recorded == stamps(config))
+
+
+def twin(config: Node, contents: Mapping[str, str | None]) -> Path | None:
     """Another setting's finished run that differs in nothing but a teacher it did not have.
 
     Args:
         config: of a method that needs no teacher.
+        contents: of the run that is wanted, as `metrics.json` holds them.
     """
     key = config_key(config, "teacher")
     runs = Path(config["output_dir"]) / "runs"
     for metrics in sorted(runs.glob(f"*/{glob.escape(config['name'])}/metrics.json")):
         other = read_json(metrics)
-        if other.get("status") == "finished" and other.get("key_without_teacher") == key:
+        same = other.get("key_without_teacher") == key and contents.items() <= other.items()
+        if same and other.get("status") == "finished":
             return metrics.parent
     return None
 

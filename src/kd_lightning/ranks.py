@@ -19,6 +19,7 @@ from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from kd_lightning.config import Node
@@ -45,8 +46,11 @@ def together(trainer: Node, helper: Callable[..., Any], *run: Any) -> Iterator[M
         yield lambda processes: None
         return
     threads = torch.get_num_threads()
-    place = {"LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    os.environ.update(place)  # where Lightning looks
+    # Where Lightning looks; a scheduler or torchrun may have left values of its own there.
+    place = {"LOCAL_RANK": "0", "NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    place["MASTER_PORT"] = str(_free_port())
+    before = {name: os.environ.get(name) for name in place}
+    os.environ.update(place)
     helpers = _Helpers(helper, *run)
     try:
         yield helpers.meet
@@ -58,8 +62,10 @@ def together(trainer: Node, helper: Callable[..., Any], *run: Any) -> Iterator[M
         helpers.stop()
         _leave()
         torch.set_num_threads(threads)
-        for name in place:
-            os.environ.pop(name, None)
+        for name, value in before.items():
+            os.environ.pop(name)
+            if value is not None:
+                os.environ[name] = value
 
 
 class _Helpers:
@@ -123,6 +129,7 @@ def _help(rank_zero: Connection, threads: int, helper: Callable[..., Any], *run:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # and hears it
     warnings.simplefilter("ignore")
     _divide_threads(threads)
+    rank_zero_only.rank = int(os.environ["LOCAL_RANK"])  # type: ignore[attr-defined]
     try:
         helper(*run, lambda processes: rank_zero.send(""))
     except BaseException as error:

@@ -25,6 +25,10 @@ from kd_lightning.files import hold, read_json, replacing, write_json, write_tex
 
 log = logging.getLogger(__name__)
 
+# Lightning takes RANK, SLURM_PROCID and their like for the rank of this process, and rank 1 writes
+# nothing. But whoever started this process, it runs alone unless `kd_lightning.ranks` says so.
+rank_zero_only.rank = 0  # type: ignore[attr-defined]
+
 # A `_target_` in a file on disk is honoured only if it names a class or function defined in one of
 # these packages: what a stranger's file names must not be able to run anything else.
 TRUSTED = (
@@ -161,6 +165,23 @@ class RunDirectory:
             if source.is_file() and source.name not in OF_ITSELF:
                 with replacing(place) as partial:
                     shutil.copyfile(source, partial)
+
+    def set_aside(self, place: Path) -> Path:
+        """Move everything but the lock to a new folder below `place`; return that folder.
+
+        Args:
+            place: where earlier runs are kept; on any file system.
+        """
+        number = 1
+        while (aside := place / f"{self.path.name}-{number}").exists():
+            number += 1
+        aside.mkdir(parents=True)
+        for entry in sorted(self.path.iterdir()):
+            if entry.name == "train.log":  # being written
+                shutil.copyfile(entry, aside / entry.name)
+            elif entry.name != ".lock":
+                shutil.move(entry, aside / entry.name)
+        return aside
 
     def checkpoint(self) -> Checkpoint | None:
         """What was saved last, the end of an epoch or where it was asked to stop, if anything."""

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from kd_lightning.config import Node, trainer_node, without
+from kd_lightning.contents import file_sha256, source_sha256
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.files import hold, read_json, write_json
@@ -59,6 +60,8 @@ def teacher_key(config: Node, data: ImageDataModule, precision: str) -> str:
         precision: the precision it is trained in, resolved.
     """
     teacher = config["teacher"]
+    parts = ("model", "optimizer", "scheduler")
+    code = source_sha256(*(teacher[part] for part in parts))
     recipe = {
         "format": FORMAT,
         **{part: teacher[part] for part in ("model", "seed", "cutout", "optimizer", "scheduler")},
@@ -71,6 +74,7 @@ def teacher_key(config: Node, data: ImageDataModule, precision: str) -> str:
             "view_seed": teacher["seed"],
         },
         "images": data.fingerprint(),
+        **({"code": code} if code else {}),
     }
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
@@ -150,12 +154,6 @@ def _is_whole(teacher: StoredTeacher, sha256: Any) -> bool:
         return known and file_sha256(teacher.weights) == sha256
     except OSError:
         return False
-
-
-def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def weights_sha256(model: nn.Module) -> str:

@@ -1,10 +1,11 @@
 """A run from beginning to end: data, teacher, module, trainer, in the order one would tell it."""
 
+import hashlib
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple
 
 import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
@@ -12,32 +13,54 @@ from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning import fitting
 from kd_lightning.building import (
-    SUPERVISED,
     build_data,
     build_module,
     build_teacher,
-    channels_last,
     fill_in,
     needs_teacher,
-    normalizations,
     resolve_precision,
     try_optimizer,
 )
 from kd_lightning.config import Node, build, check, check_sections, select, trainer_node
+from kd_lightning.contents import Contents, source_sha256, stamps, targets
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import Stopped
-from kd_lightning.fitting import build_trainer, metric
+from kd_lightning.fitting import build_trainer, metric, try_trainer
 from kd_lightning.frozen import FrozenTeacher
-from kd_lightning.losses import Term
-from kd_lightning.memory import DTYPES, GIGABYTE, Memory, Rows, folder_name
 from kd_lightning.models import count_parameters
-from kd_lightning.naming import config_key, finished, twin
+from kd_lightning.naming import config_key, finished, twin, unchanged
 from kd_lightning.ranks import Meet, together
-from kd_lightning.runs import Checkpoint, RunDirectory, device_name, load_weights, versions
-from kd_lightning.teachers import StoredTeacher, TeacherStore, teacher_key, weights_sha256
+from kd_lightning.runs import Checkpoint, RunDirectory, device_name, versions
+from kd_lightning.teachers import weights_sha256
+from kd_lightning.teaching import equip_memory, equip_teacher
 
 log = logging.getLogger(__name__)
+
+OWN_CODE = ("student", "method", "optimizer", "scheduler", "callbacks")
+"""Sections whose code and files, where they are the user's own, a student depends on."""
+
+
+class Job(NamedTuple):
+    """A run whose configuration, data and models have been checked: it can begin.
+
+    Attributes:
+        config: complete, with what only the data set knows.
+        precision: as Lightning calls it.
+        data: loaded.
+        teacher: without its weights if it is trained here; None if the method needs none.
+        module: the student and the method's terms.
+        teacher_parameters: None if it cannot be built.
+        contents: of the files and code that the configuration names.
+    """
+
+    config: Node
+    precision: str
+    data: ImageDataModule
+    teacher: FrozenTeacher | None
+    module: DistillationModule
+    teacher_parameters: int | None
+    contents: Contents
 
 
 def run(
@@ -49,53 +72,122 @@ def run(
 ) -> dict[str, Any]:
     """Train and test one student; return what `metrics.json` then holds.
 
-    A run that is finished is left as it is, one that was interrupted goes on.
+    A finished run is left as it is, an interrupted one is resumed. If the images, the teacher or
+    the user's own code have changed since, the earlier run is moved to `output_dir/superseded`.
 
     Args:
         config: the complete configuration, plain (see `kd_lightning.config.plain`).
         run_dir: the folder of this run.
         wait: for another process that is working on the same run.
-        callbacks: of Lightning's, that look on at the student's training.
+        callbacks: of Lightning's, for the student's training.
         test: whether the test images are looked at; a search must not.
 
     Raises:
         InputError: before any training, if the configuration, the data or a file is wrong.
+            Nothing is written then.
         RunError: training could not go on.
     """
     check_sections(config)
     directory = RunDirectory(run_dir)
-    with directory.lock(wait):
-        return finished(directory.path, config) or _run(config, directory, callbacks, test)
+    metrics = finished(directory.path, config)
+    if metrics and unchanged(metrics, config):
+        return metrics
+    stamped = stamps(config)  # before the files are read
+    with ExitStack() as stack:
+        if directory.path.joinpath("metrics.json").exists():
+            stack.enter_context(directory.lock(wait))  # before loading anything only to wait
+            job = prepare(config)
+        else:
+            job = prepare(config)
+            stack.enter_context(directory.lock(wait))
+        metrics = finished(directory.path, config) or {}
+        if metrics and not job.contents.changes(metrics):
+            directory.write_metrics({**metrics, "stamps": stamped})
+            return metrics
+        return _run(job, config, stamped, directory, callbacks, test)
+
+
+def prepare(config: Node) -> Job:
+    """Check and build everything that a run needs but its teacher's weights and a trainer.
+
+    Whatever can be wrong shows here, in the order of what it costs.
+
+    Raises:
+        InputError: the configuration, the data or a file is wrong.
+    """
+    data = build_data(config)
+    config = fill_in(config, data)
+    check(config)
+    precision = resolve_precision(trainer_node(config))
+    teacher = build_teacher(config) if needs_teacher(config) else None
+    parameters = _teacher_parameters(config, teacher)
+    module = build_module(config, teacher, precision)
+    for role in ("", "teacher.") if teacher else ("",):
+        try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
+    try_trainer(trainer_node(config), precision)
+    data.setup()
+    contents = Contents(
+        images=data.fingerprint(),
+        teacher=_teacher_sha256(config, teacher) if teacher else None,
+        code=source_sha256(
+            *(config.get(part) for part in OWN_CODE),
+            [{"_target_": target} for target in targets(config["data"])],  # its files are images
+        ),
+    )
+    return Job(config, precision, data, teacher, module, parameters, contents)
+
+
+def _teacher_sha256(config: Node, teacher: FrozenTeacher) -> str | None:
+    """Of what the teacher is, as far as the configuration and the images do not determine it."""
+    code = source_sha256(config["teacher"]["model"])
+    if config["teacher"]["checkpoint"] is None:
+        return code
+    return hashlib.sha256(f"{weights_sha256(teacher.model)} {code}".encode()).hexdigest()
 
 
 def _run(
-    config: Node, directory: RunDirectory, callbacks: Sequence[Callback], test: bool
+    job: Job,
+    config: Node,
+    stamped: str,
+    directory: RunDirectory,
+    callbacks: Sequence[Callback],
+    test: bool,
 ) -> dict[str, Any]:
     key = config_key(config)
-    resume = None
-    if directory.read_metrics().get("config_key") == key:
-        resume = directory.checkpoint()
+    earlier = directory.read_metrics()
+    if changes := job.contents.changes(earlier):
+        place = Path(config["output_dir"]) / "superseded" / directory.path.parent.name
+        aside = directory.set_aside(place)
+        log.warning(
+            "changed since %s was run: %s; it is trained again, the earlier run is kept in %s",
+            directory.path.name, ", ".join(changes), aside,
+        )  # fmt: skip
+        earlier = {}
+    resume = directory.checkpoint() if earlier.get("config_key") == key else None
     metrics: dict[str, Any] = {
         "status": "running",
         **{part: config[part] for part in ("name", "setting")},
         "config_key": key,
+        **job.contents.as_metrics(),
+        "stamps": stamped,
         **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},
         "seed": config["seed"],
     }
     copied = None
-    if not needs_teacher(config):
+    if job.teacher is None:
         metrics["key_without_teacher"] = config_key(config, "teacher")
-        copied = twin(config) if test and not resume else None
+        copied = twin(config, job.contents.as_metrics()) if test and not resume else None
     directory.write_metrics(metrics)
     try:
+        directory.write_config(job.config)
         if copied:  # what it says of itself stays
-            metrics = {**_take_over(config, directory, copied), **metrics}
+            metrics = {**_take_over(job, directory, copied), **metrics}
         else:
             others = (config, directory.path, resume, test)
             with together(trainer_node(config), help_with, *others) as meet:
-                metrics |= _distil(config, directory, resume, callbacks, test, meet)
+                metrics |= _distil(job, directory, resume, callbacks, test, meet)
     except Stopped:
-        raise  # it will go on
+        raise  # it will be resumed
     except BaseException as error:
         directory.write_metrics({**metrics, "status": "failed", "error": str(error)})
         raise
@@ -104,48 +196,59 @@ def _run(
     return metrics
 
 
-def _take_over(config: Node, directory: RunDirectory, other: Path) -> dict[str, Any]:
+def record_failure(config: Node, run_dir: str | Path, error: Exception) -> None:
+    """Note that a cell of a grid could not begin, so that the grid's table shows it as failed."""
+    directory = RunDirectory(run_dir)
+    if directory.read_metrics().get("status") != "finished":
+        directory.write_metrics(
+            {
+                "status": "failed",
+                **{part: config[part] for part in ("name", "setting")},
+                **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},
+                "seed": config["seed"],
+                "error": str(error),
+            }
+        )
+
+
+def _take_over(job: Job, directory: RunDirectory, other: Path) -> dict[str, Any]:
     """The results of a run that differs in nothing but a teacher that neither of them has."""
-    config = fill_in(config, build_data(config))
-    directory.write_config(config)
     directory.copy_results(other)
     metrics = RunDirectory(other).read_metrics()
-    teacher_parameters = _teacher_parameters(config, None)
     return {
         **metrics,
-        "teacher_parameters": teacher_parameters,
-        "compression_ratio": teacher_parameters / metrics["parameters"],
+        **_size(metrics["parameters"], job.teacher_parameters),
         "copied_from": str(other),
     }
 
 
+def _size(parameters: int, teacher_parameters: int | None) -> dict[str, Any]:
+    ratio = teacher_parameters / parameters if teacher_parameters else None
+    return {
+        "parameters": parameters,
+        "teacher_parameters": teacher_parameters,
+        "compression_ratio": ratio,
+    }
+
+
 def _distil(
-    config: Node,
+    job: Job,
     directory: RunDirectory,
     resume: Checkpoint | None,
     callbacks: Sequence[Callback],
     test: bool,
     meet: Meet,
 ) -> dict[str, Any]:
-    # Everything that can be wrong comes first; data, teacher and training cost more and more.
-    data = build_data(config)
-    config = fill_in(config, data)
-    check(config)
-    precision = resolve_precision(trainer_node(config))
-    directory.write_config(config)
-    teacher = build_teacher(config) if needs_teacher(config) else None
-    module = build_module(config, teacher, precision)
-    for role in ("", "teacher.") if teacher else ("",):
-        try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
+    config, precision, data, teacher, module, _, _ = job
     trainer = build_trainer(
         trainer_node(config), precision, directory.path, config["name"], resume, callbacks
     )
-    data.setup()
-
+    # A module that is tested is brought back to the CPU: ask before.
+    device = trainer.strategy.root_device
     facts: dict[str, Any] = {}
     if teacher is not None:
         facts = equip_teacher(teacher, config, data)
-        equip_memory(module, config, data, precision)
+        equip_memory(module, config, data, precision, device)
     meet(trainer.world_size)
     if teacher is not None and "teacher_val_accuracy" not in facts:
         trainer.validate(module, data, verbose=False)
@@ -157,12 +260,8 @@ def _distil(
     if test:
         results |= fitting.test(trainer, module, data, directory, results)
     show_in_tensorboard(trainer, config, results)
-    parameters = count_parameters(module.student)
-    teacher_parameters = _teacher_parameters(config, teacher)
     return {
-        "parameters": parameters,
-        "teacher_parameters": teacher_parameters,
-        "compression_ratio": teacher_parameters / parameters,
+        **_size(count_parameters(module.student), job.teacher_parameters),
         **results,
         "teacher_val_accuracy": None,
         "teacher_test_accuracy": None,
@@ -171,7 +270,7 @@ def _distil(
         **facts,
         **_teacher_results(trainer),
         **versions(),
-        "device": device_name(module.device),
+        "device": device_name(device),
         "processes": trainer.world_size,
         "precision": precision,
     }
@@ -181,116 +280,7 @@ def help_with(
     config: Node, folder: Path, resume: Checkpoint | None, test: bool, meet: Meet
 ) -> None:
     """Take part in a run that another process has begun; see `kd_lightning.ranks`."""
-    _distil(config, RunDirectory(folder), resume, (), test, meet)
-
-
-def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -> dict[str, Any]:
-    """Give the teacher its weights, training it first if nobody has.
-
-    Returns:
-        What is known of it: key and accuracies; nothing of the user's own checkpoint.
-    """
-    if config["teacher"]["checkpoint"] is not None:
-        return {}
-    precision = resolve_precision(trainer_node(config, teacher=True))
-    key = teacher_key(config, data, precision)
-    store = TeacherStore(Path(config["output_dir"]) / "teachers")
-    stored: StoredTeacher = store.obtain(
-        config["teacher"]["name"],
-        key,
-        lambda folder: train_teacher(config, data, precision, RunDirectory(folder)),
-    )
-    load_weights(teacher.model, stored.weights)
-    return {
-        "teacher_key": key,
-        "teacher_val_accuracy": stored.facts["val_accuracy"],
-        "teacher_test_accuracy": stored.facts["test_accuracy"],
-    }
-
-
-def equip_memory(
-    module: DistillationModule, config: Node, data: ImageDataModule, precision: str
-) -> None:
-    """Let the module keep what its teacher, complete with its weights, says."""
-    settings = config["remember"]
-    if not settings["disk_gb"]:
-        return
-    assert module.teacher is not None
-    expects, given = normalizations(config)
-    root = Path(config["output_dir"]) / "teachers" / "remembered"
-    limit = settings["disk_gb"] * GIGABYTE
-
-    def rows(what: str, key: Node, images: int, shape: tuple[int, ...], dtype: str) -> Rows:
-        key = {**teacher, **key, "dtype": dtype}
-        folder = root / folder_name(config["teacher"]["name"], what, key)
-        return Rows(folder, key, images, shape, DTYPES[dtype])
-
-    teacher: Node = {
-        "format": 1,
-        "teacher": {**config["teacher"]["model"], "weights": weights_sha256(module.teacher.model)},
-        "normalization": [*expects, *given],
-        "images": data.fingerprint(),
-        "precision": precision,
-    }
-    # Evaluation is exact: what it reports must not depend on a rounding.
-    classes = config["data"]["num_classes"]
-    kept = {"logits": rows("evaluation", {}, len(data.labels), (classes,), "float32")}
-    module.evaluation_memory = Memory(kept, root, limit)
-
-    terms = {name: cast(Term, term) for name, term in module.terms.items() if term.needs_teacher}
-    why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
-    for name, term in terms.items():
-        if term.depends_on() is None:
-            why = f"the term {name} does not say what it depends on (Term.depends_on)"
-    if why:
-        log.warning("what the teacher says in training is not stored: %s", why)
-        return
-    views: Node = {
-        "split": [data.val_fraction, data.split_seed],
-        "augmentation": asdict(data.augmentation),
-    }
-    blank = torch.zeros(1, 3, data.image_size, data.image_size)
-    said = module.ask_teacher(blank)
-    kept = {}
-    for name, term in terms.items():
-        kind = f"{type(term).__module__}.{type(term).__qualname__}"
-        key = {**views, "term": {"class": kind, **(term.depends_on() or {})}}
-        shape = tuple(said[name].shape[1:])
-        kept[name] = rows(name, key, data.train_size, shape, settings["dtype"])
-    module.memory = Memory(kept, root, limit)
-
-
-def train_teacher(
-    config: Node, data: ImageDataModule, precision: str, directory: RunDirectory
-) -> dict[str, Any]:
-    """Train the configured teacher on the labels and leave `teacher.safetensors`."""
-    teacher = config["teacher"]
-    settings = trainer_node(config, teacher=True)
-    expects, _ = normalizations(config)
-    data = data.variant(
-        seed=teacher["seed"],
-        views=None,
-        mean=expects.mean,
-        std=expects.std,
-        augmentation=replace(data.augmentation, cutout=teacher["cutout"], seed=teacher["seed"]),
-    )
-    seed_everything(teacher["seed"], verbose=False)
-    module = DistillationModule(
-        student=teacher["model"],
-        terms=SUPERVISED,
-        optimizer=teacher["optimizer"],
-        scheduler=teacher["scheduler"],
-        num_classes=config["data"]["num_classes"],
-        image_size=config["data"]["image_size"],
-        channels_last=channels_last(settings, precision),
-    )
-    directory.write_config(config)
-    resume = directory.checkpoint()
-    name = f"teacher {teacher['name']}"
-    trainer = build_trainer(settings, precision, directory.path, name, resume)
-    results = fitting.fit(trainer, module, data, directory, "teacher", resume)
-    results |= fitting.test(trainer, module, data, directory, results)
-    return {"parameters": count_parameters(module.student), **results, **versions()}
+    _distil(prepare(config), RunDirectory(folder), resume, (), test, meet)
 
 
 def show_in_tensorboard(trainer: Trainer, config: Node, results: Mapping[str, Any]) -> None:
@@ -315,11 +305,19 @@ def show_in_tensorboard(trainer: Trainer, config: Node, results: Mapping[str, An
     trainer.logger.save()
 
 
-def _teacher_parameters(config: Node, teacher: FrozenTeacher | None) -> int:
+def _teacher_parameters(config: Node, teacher: FrozenTeacher | None) -> int | None:
     if teacher is not None:
         return count_parameters(teacher.model)
-    with torch.device("meta"):  # counted, never computed with
+    try:
+        with torch.device("meta"):  # counted, never computed with
+            return count_parameters(build(config["teacher"]["model"], "teacher.model"))
+    except Exception:  # its constructor needs numbers
+        pass
+    try:
         return count_parameters(build(config["teacher"]["model"], "teacher.model"))
+    except Exception as error:  # a missing package, a download: no reason to refuse the student
+        log.warning("the teacher's parameters are not counted: %s", error)
+        return None
 
 
 def _teacher_results(trainer: Trainer) -> dict[str, float]:

@@ -1,0 +1,240 @@
+"""What a run is made of besides its configuration: images, the teacher's weights, the user's code.
+
+A configuration names files and code; their contents decide. A finished run is only believed while
+they are what they were, and runs of different contents never share a cell of a table.
+
+Two questions, because one of them is cheap. `stamps` looks at sizes and times of the files that a
+configuration names and needs neither torch nor the images: while it is unchanged, so are the
+contents (git's index works this way). `Contents` is the exact answer, once the images are loaded.
+"""
+
+import ast
+import contextlib
+import functools
+import hashlib
+import importlib.util
+import json
+import os
+import site
+import sys
+import sysconfig
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any, NamedTuple
+
+from kd_lightning.config import Node, find_target
+
+# Packages whose code is named by the configuration, not by its contents: a release of them, or a
+# file of ours that moves, must not invalidate every run there is.
+KNOWN = frozenset(
+    {"kd_lightning", "torch", "torchvision", "timm", "transformers", "lightning", "hydra",
+     "omegaconf", "torchmetrics", "builtins"}
+)  # fmt: skip
+PLACES = ("output_dir", "data_dir", "cache_dir", "name", "setting", "_target_")
+STAMPS_LAST = 60.0  # seconds; a finished grid asks the same of every cell
+
+
+class Contents(NamedTuple):
+    """SHA-256, in hex, of what a run was computed from; None where there is no such thing.
+
+    Attributes:
+        images: every pixel and label, and the split between training and test images.
+        teacher: weights of the user's own checkpoint, and the user's code of the teacher.
+        code: the user's own code of student, method, data, optimizer, scheduler and callbacks, and
+            files that these are given.
+    """
+
+    images: str
+    teacher: str | None
+    code: str | None
+
+    def as_metrics(self) -> dict[str, str | None]:
+        """As `metrics.json` holds them."""
+        return {f"{name}_sha256": value for name, value in self._asdict().items()}
+
+    def changes(self, metrics: Mapping[str, Any]) -> list[str]:
+        """In words, what differs from that of an earlier run; empty if nothing is known to.
+
+        Args:
+            metrics: of the earlier run; those of older versions do not say.
+        """
+        words = {"images": "the images", "teacher": "the teacher", "code": "your own code"}
+        now = self.as_metrics()
+        return [
+            text
+            for name, text in words.items()
+            if f"{name}_sha256" in metrics and metrics[f"{name}_sha256"] != now[f"{name}_sha256"]
+        ]
+
+
+def stamps(config: Node) -> str:
+    """A digest of names, sizes and times of all files and folders that a configuration names.
+
+    Empty if it names code of the user's own, whose files only an import would tell.
+    """
+    nodes = {key: value for key, value in config.items() if key not in PLACES}
+    if any(_package(target) not in KNOWN for target in targets(nodes)):
+        return ""
+    shared = Path(str(config["data_dir"])).expanduser()
+    paths = {path for path in _paths(nodes) if path != shared}
+    return _digest([_stamp(path, int(time.monotonic() / STAMPS_LAST)) for path in sorted(paths)])
+
+
+def source_sha256(*nodes: Any) -> str | None:
+    """SHA-256, in hex, of the user's own code and files that configuration nodes name.
+
+    Code is every module of the user's that a `_target_` leads to, directly or by import, without
+    its comments, docstrings and layout. Packages of others count by name alone (`KNOWN`, and
+    whatever is installed but not named by a `_target_`).
+
+    Args:
+        nodes: any parts of a configuration.
+
+    Returns:
+        None if there is neither code nor file.
+
+    Raises:
+        InputError: a `_target_` cannot be imported.
+    """
+    found: dict[str, str] = {}
+    own = {name for name in map(_package, targets(nodes)) if name not in KNOWN}
+    for target in targets(nodes):
+        if _package(target) in own:
+            thing = find_target(target, "the configuration")
+            for name in {getattr(thing, "__module__", None), target.rpartition(".")[0]}:
+                _collect(name, own, found)
+    for path in _paths(nodes):
+        files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+        for file in files:
+            place = "" if file == path else str(file.relative_to(path))
+            found[f"file {path.name}/{place}"] = file_sha256(file)
+    return _digest(sorted(found.items())) if found else None
+
+
+def file_sha256(path: Path) -> str:
+    """SHA-256 of a file's content, in hex; remembered while the file is what it was."""
+    status = path.stat()
+    return _file_sha256(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
+
+
+@functools.lru_cache(maxsize=1024)
+def _file_sha256(path: Path, *_: int) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@functools.lru_cache(maxsize=64)
+def _stamp(path: Path, _minute: int) -> str:
+    def walk(folder: Path) -> Iterator[tuple[Any, ...]]:
+        with os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda e: os.fsencode(e.name)):
+                if entry.is_dir():
+                    yield from walk(Path(entry.path))
+                else:
+                    yield _status(entry.path, entry.stat())
+
+    found = walk(path) if path.is_dir() else iter([_status(path, path.stat())])
+    return _digest(list(found))
+
+
+def _status(path: str | Path, status: os.stat_result) -> tuple[Any, ...]:
+    # The time of the last change to the inode cannot be set: a copy that preserves times differs.
+    times = status.st_mtime_ns, status.st_ctime_ns
+    return (os.fsencode(path).hex(), status.st_ino, status.st_size, *times)
+
+
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _paths(node: Any, key: str = "") -> Iterator[Path]:
+    """Files and folders that exist and are named somewhere in a node."""
+    if isinstance(node, dict):
+        for name, value in node.items():
+            if name not in PLACES:
+                yield from _paths(value, name)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from _paths(value, key)
+    elif isinstance(node, str) and (
+        key in ("root", "checkpoint") or os.sep in node or Path(node).suffix
+    ):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path at all
+            if (path := Path(node).expanduser()).exists():
+                yield path
+
+
+def targets(node: Any) -> Iterator[str]:
+    """What the `_target_` nodes in a node name, in order, itself included."""
+    if isinstance(node, dict):
+        if "_target_" in node:
+            target = str(node["_target_"])
+            # Hydra's own way of naming a class or function without calling it.
+            yield str(node.get("path")) if target.startswith("hydra.utils.get_") else target
+        for value in node.values():
+            yield from targets(value)
+    elif isinstance(node, list | tuple):
+        for value in node:
+            yield from targets(value)
+
+
+def _package(name: str) -> str:
+    return name.partition(".")[0]
+
+
+def _collect(name: str | None, own: Iterable[str], found: dict[str, str]) -> None:
+    """Add a module's code, and that of the user's modules which it imports, to `found`."""
+    if name is None or name in found:
+        return
+    module = sys.modules.get(name)
+    file = getattr(module, "__file__", None)
+    if module is None or file is None or not _is_users(name, file, own):
+        return
+    path = Path(file)
+    if path.suffix != ".py":
+        found[name] = file_sha256(path)  # compiled
+        return
+    tree = ast.parse(path.read_bytes())
+    found[name] = hashlib.sha256(ast.unparse(_WithoutDocstrings().visit(tree)).encode()).hexdigest()
+    for imported in _imports(tree, module):
+        _collect(imported, own, found)
+
+
+def _imports(tree: ast.AST, module: ModuleType) -> Iterator[str]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            relative = "." * node.level + (node.module or "")
+            try:
+                base = importlib.util.resolve_name(relative, module.__package__)
+            except (ImportError, ValueError):
+                continue
+            yield base
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def _is_users(name: str, file: str, own: Iterable[str]) -> bool:
+    package = _package(name)
+    if package in KNOWN or package in sys.stdlib_module_names:
+        return False
+    place = Path(file).resolve()
+    return package in own or not any(place.is_relative_to(folder) for folder in _installed())
+
+
+@functools.cache
+def _installed() -> tuple[Path, ...]:
+    """Folders of the standard library and of installed packages."""
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = [sysconfig.get_path(kind) for kind in kinds]
+    return tuple(Path(f).resolve() for f in (*folders, *site.getsitepackages()) if f)
+
+
+class _WithoutDocstrings(ast.NodeTransformer):
+    """Leaves out strings that stand as statements: they compute nothing."""
+
+    def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
+        constant = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
+        return ast.copy_location(ast.Pass(), node) if constant else node
