@@ -23,7 +23,8 @@ KEYS = {
     "compression_ratio", "val_accuracy", "test_accuracy", "best_val_accuracy", "best_epoch",
     "test_accuracy_at_best", "teacher_val_accuracy", "teacher_test_accuracy", "agreement",
     "epochs", "train_seconds", "images_per_second", "teacher_key", "git_commit", "python", "torch",
-    "lightning", "device", "processes", "precision",
+    "lightning", "images_sha256", "teacher_sha256", "code_sha256", "stamps", "device",
+    "processes", "precision",
 }  # fmt: skip
 
 

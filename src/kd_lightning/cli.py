@@ -25,6 +25,9 @@ from kd_lightning.sweep import exit_codes
 log = logging.getLogger(__name__)
 naming.register()
 
+stamped: dict[Path, str] = {}
+"""What the files of a grid look like: a restart looks once, not again for every finished cell."""
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -62,7 +65,7 @@ def _app(composed: DictConfig) -> float | None:
         from kd_lightning.summary import print_summary
 
         metrics = naming.finished(run_dir, config)
-        if metrics and not naming.unchanged(metrics, config):
+        if metrics and not naming.unchanged(metrics, config, stamped if in_a_grid else None):
             metrics = None
         if metrics and in_a_grid:
             print(f"{metrics['name']} was finished before")

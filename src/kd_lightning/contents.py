@@ -18,7 +18,6 @@ import os
 import site
 import sys
 import sysconfig
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -33,7 +32,6 @@ KNOWN = frozenset(
      "omegaconf", "torchmetrics", "builtins"}
 )  # fmt: skip
 PLACES = ("output_dir", "data_dir", "cache_dir", "name", "setting", "_target_")
-STAMPS_LAST = 60.0  # seconds; a finished grid asks the same of every cell
 
 
 class Contents(NamedTuple):
@@ -69,17 +67,24 @@ class Contents(NamedTuple):
         ]
 
 
-def stamps(config: Node) -> str:
+def stamps(config: Node, memo: dict[Path, str] | None = None) -> str:
     """A digest of names, sizes and times of all files and folders that a configuration names.
 
     Empty if it names code of the user's own, whose files only an import would tell.
+
+    Args:
+        config: complete and plain.
+        memo: of a caller that asks again and again and for whom files do not change meanwhile.
     """
+    memo = {} if memo is None else memo
     nodes = {key: value for key, value in config.items() if key not in PLACES}
     if any(_package(target) not in KNOWN for target in targets(nodes)):
         return ""
     shared = Path(str(config["data_dir"])).expanduser()
     paths = {path for path in _paths(nodes) if path != shared}
-    return _digest([_stamp(path, int(time.monotonic() / STAMPS_LAST)) for path in sorted(paths)])
+    for path in paths - memo.keys():
+        memo[path] = _stamp(path)
+    return _digest([memo[path] for path in sorted(paths)])
 
 
 def source_sha256(*nodes: Any) -> str | None:
@@ -125,8 +130,7 @@ def _file_sha256(path: Path, *_: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-@functools.lru_cache(maxsize=64)
-def _stamp(path: Path, _minute: int) -> str:
+def _stamp(path: Path) -> str:
     def walk(folder: Path) -> Iterator[tuple[Any, ...]]:
         with os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda e: os.fsencode(e.name)):
@@ -237,4 +241,4 @@ class _WithoutDocstrings(ast.NodeTransformer):
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         constant = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
-        return ast.copy_location(ast.Pass(), node) if constant else node
+        return None if constant else node

@@ -1,5 +1,6 @@
 """A finished run, tested again from what it left behind."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -12,6 +13,8 @@ from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import InputError
 from kd_lightning.runs import RunDirectory, check_trusted, load_weights
+
+log = logging.getLogger(__name__)
 
 
 def evaluate(
@@ -67,6 +70,8 @@ def evaluate(
         enable_model_summary=False,
     )
     trainer.test(module, data, verbose=False)
+    if metrics.get("images_sha256", data.fingerprint()) != data.fingerprint():
+        log.warning("the images are not those that the run was trained and tested on")
     return {
         "accuracy": float(trainer.callback_metrics["test/accuracy"]),
         "recorded": recorded,

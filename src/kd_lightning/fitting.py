@@ -11,6 +11,7 @@ from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from kd_lightning.config import Node, build_partial, without
 from kd_lightning.data.module import ImageDataModule
@@ -112,7 +113,10 @@ def try_trainer(settings: Node, precision: str) -> None:
     Raises:
         InputError: Lightning refuses an argument, or it cannot be set here.
     """
-    build_trainer({**settings, "devices": 1, "strategy": "auto"}, precision, Path("unused"), "")
+    try:
+        build_trainer({**settings, "devices": 1, "strategy": "auto"}, precision, Path("unused"), "")
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {error}") from error
 
 
 def fit(

@@ -121,13 +121,20 @@ def finished(run_dir: Path, config: Node) -> dict[str, Any] | None:
     return metrics
 
 
-def unchanged(metrics: Mapping[str, Any], config: Node) -> bool:
+def unchanged(
+    metrics: Mapping[str, Any], config: Node, memo: dict[Path, str] | None = None
+) -> bool:
     """Whether the files that a finished run was computed from are certainly what they were.
 
     Runs of older versions do not say, and are believed.
+
+    Args:
+        metrics: of the run.
+        config: that it was made by.
+        memo: see `contents.stamps`.
     """
     recorded = metrics.get("stamps")
-    return recorded is None or (recorded != "" and recorded == stamps(config))
+    return recorded is None or (recorded != "" and recorded == stamps(config, memo))
 
 
 def twin(config: Node, contents: Mapping[str, str | None]) -> Path | None:

@@ -1,0 +1,387 @@
+"""Contents decide, not paths: what changes behind a name invalidates what was computed from it."""
+
+import json
+import os
+import shutil
+import sys
+import textwrap
+
+import pytest
+import torch
+from conftest import in_a_new_process
+
+from kd_lightning import contents, naming, training
+from kd_lightning.evaluation import evaluate
+from kd_lightning.models import ConvNet, count_parameters
+from kd_lightning.runs import RunDirectory
+
+SETTING = ("setting=here", "trainer.precision=32-true")
+TEACHER = ("teacher.model.channels=[4,8]", "teacher.model.hidden=8")
+
+
+def metrics_of(tmp_path, name):
+    return json.loads((tmp_path / "outputs" / "runs" / "here" / name / "metrics.json").read_text())
+
+
+def superseded(tmp_path):
+    return sorted(path.name for path in tmp_path.glob("outputs/superseded/here/*"))
+
+
+def write_checkpoint(path, seed):
+    torch.manual_seed(seed)
+    torch.save(ConvNet([4, 8], 8, num_classes=3, image_size=16).state_dict(), path)
+
+
+def write_module(path, text):
+    path.write_text(textwrap.dedent(text))
+    # As in a new process: Python would go on with what it has imported.
+    for name in ("mine", "helpers"):
+        sys.modules.pop(name, None)
+    shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
+
+
+@pytest.fixture
+def own(tmp_path, monkeypatch):
+    """A folder for the user's own modules, on Python's path."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    for name in ("mine", "helpers"):
+        sys.modules.pop(name, None)
+
+
+NET = """
+    from kd_lightning.evaluation import evaluate
+from kd_lightning.models import ConvNet, count_parameters
+    class Net(ConvNet):
+        def forward(self, images):
+            return {} super().forward(images)
+"""
+
+
+# --- runs --------------------------------------------------------------------------------------
+
+
+def test_a_replaced_checkpoint_is_another_teacher(train, tmp_path):
+    checkpoint = tmp_path / "teacher.pt"
+    command = ("method=logit", f"teacher.checkpoint={checkpoint}", *TEACHER, *SETTING)
+    write_checkpoint(checkpoint, seed=0)
+    first = train(*command, "seed=0").metrics
+    write_checkpoint(checkpoint, seed=1)
+    again = train(*command, "seed=0")
+    assert again.code == 0, again.err
+    other = train(*command, "seed=1").metrics
+    name = next(path.name for path in tmp_path.glob("outputs/runs/here/*-s0*"))
+    now = metrics_of(tmp_path, name)
+    assert now["teacher_sha256"] == other["teacher_sha256"] != first["teacher_sha256"]
+    assert now["images_sha256"] == first["images_sha256"]
+    assert now["teacher_test_accuracy"] == other["teacher_test_accuracy"]
+    assert superseded(tmp_path) == [f"{name}-1"]
+    kept = tmp_path / "outputs" / "superseded" / "here" / f"{name}-1"
+    assert json.loads((kept / "metrics.json").read_text()) == first
+    assert (kept / "student.safetensors").exists()
+
+
+def test_relabelled_images_are_other_images(train, tmp_path, folder):
+    first = train("method=none", *SETTING).metrics
+    for number in (0, 2):
+        (folder / "train" / "class0" / f"{number}.jpg").rename(
+            folder / "train" / "class1" / f"moved{number}.jpg"
+        )
+    done = train("method=none", *SETTING)
+    assert done.code == 0, done.err
+    name = next(path.name for path in tmp_path.glob("outputs/runs/here/none*"))
+    assert metrics_of(tmp_path, name)["images_sha256"] != first["images_sha256"]
+    assert superseded(tmp_path) == [f"{name}-1"]
+
+
+def test_an_interrupted_run_is_not_resumed_on_other_images(train, tmp_path, folder):
+    (run,) = train("method=none", *SETTING).runs
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "status": "running"}))
+    shutil.rmtree(folder / "train" / "class2")
+    shutil.copytree(folder / "train" / "class1", folder / "train" / "class2")
+    weights = (run / "student.safetensors").read_bytes()
+    assert train("method=none", *SETTING).code == 0
+    assert (run / "student.safetensors").read_bytes() != weights
+    kept = tmp_path / "outputs" / "superseded" / "here" / f"{run.name}-1"
+    assert (kept / "student.safetensors").read_bytes() == weights
+
+
+def test_files_that_only_look_newer_change_nothing(train, tmp_path, folder, monkeypatch):
+    checkpoint = tmp_path / "teacher.pt"
+    write_checkpoint(checkpoint, seed=0)
+    command = ("method=logit", f"teacher.checkpoint={checkpoint}", *TEACHER, *SETTING)
+    (run,) = train(*command).runs
+    before = (run / "student.safetensors").stat().st_mtime_ns
+    for path in [checkpoint, *folder.rglob("*.png")]:
+        os.utime(path, (1e9, 1e9))
+    assert "finished before" in train(*command).out + train(*command).out
+    assert (run / "student.safetensors").stat().st_mtime_ns == before
+    assert not superseded(tmp_path)
+    # Now that it is known, nothing is loaded to see it again.
+    monkeypatch.setattr(training, "prepare", lambda *_: pytest.fail("loaded the images"))
+    assert "finished before" in train(*command).out
+
+
+def test_a_corrected_forward_of_a_teacher_invalidates_its_stored_outputs(train, tmp_path, own):
+    checkpoint = tmp_path / "teacher.pt"
+    write_checkpoint(checkpoint, seed=0)
+    command = (
+        "method=logit", f"teacher.checkpoint={checkpoint}", "teacher.model._target_=mine.Net",
+        *TEACHER, *SETTING,
+    )  # fmt: skip
+    write_module(own / "mine.py", NET.format(""))
+    right = train(*command, "seed=0").metrics
+    write_module(own / "mine.py", NET.format("-"))
+    wrong = train(*command, "seed=1").metrics
+    assert wrong["teacher_sha256"] != right["teacher_sha256"]
+    fresh = train(*command, "seed=1", f"output_dir={tmp_path / 'outputs' / 'fresh'}")
+    (run,) = fresh.runs
+    expected = json.loads((run / "metrics.json").read_text())
+    assert wrong["teacher_test_accuracy"] == expected["teacher_test_accuracy"]
+    assert wrong["val_accuracy"] == expected["val_accuracy"]
+    weights = [
+        next(path.glob("**/logit*s1*/student.safetensors")).read_bytes()
+        for path in (tmp_path / "outputs" / "runs", tmp_path / "outputs" / "fresh")
+    ]
+    assert weights[0] == weights[1]
+
+
+def test_corrected_code_of_a_student_supersedes_its_runs(train, tmp_path, own):
+    command = ("method=none", "student.model._target_=mine.Net", "student.name=mine", *SETTING)
+    write_module(own / "mine.py", NET.format(""))
+    first = train(*command).metrics
+    write_module(own / "mine.py", NET.format("2 *"))
+    assert train(*command).code == 0
+    name = next(path.name for path in tmp_path.glob("outputs/runs/here/none*"))
+    assert metrics_of(tmp_path, name)["code_sha256"] != first["code_sha256"]
+    assert superseded(tmp_path) == [f"{name}-1"]
+
+
+TERM = """
+    from kd_lightning.losses import Logit
+    class Mine(Logit):
+        def remember(self, teacher):
+            return {} teacher.logits.float()
+"""
+
+
+def test_what_a_term_of_ones_own_stored_is_forgotten_when_its_code_changes(train, tmp_path, own):
+    command = ("method=logit", "method.terms.logit._target_=mine.Mine", *SETTING)
+    stored = tmp_path / "outputs" / "teachers" / "remembered"
+    counts = []
+    for sign in ("", "-", ""):
+        write_module(own / "mine.py", TERM.format(sign))
+        assert train(*command).code == 0
+        counts.append(len(list(stored.glob("*-logit-*"))))
+    assert counts == [1, 2, 2]
+
+
+def test_a_term_that_only_compares_in_another_way_shares_the_stored_logits(train, tmp_path, own):
+    write_module(
+        own / "mine.py",
+        """
+        from kd_lightning.losses import Logit
+        class Mine(Logit):
+            def forward(self, student, remembered, labels):
+                return (student.logits - remembered).square().mean()
+        """,
+    )
+    train("method=logit", *SETTING)
+    train("method=logit", "method.terms.logit._target_=mine.Mine", *SETTING)
+    stored = tmp_path / "outputs" / "teachers" / "remembered"
+    assert len(list(stored.glob("*-logit-*"))) == 1
+
+
+def test_a_run_of_an_older_version_is_believed(train, tmp_path):
+    (run,) = train("method=none", *SETTING).runs
+    metrics = json.loads((run / "metrics.json").read_text())
+    new = ("images_sha256", "teacher_sha256", "code_sha256", "stamps")
+    old = {key: value for key, value in metrics.items() if key not in new}
+    (run / "metrics.json").write_text(json.dumps(old))
+    assert "finished before" in train("method=none", *SETTING).out
+    assert json.loads((run / "metrics.json").read_text()) == old
+
+
+def test_evaluating_on_other_images_says_so(train, folder, caplog):
+    (run,) = train("method=none").runs
+    evaluate(run)
+    assert not caplog.messages
+    (folder / "test" / "class0" / "0.jpg").rename(folder / "test" / "class1" / "moved.jpg")
+    evaluate(run)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+
+
+def test_a_student_without_a_teacher_is_not_copied_from_other_images(train, folder):
+    train("method=none", "setting=one")
+    (folder / "train" / "class0" / "0.jpg").rename(folder / "train" / "class1" / "moved.jpg")
+    other = ("setting=two", "teacher.model.hidden=24")
+    assert "copied_from" not in train("method=none", *other).metrics
+
+
+# --- code --------------------------------------------------------------------------------------
+
+
+def digest(own, text, helper="VALUE = 1\n"):
+    write_module(own / "helpers.py", helper)
+    write_module(own / "mine.py", text)
+    return contents.source_sha256({"student": {"_target_": "mine.Net", "width": 4}})
+
+
+NET_TEXT = """
+    import helpers
+    class Net:
+        def forward(self, x):
+            return x * helpers.VALUE
+"""
+
+
+def test_code_is_what_is_computed_and_not_how_it_is_written(own):
+    first = digest(own, NET_TEXT)
+    commented = NET_TEXT.replace("return x", "'''Doc.'''  # why\n            return  x")
+    assert digest(own, commented) == first
+    assert digest(own, NET_TEXT.replace("x *", "x +")) != first
+    assert digest(own, NET_TEXT, helper="VALUE = 2\n") != first  # what it imports counts
+
+
+def test_packages_of_others_count_by_name():
+    node = {"a": {"_target_": "torchvision.models.resnet18"}, "b": [{"_target_": "torch.nn.ReLU"}]}
+    assert contents.source_sha256(node, {"_target_": "kd_lightning.models.ConvNet"}) is None
+
+
+def test_a_class_that_hydra_only_looks_up_is_code_too(own):
+    write_module(own / "mine.py", "class Norm: pass\n")
+    node = {"norm_layer": {"_target_": "hydra.utils.get_class", "path": "mine.Norm"}}
+    first = contents.source_sha256(node)
+    write_module(own / "mine.py", "class Norm: eps = 1\n")
+    assert first is not None
+    assert contents.source_sha256(node) != first
+
+
+def test_files_that_a_model_is_given_count_by_content(tmp_path):
+    weights = tmp_path / "backbone.bin"
+    weights.write_bytes(b"one")
+    node = {"_target_": "torchvision.models.resnet18", "weights": str(weights)}
+    first = contents.source_sha256(node)
+    weights.write_bytes(b"two")
+    assert contents.source_sha256(node) != first
+    moved = tmp_path / "elsewhere" / "backbone.bin"
+    moved.parent.mkdir()
+    shutil.copy(weights, moved)
+    assert contents.source_sha256({**node, "weights": str(moved)}) == contents.source_sha256(node)
+
+
+def test_a_copy_that_preserves_size_and_time_has_other_stamps(tmp_path):
+    checkpoint, other = tmp_path / "a.pt", tmp_path / "b.pt"
+    checkpoint.write_bytes(b"one")
+    other.write_bytes(b"two")
+    for path in (checkpoint, other):
+        os.utime(path, (1e9, 1e9))
+    config = {"data_dir": "data", "teacher": {"checkpoint": str(checkpoint)}}
+    first = contents.stamps(config)
+    assert contents.stamps(config) == first
+    other.rename(checkpoint)
+    assert contents.stamps(config) != first
+
+
+# --- where it is stored ------------------------------------------------------------------------
+
+
+def test_keys_that_are_new_rename_no_run():
+    from test_naming import composed
+
+    config = composed()
+    assert config["setting"] == "cifar10-convnet-15e-3ff7b752"
+    assert naming.config_key(config).startswith("e3117eef9cd4f113")
+    new = {**config, "update_bn": False, "callbacks": {}, "pictures": False}
+    new["teacher"] = {**config["teacher"], "ignore_keys": []}
+    assert naming.config_key(new) == naming.config_key(config)
+    assert naming.config_key({**new, "update_bn": True}) != naming.config_key(config)
+
+
+def test_stored_outputs_are_of_one_kind_of_device(train, monkeypatch):
+    from kd_lightning import teaching
+
+    keys = []
+    original = teaching.folder_name
+    monkeypatch.setattr(teaching, "folder_name", lambda *a: keys.append(dict(a[2])) or original(*a))
+    equip = training.equip_memory
+    for kind in ("cpu", "cuda"):
+        device = torch.device(kind)
+        monkeypatch.setattr(training, "equip_memory", lambda *a, d=device: equip(*a[:-1], d))
+        assert train("method=logit", "trainer.max_epochs=1").code == 0
+    assert [key.get("device") for key in keys] == [None, None, "cuda", "cuda"]
+
+
+def test_the_device_recorded_is_the_one_that_trained(train, monkeypatch):
+    """Lightning brings a module back to the CPU when it has tested it."""
+    named = []
+    monkeypatch.setattr(training, "device_name", lambda device: named.append(device) or "it")
+    original = training.build_trainer
+
+    def build(*args, **kwargs):
+        trainer = original(*args, **kwargs)
+        trainer.strategy._root_device = torch.device("cpu", 0)
+        return trainer
+
+    monkeypatch.setattr(training, "build_trainer", build)
+    assert train("method=none").metrics["device"] == "it"
+    assert named == [torch.device("cpu", 0)]
+
+
+# --- a run begins when everything is checked -----------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "wrong", ["method.terms.logit.temperature=-3", "trainer.max_time=never", "data.batch_size=999"]
+)
+def test_a_run_that_never_starts_leaves_no_folder(train, tmp_path, wrong):
+    plus = "+" if "max_time" in wrong else ""
+    done = train("method=logit", plus + wrong)
+    assert done.code == 2
+    assert not list(tmp_path.glob("outputs/*"))
+
+
+def test_a_finished_run_of_another_configuration_stays_where_it_is(train):
+    place = ("setting=here", "name=there")
+    (run,) = train("method=none", *place).runs
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    assert train("method=none", "optimizer.lr=-1", *place).code == 2
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+
+
+def test_a_single_process_is_its_own_whatever_a_scheduler_says(folder, tmp_path):
+    variables = {
+        "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "grid", "RANK": "1",
+        "LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "1", "MASTER_PORT": "1",
+    }  # fmt: skip
+    command = (
+        "train.py", "method=none", "data=folder", f"data.root={folder}", "data.image_size=16",
+        "data.batch_size=16", "student.model.channels=[4,8]", "trainer.max_epochs=1",
+        "trainer.accelerator=cpu", f"output_dir={tmp_path / 'outputs'}",
+        f"data_dir={tmp_path / 'data'}",
+    )  # fmt: skip
+    done = in_a_new_process(*command, **variables)
+    assert done.code == 0, done.err
+    (run,) = (tmp_path / "outputs" / "runs").glob("*/*")
+    left = {path.name.partition(".out")[0] for path in run.iterdir()}
+    assert {"config.yaml", "metrics.json", "student.safetensors", "checkpoints", "events"} <= left
+    assert RunDirectory(run).read_metrics()["status"] == "finished"
+    evaluated = in_a_new_process("scripts/evaluate.py", str(run), **variables)
+    assert evaluated.code == 0, evaluated.err
+
+
+def test_a_teacher_that_cannot_be_built_without_numbers_is_counted(train):
+    from torchvision.models import regnet_y_400mf
+
+    model = "teacher.model._target_=torchvision.models.regnet_y_400mf"
+    less = [f"~teacher.model.{key}" for key in ("channels", "hidden", "image_size")]
+    done = train(
+        "method=none", model, *less, "student.model.channels=[4,8]", "trainer.max_epochs=1",
+        "trainer.accelerator=cpu", tiny=False,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    expected = regnet_y_400mf(num_classes=3)
+    assert done.metrics["teacher_parameters"] == count_parameters(expected)
