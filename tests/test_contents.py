@@ -52,8 +52,7 @@ def own(tmp_path, monkeypatch):
 
 
 NET = """
-    from kd_lightning.evaluation import evaluate
-from kd_lightning.models import ConvNet, count_parameters
+    from kd_lightning.models import ConvNet
     class Net(ConvNet):
         def forward(self, images):
             return {} super().forward(images)
@@ -183,16 +182,38 @@ def test_a_term_that_only_compares_in_another_way_shares_the_stored_logits(train
     write_module(
         own / "mine.py",
         """
-        from kd_lightning.losses import Logit
-        class Mine(Logit):
+        from kd_lightning.losses import Logit, Term
+        class Derived(Logit):
             def forward(self, student, remembered, labels):
                 return (student.logits - remembered).square().mean()
+        class Independent(Term):
+            def remember(self, teacher):
+                return teacher.logits.float()
+            def forward(self, student, remembered, labels):
+                return (student.logits - remembered).abs().mean()
+        class Clamped(Independent):
+            def remember(self, teacher):
+                return teacher.logits.float().clamp(-20, 20)
+            def depends_on(self):
+                return {}
         """,
     )
     train("method=logit", *SETTING)
-    train("method=logit", "method.terms.logit._target_=mine.Mine", *SETTING)
     stored = tmp_path / "outputs" / "teachers" / "remembered"
-    assert len(list(stored.glob("*-logit-*"))) == 1
+
+    def rows():
+        paths = [path for path in stored.rglob("*.rows") if "evaluation" not in str(path)]
+        return {path: path.stat().st_mtime_ns for path in paths}
+
+    before = rows()
+    for kind in ("Derived", "Independent"):
+        term = f"+method.terms.{kind.lower()}={{_target_: mine.{kind}, weight: 1.0}}"
+        done = train("method=logit", "~method.terms.logit", term, *SETTING)
+        assert done.code == 0, done.err
+        assert rows() == before
+    term = "+method.terms.clamped={_target_: mine.Clamped, weight: 1.0}"
+    train("method=logit", "~method.terms.logit", term, *SETTING)
+    assert len(rows()) == 2 * len(before)
 
 
 def test_a_run_of_an_older_version_is_believed(train, tmp_path):
@@ -205,13 +226,13 @@ def test_a_run_of_an_older_version_is_believed(train, tmp_path):
     assert json.loads((run / "metrics.json").read_text()) == old
 
 
-def test_evaluating_on_other_images_says_so(train, folder, caplog):
+def test_evaluating_on_other_images_says_so(train, folder, capsys):
     (run,) = train("method=none").runs
     evaluate(run)
-    assert not caplog.messages
+    assert capsys.readouterr().err == ""
     (folder / "test" / "class0" / "0.jpg").rename(folder / "test" / "class1" / "moved.jpg")
     evaluate(run)
-    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "the images are not those" in capsys.readouterr().err
 
 
 def test_a_student_without_a_teacher_is_not_copied_from_other_images(train, folder):

@@ -87,10 +87,10 @@ def test_each_of_several_teachers_has_a_table_and_none_is_trained_for_the_first(
 def test_one_bad_cell_stops_no_other_and_is_tried_again(train, tmp_path, monkeypatch):
     original = training._distil
 
-    def fails(config, *rest):
-        if config["method"]["name"] == "none":
+    def fails(job, *rest):
+        if job.config["method"]["name"] == "none":
             raise RunError("the loss is not finite at step 3")
-        return original(config, *rest)
+        return original(job, *rest)
 
     monkeypatch.setattr(training, "_distil", fails)
     done = train(*GRID)

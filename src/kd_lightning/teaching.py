@@ -16,9 +16,9 @@ from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.fitting import build_trainer
 from kd_lightning.frozen import FrozenTeacher
-from kd_lightning.losses import Term
+from kd_lightning.losses import Logit, Term
 from kd_lightning.memory import DTYPES, GIGABYTE, Memory, Rows, folder_name
-from kd_lightning.models import count_parameters
+from kd_lightning.models import Output, count_parameters
 from kd_lightning.runs import RunDirectory, load_weights, versions
 from kd_lightning.teachers import StoredTeacher, TeacherStore, teacher_key, weights_sha256
 
@@ -96,7 +96,7 @@ def equip_memory(
     terms = {name: cast(Term, term) for name, term in module.terms.items() if term.needs_teacher}
     why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
     for name, term in terms.items():
-        if term.depends_on() is None:
+        if _cache_key(term, classes) is None:
             why = f"the term {name} does not say what it depends on (Term.depends_on)"
     if why:
         log.warning("what the teacher says in training is not stored: %s", why)
@@ -111,18 +111,50 @@ def equip_memory(
     said = module.ask_teacher(blank)
     kept = {}
     for name, term in terms.items():
-        key = {**views, "term": {**_code_of(term), **(term.depends_on() or {})}}
+        what = _cache_key(term, classes)
+        assert what is not None
+        readable = what["class"].rpartition(".")[2].lower()
         shape = tuple(said[name].shape[1:])
-        kept[name] = rows(name, key, data.train_size, shape, settings["dtype"])
+        kept[name] = rows(
+            readable, {**views, "term": what}, data.train_size, shape, settings["dtype"]
+        )
     module.memory = Memory(kept, root, limit)
 
 
-def _code_of(term: Term) -> dict[str, str]:
-    """Which code says what a term remembers: a subclass that does not change it shares the rows."""
+def _cache_key(term: Term, classes: int) -> dict[str, Any] | None:
+    """What a term's stored rows depend on besides teacher and view; None if it does not say.
+
+    Terms that remember the same share their rows: all that remember the plain logits, and a
+    subclass that does not change `remember`. What a term is called in the configuration is nothing
+    to them.
+    """
+    if _remembers_logits(term, classes):
+        return {"class": f"{Logit.__module__}.{Logit.__qualname__}"}
+    depends_on = term.depends_on()
+    if depends_on is None:
+        return None
     kind = next(kind for kind in type(term).__mro__ if "remember" in vars(kind))
     name = f"{kind.__module__}.{kind.__qualname__}"
     code = source_sha256({"_target_": name})
-    return {"class": name, **({"code": code} if code else {})}
+    return {"class": name, **({"code": code} if code else {}), **depends_on}
+
+
+def _remembers_logits(term: Term, classes: int) -> bool:
+    """Whether `remember` is the identity on logits of any size, infinities and NaN included."""
+    scale = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 10.0, 1e2, 1e4, 1e30, torch.inf, torch.nan])
+    logits = (
+        torch.linspace(-1.5, 2, len(scale) * classes).view(len(scale), classes) * scale[:, None]
+    )
+    try:
+        found = [term.remember(Output(logits.clone(), {})) for _ in range(2)]
+    except Exception:  # it reads features, or refuses such numbers
+        return False
+    return all(
+        isinstance(rows, torch.Tensor)
+        and rows.dtype == logits.dtype
+        and torch.equal(rows.view(torch.int32), logits.view(torch.int32))
+        for rows in found
+    )
 
 
 def train_teacher(
