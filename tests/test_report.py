@@ -328,9 +328,7 @@ def test_a_config_of_anything_costs_no_more_than_the_words(two_rates, tmp_path, 
     assert "optimizer.lr 0.05" in words
 
 
-def test_many_settings_with_long_names_have_a_bounded_number_of_pictures(
-    tmp_path, monkeypatch
-):
+def test_many_settings_with_long_names_have_a_bounded_number_of_pictures(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "MOST_DRAWN", 1)
     for number in range(20):
         setting = f"{'long' * 100}-{number}"

@@ -161,7 +161,13 @@ def differences(rows: Sequence[Mapping[str, str]]) -> list[Settings]:
             present = {value for value in values if value is not None}
             absent = len(present) == 1 and None in values and not present <= _defaults(key)
             shown[key, context] = key not in _FACTS and (len(present) > 1 or absent)
-    order = sorted(keys, key=lambda key: ALWAYS.index(key) if key in ALWAYS else len(ALWAYS))
+    order = sorted(
+        {key for (key, _), differs in shown.items() if differs},
+        key=lambda key: (
+            ALWAYS.index(key) if key in ALWAYS else len(ALWAYS),
+            list(keys).index(key),
+        ),
+    )
     return [
         {key: row.get(key, NOT_SET) for key in order if shown[key, _context(key, row)]}
         for row in rows
