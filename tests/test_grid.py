@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -44,11 +45,19 @@ def test_a_grid_fills_reports_and_is_then_left_alone(train, tmp_path):
         ["none-small-s0", "none-small-s1", "logit-small-s0", "logit-small-s1"], "finished"
     )
     assert (folder / "results.csv").read_text().count("finished") == 4
-    assert "| logit |" in done.out  # the table, at the end
+    table = done.out.partition("test accuracy in per cent")[2]  # at the end
+    rows = [line.split() for line in table.splitlines() if line.startswith(("none ", "logit "))]
+    assert [row[0] for row in rows] == ["none", "logit"]
+    assert all("(2)" in row for row in rows)
+    assert "|" not in table
+    assert re.findall(r"(\d of 4 runs), about \d+ s left", done.err) == [
+        f"{number} of 4 runs" for number in (1, 2, 3)
+    ]
     kept = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "multirun.yaml"}
     again = train(*GRID)
     assert again.code == 0
     assert again.out.count("was finished before") == 4
+    assert again.err == ""  # nothing was done that could say how long the rest will take
     files = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "multirun.yaml"}
     for path, at in kept.items():
         assert files[path] == at or not path.is_file() or path.suffix == ".lock", path
@@ -76,7 +85,7 @@ def test_each_of_several_teachers_has_a_table_and_none_is_trained_for_the_first(
     tables = list(tmp_path.glob("outputs/runs/*/results.md"))
     assert len(tables) == 2
     for teacher in ("resnet20", "resnet32"):
-        assert f"| teacher {teacher} |" in done.out
+        assert f"\nteacher {teacher} (" in done.out  # in words, above its table
     metrics = [RunDirectory(run).read_metrics() for run in done.runs]
     assert sorted("copied_from" in m for m in metrics) == [False, False, False, True]
     assert {(m["method"], m["teacher"]) for m in metrics if "copied_from" in m} == {
@@ -193,7 +202,10 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
     if how != "SIGKILL":
         assert process.returncode == 128 + signal.Signals[how]
         name = "Ctrl-C" if how == "SIGINT" else how
-        assert f"error: stopped by {name}; the same command goes on with {cell}-small-s0" in said
+        last = said.splitlines()[-1]
+        assert last.startswith(f"stopped by {name}: {cell}-small-s0 is saved at ")
+        assert last.endswith("run the same command again to resume")
+        assert "error" not in said
         assert "Traceback" not in said
         assert statuses(tmp_path / "runs" / "grid")[f"{cell}-small-s0"] == "running"
     done = in_a_new_process(*command[1:])

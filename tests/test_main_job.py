@@ -43,7 +43,13 @@ def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tm
         assert f"{100 * metrics[name]:.2f} %" in first.out
     (run,) = first.runs
     assert str(run) in first.out
-    assert first.err == ""  # no progress bar, no warning: this is not a terminal
+    # No bar, no warning: this is not a terminal. Each training says how its last epoch went.
+    said = [line.partition(": epoch ")[::2] for line in first.err.splitlines()]
+    assert [name.partition("-model")[0] for name, _ in said] == [
+        "teacher convnet", "combined-small-s0",
+    ]  # fmt: skip
+    assert [state[:3] for _, state in said] == ["1/1", "2/2"]
+    assert f"val {100 * metrics['val_accuracy']:.2f} %" in said[1][1]
 
     # The run is rebuilt from its folder alone, to the same accuracy.
     assert evaluate(run)["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-7)
@@ -193,14 +199,16 @@ def test_a_finished_run_is_shown_again_and_not_overwritten(train, tmp_path):
 
 
 def test_the_command_in_a_process_of_its_own(folder, tmp_path):
-    """Nothing in the terminal but the table; the evaluate script prints the same accuracy."""
+    """Prints the table, and a line of progress; the evaluate script prints the same accuracy."""
     done = in_a_new_process(
         "train.py", "method=none", "data=folder", f"data.root={folder}", "data.image_size=16",
         "data.batch_size=16", "student.model.channels=[4,8]", "trainer.max_epochs=1",
         "trainer.accelerator=cpu", f"output_dir={tmp_path / 'outputs'}",
         KD_DATA_DIR=str(tmp_path / "data"),
     )  # fmt: skip
-    assert (done.code, done.err) == (0, "")
+    assert done.code == 0, done.err
+    assert len(done.err.splitlines()) == 1
+    assert ": epoch 1/1, val " in done.err
     (run,) = (tmp_path / "outputs" / "runs").glob("*/*")
     accuracy = json.loads((run / "metrics.json").read_text())["test_accuracy"]
     evaluated = in_a_new_process("scripts/evaluate.py", str(run))

@@ -6,11 +6,14 @@ import runpy
 import statistics
 import sys
 
+import pandas as pd
 import pytest
+import yaml
 from conftest import REPOSITORY
 
+from kd_lightning import documents
 from kd_lightning.documents import write_report
-from kd_lightning.report import interval, read_runs, summarise
+from kd_lightning.report import groups, interval, read_runs, summarise
 
 PARAMETERS = {"small": 530_090, "medium": 2_117_962}
 
@@ -158,3 +161,191 @@ def test_the_script_reports_any_folders_and_refuses_empty_ones(runs, tmp_path, m
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
     assert script(monkeypatch, tmp_path / "other.csv", "--out", out) == 2
     assert "it has no column 'setting'" in capsys.readouterr().err
+
+
+def write_config(run, seed=0, **changed):
+    """The settings of a run, and dotted keys that are changed in them."""
+    config = {
+        "seed": seed, "output_dir": f"somewhere/{seed}", "data_dir": "data", "name": run.name,
+        "data": {"name": "digits", "batch_size": 64, "seed": seed, "padding": 3},
+        "teacher": {"name": "convnet", "layers": ["a", "b"], "model": {"hidden": 8}},
+        "optimizer": {"_target_": "torch.optim.SGD", "lr": 0.1, "momentum": 0.9},
+        "trainer": {"max_epochs": 2, "precision": "auto"},
+    }  # fmt: skip
+    for key, value in changed.items():
+        *path, name = key.split("__")
+        node = config
+        for part in path:
+            node = node.setdefault(part, {})
+        node[name] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
+    return run
+
+
+@pytest.fixture
+def two_rates(tmp_path):
+    """Two settings that differ in the learning rate, three seeds each."""
+    for seed in range(3):
+        for setting, rate in (("x-1", 0.1), ("x-2", 0.05)):
+            run = write_run(tmp_path / setting, "none", "small", seed, rate, setting=setting)
+            write_config(run, seed, optimizer__lr=rate)
+    return tmp_path
+
+
+def test_settings_are_told_apart_in_words_everywhere(two_rates, tmp_path):
+    out = tmp_path / "out"
+    write_report([two_rates], out, page=True)
+    text, page = (out / "results.md").read_text(), (out / "report.html").read_text()
+    for rate in ("0.1", "0.05"):
+        assert f"## optimizer.lr {rate} (" in text
+        assert f"{text.partition('## ')[0]}".count(f"optimizer.lr {rate} (") == 1  # the contents
+        assert f">optimizer.lr {rate} (" in page
+        assert list(out.glob(f"*optimizer.lr_{rate}-accuracy.png"))
+    # What is the same is no difference: it is with the facts.
+    assert "data.batch_size 64" in text
+    assert not [line for line in text.splitlines() if "batch_size" in line and line[0] in "#-"]
+    table = pd.read_csv(out / "results.csv")
+    assert sorted(table["optimizer.lr"].unique()) == [0.05, 0.1]
+    assert set(table["data.batch_size"]) == {64}
+    assert "optimizer.momentum" not in table
+    again = tmp_path / "again"
+    write_report([out / "results.csv"], again)
+    same = (again / "results.md").read_text()
+    assert [line for line in same.splitlines() if line[:2] != "!["] == [
+        line for line in text.splitlines() if line[:2] != "!["
+    ]
+
+
+def title(runs):
+    return [group.words for group in groups(read_runs([runs]))]
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        (
+            {"teacher__name": "other", "teacher__layers": ["c"]},
+            {"teacher convnet", "teacher other"},
+        ),
+        (
+            {"optimizer": {"_target_": "torch.optim.AdamW", "lr": 0.1}},
+            {"optimizer SGD", "optimizer AdamW"},
+        ),
+        ({"data__name": "folder", "data__padding": 5}, {"data digits", "data folder"}),
+        (
+            {"trainer__limit_train_batches": 5},
+            {"trainer.limit_train_batches 5", "trainer.limit_train_batches not set"},
+        ),
+        ({"teacher__model__hidden": 9}, {"teacher.model.hidden 8", "teacher.model.hidden 9"}),
+        # Older runs lack a key that has its default, or none, in the others.
+        ({"remember": {"dtype": "float16"}, "teacher__checkpoint": None}, {""}),
+    ],
+)
+def test_only_what_can_be_compared_is_called_a_difference(tmp_path, changed, words):
+    for number, change in enumerate(({}, changed)):
+        names = {part: change.get(f"{part}__name") for part in ("teacher", "data")}
+        given = {part: name for part, name in names.items() if name}
+        run = write_run(tmp_path / str(number), "none", "small", 0, 0.5, setting=f"x-{number}")
+        metrics = json.loads((run / "metrics.json").read_text())
+        (run / "metrics.json").write_text(json.dumps({**metrics, **given}))
+        write_config(run, **change)
+    assert set(title(tmp_path)) == words
+
+
+def test_settings_of_an_old_table_are_told_apart_by_what_it_has():
+    runs = read_runs([REPOSITORY / "docs" / "results" / "runs.csv"])
+    assert groups(runs)[0].words == "teacher convnet"
+
+
+def contents(folder, method, seed, test, images, teacher=None, code=None, **more):
+    hashes = {"images": images, "teacher": teacher, "code": code}
+    given = {f"{name}_sha256": value and value * 64 for name, value in hashes.items()}
+    return write_run(folder, method, "small", seed, test, **given, **more)
+
+
+@pytest.mark.parametrize("what", ["images", "teacher", "code"])
+def test_runs_of_different_contents_share_no_cell_and_it_is_said(tmp_path, what):
+    for name, test in (("a", 0.6), ("b", 0.8)):
+        values = {"images": "c", "teacher": "d", "code": "e", what: name}
+        contents(tmp_path / name, "logit", int(name == "b"), test, **values)
+    runs = read_runs([tmp_path])
+    assert sorted(summarise(runs)["test"]) == [0.6, 0.8]
+    write_report([tmp_path], tmp_path / "out")
+    text = (tmp_path / "out" / "results.md").read_text()
+    words = {"teacher": "teacher's weights"}.get(what, what)
+    assert f"{words} aaaaaaaa" in text
+    assert f"{words} bbbbbbbb" in text
+    pd.testing.assert_frame_equal(
+        summarise(read_runs([tmp_path / "out" / "results.csv"])), summarise(runs)
+    )
+
+
+def test_without_a_teacher_a_run_is_the_baseline_of_every_teacher_with_the_same_images(tmp_path):
+    contents(tmp_path / "1", "none", 0, 0.5, images="a")
+    contents(tmp_path / "2", "logit", 0, 0.6, images="a", teacher="c")
+    contents(tmp_path / "3", "logit", 0, 0.7, images="a", teacher="d")
+    contents(tmp_path / "4", "logit", 0, 0.9, images="b", teacher="c")
+    runs = read_runs([tmp_path])
+    assert len(runs) == 4
+    cells = summarise(runs)
+    gains = cells[cells["method"] == "logit"].set_index("test")["gain"].to_dict()
+    assert gains == pytest.approx({0.6: 0.1, 0.7: 0.2, 0.9: math.nan}, nan_ok=True)
+
+
+def test_runs_that_do_not_say_what_they_were_made_of_match_as_long_as_that_is_one_thing(tmp_path):
+    write_run(tmp_path / "1", "none", "small", 0, 0.5)
+    write_run(tmp_path / "2", "logit", "small", 0, 0.6)
+    contents(tmp_path / "3", "logit", 1, 0.8, images="a", teacher="c")
+    row = cell(summarise(read_runs([tmp_path])), "logit", "small")
+    assert (row.n, row.test) == (2, pytest.approx(0.7))
+    # With a second teacher nobody knows whose the old run is; it is averaged with neither.
+    contents(tmp_path / "4", "logit", 1, 0.9, images="a", teacher="d")
+    cells = summarise(read_runs([tmp_path]))
+    assert sorted(cells[cells["method"] == "logit"]["test"]) == [0.6, 0.8, 0.9]
+
+
+def test_a_settings_name_of_ones_own_hides_no_difference(tmp_path):
+    for seed, rate in enumerate((0.1, 0.2)):
+        run = write_run(tmp_path, "none", "small", seed, rate)
+        write_config(run, seed, optimizer__lr=rate)
+    cells = summarise(read_runs([tmp_path]))
+    assert dict(zip(cells["label"], cells["test"], strict=True)) == {
+        "none optimizer.lr 0.1": 0.1, "none optimizer.lr 0.2": 0.2,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "[1", "[" * 100_000, "a: &a [1]\nb: *a", "- 1", "optimizer: 3", "teacher: [{}, [1]]",
+     "name: {1: {2: 3}}\nstatus: x\n? [1, 2]\n: 4", "\0", "x: !!python/object:os.system y",
+     "optimizer:\n  lr: &x 0.1"],
+)  # fmt: skip
+def test_a_config_of_anything_costs_no_more_than_the_words(two_rates, tmp_path, content):
+    run = write_run(tmp_path / "odd", "none", "small", 0, 0.7, setting="odd")
+    (run / "config.yaml").write_text(content)
+    words = " ".join(title(two_rates))
+    assert "optimizer.lr 0.1" in words
+    assert "optimizer.lr 0.05" in words
+
+
+def test_many_settings_with_long_names_have_a_bounded_number_of_pictures(tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "MOST_DRAWN", 1)
+    for number in range(20):
+        setting = f"{'long' * 100}-{number}"
+        run = write_run(tmp_path / str(number), "none", "small", 0, 0.5, setting=setting)
+        write_config(run, optimizer__lr=number)
+    write_report([tmp_path], tmp_path / "out", page=True)
+    assert len(list((tmp_path / "out").glob("*.png"))) == 4
+    assert "Only the first 1 of 20 settings" in (tmp_path / "out" / "results.md").read_text()
+
+
+def test_names_with_anything_in_them_do_not_break_a_table_or_a_picture(tmp_path):
+    name = "$_$ a|b\n<b>"
+    run = write_run(tmp_path, "none", "small", 0, 0.5, teacher=name)
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "method": name, "student": name}))
+    write_report([tmp_path], tmp_path / "out", page=True)
+    lines = (tmp_path / "out" / "results.md").read_text().splitlines()
+    assert [line for line in lines if line.startswith("| $_$ a\\|b <b> |")]
+    assert (tmp_path / "out" / "accuracy.png").exists()
+    assert "<b>" not in (tmp_path / "out" / "report.html").read_text()

@@ -143,7 +143,8 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on_with_the_next(
     with pytest.raises(Stopped, match="stopped by") as stop:
         training.run(config, folder, callbacks=[before, Ask(step, validation)])
     assert str(stop.value) == (
-        f"stopped by SIGTERM; the same command goes on with {config['name']} after {place}"
+        f"stopped by SIGTERM: {config['name']} is saved at {place}; "
+        "run the same command again to resume"
     )
     assert stop.value.exit_code == 143
     assert RunDirectory(folder).read_metrics()["status"] == "running"
@@ -153,9 +154,9 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on_with_the_next(
     assert left(folder) == left(root / "run")
 
 
-def test_how_to_go_on_is_said():
-    said = "stopped by Ctrl-C; the same command begins teacher convnet anew"
-    assert str(Stopped(signal.SIGINT, "teacher convnet", None)) == said
+def test_stopped_before_anything_is_saved():
+    said = str(Stopped(signal.SIGINT, "teacher convnet", None))
+    assert said.startswith("stopped by Ctrl-C: teacher convnet is not saved yet")
     assert Stopped(signal.SIGINT, "x", None).exit_code == 130
 
 

@@ -21,6 +21,7 @@ from kd_lightning import config as configuration
 from kd_lightning import naming
 from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.sweep import exit_codes
+from kd_lightning.terminal import say
 
 log = logging.getLogger(__name__)
 naming.register()
@@ -40,9 +41,9 @@ def main() -> None:
     try:
         _app()
     except KeyboardInterrupt:
-        _fail("stopped", 130)
+        _stop("stopped by Ctrl-C; run the same command again to resume", 130)
     except Stopped as stop:
-        _fail(str(stop), stop.exit_code)
+        _stop(str(stop), stop.exit_code)
     except InputError as error:
         _fail(str(error), 2)
     except (HydraException, OmegaConfBaseException) as error:
@@ -68,10 +69,10 @@ def _app(composed: DictConfig) -> float | None:
         if metrics and not naming.unchanged(metrics, config, stamped if in_a_grid else None):
             metrics = None
         if metrics and in_a_grid:
-            print(f"{metrics['name']} was finished before")
+            say(f"{metrics['name']} was finished before")
         elif metrics:
             print_summary(metrics, run_dir)
-            print("(finished before; to train it again, remove that folder)")
+            say("(finished before; to train it again, remove that folder)")
         else:
             # Torch and Lightning take seconds to import: not before there is something to run.
             from kd_lightning.training import run
@@ -117,8 +118,13 @@ def _remove_unused(run_dir: Path) -> None:
 
 
 def _report(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+    say(f"error: {message}", error=True)
     exit_codes.append(code)
+
+
+def _stop(message: str, code: int) -> NoReturn:
+    say(message, error=True)
+    sys.exit(code)
 
 
 def _fail(message: str, code: int) -> NoReturn:

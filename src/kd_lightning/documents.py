@@ -2,22 +2,34 @@
 
 import base64
 import html
-from collections.abc import Iterable
-from io import BytesIO
+import textwrap
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pandas as pd
 
 from kd_lightning import plots
+from kd_lightning.differences import IMAGES, TEACHER
 from kd_lightning.files import replacing, write_text
 from kd_lightning.naming import tidy
-from kd_lightning.report import CONFIDENCE, read_histories, read_numbers, read_runs, summarise
+from kd_lightning.report import (
+    AXES,
+    CONFIDENCE,
+    Group,
+    groups,
+    read_histories,
+    read_numbers,
+    read_runs,
+    setting_columns,
+    summarise,
+)
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DASH = "-"
+MOST_DRAWN = 12  # settings that get pictures: each takes a second or two
 _OVERVIEW = "Test accuracy of the last epoch in per cent, mean ± standard deviation (runs)."
 _GAIN = (
     "The gain is the difference in test accuracy to none, the same student and seed without a "
@@ -36,31 +48,56 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
     Returns:
         One line for each run.
     """
+    from matplotlib import rc_context
+
     runs = read_runs(sources)
-    cells = summarise(runs)
-    settings = list(dict.fromkeys(cells["setting"]))
+    named = groups(runs)
+    files = _file_names(named)
     texts, pages = ["# Results\n"], []
-    for setting in settings:
-        own = runs[runs["setting"] == setting]
-        table = cells[cells["setting"] == setting]
-        # Tidy: a stranger's run may call its setting ../../anything.
-        prefix = f"{tidy(setting)}-" if len(settings) > 1 else ""
-        figures = draw(own, table)
-        pictures = {}
-        for name, figure in figures.items():
-            pictures[name] = out / f"{prefix}{name}.png"
-            with replacing(pictures[name]) as partial:
-                figure.savefig(partial, dpi=150, format="png")
-        texts.append(markdown(setting, own, table, {n: p.name for n, p in pictures.items()}))
-        pages.append(_html_section(setting, own, table, figures))
+    if len(named) > 1:
+        texts.append("".join(f"- {_text(group.title)}\n" for group in named))
+        pages.append(_html_contents(named))
+    if len(named) > MOST_DRAWN:
+        note = f"Only the first {MOST_DRAWN} of {len(named)} settings have pictures."
+        texts.append(f"{note}\n")
+        pages.append(f"<p>{note}</p>")
+    for number, group in enumerate(named):
+        cells = summarise(group.runs)
+        pictures: dict[str, Path] = {}
+        # Names of students and methods are no formulas, whatever dollar signs are in them.
+        with rc_context({"text.parse_math": False}):
+            figures = draw(group.runs, cells) if number < MOST_DRAWN else {}
+            for name, figure in figures.items():
+                if group.words:
+                    figure.suptitle(textwrap.fill(group.words, 80), fontsize="medium")
+                pictures[name] = out / f"{files[number]}{name}.png"
+                with replacing(pictures[name]) as partial:
+                    figure.savefig(partial, dpi=150, format="png")
+        texts.append(
+            markdown(group.title, group.runs, cells, {n: p.name for n, p in pictures.items()})
+        )
+        pages.append(_html_section(number, group, cells, pictures))
     unreadable = runs[runs["status"] == "unreadable"]["folder"].tolist()
     if unreadable:
-        texts.append("Not readable as runs: " + ", ".join(unreadable) + "\n")
+        listed = ", ".join(unreadable)
+        texts.append(f"Not readable as runs: {_text(listed)}\n")
+        pages.append(f"<p>Not readable as runs: {html.escape(listed)}</p>")
     write_text(out / "results.csv", runs.to_csv(index=False, lineterminator="\n"))
     write_text(out / "results.md", "\n".join(texts))
     if page:
         write_text(out / "report.html", _PAGE.format(body="\n".join(pages)))
     return runs
+
+
+def _file_names(named: list[Group]) -> list[str]:
+    """What the pictures of each group begin with: tidy, since a setting may be called anything."""
+    if len(named) < 2:
+        return [""] * len(named)
+    names: list[str] = []
+    for group in named:
+        name = tidy("-".join(part for part in (group.setting, group.words) if part))[:100]
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return [f"{name}-" for name in names]
 
 
 def draw(runs: pd.DataFrame, cells: pd.DataFrame) -> "dict[str, Figure]":
@@ -84,17 +121,18 @@ def draw(runs: pd.DataFrame, cells: pd.DataFrame) -> "dict[str, Figure]":
     return figures
 
 
-def markdown(
-    setting: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict[str, str]
-) -> str:
+def markdown(title: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict[str, str]) -> str:
     """One setting: how it was measured, methods by students, every cell, what failed."""
-    lines = [f"## {setting}\n", f"{facts(runs)}\n"]
+    lines = [f"## {_text(title)}\n", f"{_text(facts(runs))}\n"]
     lines += [f"{_OVERVIEW}\n"]
     lines += [_pipe(overview(cells, runs)), ""]
     lines += [f"Every cell. {_GAIN}\n"]
     lines += [_pipe(details(cells)), ""]
     lines += [f"![{name}]({file})" for name, file in pictures.items()]
-    lines += [f"- **{run.name}** failed: {run.error}" for run in _failed(runs).itertuples()]
+    lines += [
+        f"- **{_text(str(run.name))}** failed: {_text(str(run.error))}"
+        for run in _failed(runs).itertuples()
+    ]
     return "\n".join(lines) + "\n"
 
 
@@ -107,10 +145,22 @@ def facts(runs: pd.DataFrame) -> str:
     def values(column: str) -> str:
         return ", ".join(str(value) for value in done[column].dropna().unique())
 
-    epochs = ", ".join(f"{number:.0f}" for number in sorted(done["epochs"].unique()))
+    epochs = ", ".join(f"{number:.0f}" for number in sorted(done["epochs"].dropna().unique()))
+    told = [
+        f"{key} {values(key)}"
+        for key in setting_columns(done)
+        if values(key) and not key.startswith((*AXES, "trainer.max_epochs"))
+    ]
+    contents = {IMAGES: "images_sha256", TEACHER: "teacher_sha256"}
+    told += [
+        f"{name} {', '.join(str(value)[:8] for value in done[column].dropna().unique())}"
+        for name, column in contents.items()
+        if done[column].notna().any()
+    ]
+    settings = "".join(f", {words}" for words in told)
     text = (
-        f"Data {values('data')}, {epochs} epochs, {values('precision')} on {values('device')}, "
-        f"torch {values('torch')}, commit {values('git_commit') or 'unknown'}."
+        f"Data {values('data')}, {epochs or 'unknown'} epochs{settings}, {values('precision')} on "
+        f"{values('device')}, torch {values('torch')}, commit {values('git_commit') or 'unknown'}."
     )
     teacher = done.dropna(subset="teacher_test_accuracy")
     if len(teacher):
@@ -197,30 +247,49 @@ def _failed(runs: pd.DataFrame) -> pd.DataFrame:
     return runs[runs["status"] == "failed"]
 
 
+def _text(words: str) -> str:
+    """Words in Markdown: on one line, and nothing in them that ends a cell."""
+    return " ".join(words.split()).replace("|", "\\|")
+
+
 def _pipe(table: pd.DataFrame) -> str:
     """A Markdown table."""
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
-    return "\n".join("| " + " | ".join(str(cell) for cell in row) + " |" for row in rows)
+    return "\n".join("| " + " | ".join(_text(str(cell)) for cell in row) + " |" for row in rows)
+
+
+def _html_contents(named: list[Group]) -> str:
+    links = [
+        f'<li><a href="#setting-{number}">{html.escape(group.title)}</a></li>'
+        for number, group in enumerate(named)
+    ]
+    return "<ul>" + "".join(links) + "</ul>"
 
 
 def _html_section(
-    setting: str, runs: pd.DataFrame, cells: pd.DataFrame, figures: "dict[str, Figure]"
+    number: int, group: Group, cells: pd.DataFrame, pictures: Mapping[str, Path]
 ) -> str:
-    parts = [f"<h2>{html.escape(setting)}</h2>", f"<p>{html.escape(facts(runs))}</p>"]
-    parts.append(f"<p>{_OVERVIEW}</p>")
-    parts.append(overview(cells, runs).to_html(index=False, border=0))
-    parts.append(f"<p>{_GAIN}</p>")
-    parts.append(details(cells).to_html(index=False, border=0))
-    for name, figure in figures.items():
-        picture = BytesIO()
-        figure.savefig(picture, dpi=150, format="png")
-        data = base64.b64encode(picture.getvalue()).decode()
+    parts = [
+        f'<h2 id="setting-{number}">{html.escape(group.title)}</h2>',
+        f"<p>{html.escape(facts(group.runs))}</p>",
+        f"<p>{_OVERVIEW}</p>",
+        _html_table(overview(cells, group.runs)),
+        f"<p>{_GAIN}</p>",
+        _html_table(details(cells)),
+    ]
+    for name, path in pictures.items():
+        data = base64.b64encode(path.read_bytes()).decode()
         parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
-    for run in _failed(runs).itertuples():
+    for run in _failed(group.runs).itertuples():
         parts.append(
             f"<p><b>{html.escape(str(run.name))}</b> failed: {html.escape(str(run.error))}</p>"
         )
     return "\n".join(parts)
+
+
+def _html_table(table: pd.DataFrame) -> str:
+    with pd.option_context("display.max_colwidth", None):
+        return f'<div class="table">{table.to_html(index=False, border=0)}</div>'
 
 
 _PAGE = """<!doctype html>
@@ -230,6 +299,8 @@ table {{ border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular
 th, td {{ padding: .3em .7em; text-align: right; white-space: nowrap; }}
 tr {{ border-bottom: 1px solid #ddd; }}
 th:first-child, td:first-child {{ text-align: left; }}
+.table {{ overflow-x: auto; }}
+h2, p, li {{ overflow-wrap: anywhere; }}
 img {{ max-width: 100%; margin: 1em 0; display: block; }}
 </style></head><body><h1>Results</h1>
 {body}

@@ -21,12 +21,16 @@ class Stopped(BaseException):
 
     Args:
         number: the signal's.
-        what: was trained, a run or a teacher.
-        place: after which the same command will go on, as `epoch 3`; None: at the beginning.
+        what: was being trained, a run or a teacher.
+        place: of the checkpoint that the same command resumes from, as `epoch 3`; None: there is
+            none yet.
     """
 
     def __init__(self, number: int, what: str, place: str | None) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
-        then = f"goes on with {what} after {place}" if place else f"begins {what} anew"
-        super().__init__(f"stopped by {name}; the same command {then}")
+        saved = f"saved at {place}" if place else "not saved yet"
+        then = "resume" if place else "start it again"
+        super().__init__(
+            f"stopped by {name}: {what} is {saved}; run the same command again to {then}"
+        )
         self.exit_code = 128 + number

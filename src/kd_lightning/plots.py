@@ -41,14 +41,16 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
         row = teacher.iloc[0]
         axes.axhline(
             100 * row["teacher_test_accuracy"], color="0.4", linestyle="--",
-            label=f"teacher {row['teacher']}, {row['teacher_parameters'] / 1e6:.1f} million",
+            label=f"teacher {row['teacher']}, {_count(row['teacher_parameters'])}",
         )  # fmt: skip
     axes.set_xscale("log")
     sizes = done.drop_duplicates("student")
     axes.set_xticks(
         sizes["parameters"],
-        [f"{r.student}\n{r.parameters / 1e6:.2f} million" for r in sizes.itertuples()],
+        [f"{r.student}\n{_count(r.parameters)}" for r in sizes.itertuples()],
     )
+    low, high = sizes["parameters"].min(), sizes["parameters"].max()
+    axes.set_xlim(low / 1.5, high * 1.5 * 1.03 ** done["label"].nunique())
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="parameters", ylabel="test accuracy (%)")
     axes.grid(axis="y", alpha=0.3)
@@ -89,6 +91,7 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
             color=_colour(name, place),
         )  # fmt: skip
     axes.set_xticks(range(len(students)), students)
+    axes.set_xlim(-0.75, len(students) - 0.25)
     if compared:
         axes.axhline(0, color="0.2", linewidth=0.8)
         axes.set(ylabel="gain over none (points of test accuracy)")
@@ -138,6 +141,11 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
     first.legend(frameon=False)
     seaborn.despine(figure)
     return figure
+
+
+def _count(parameters: float) -> str:
+    """`2.12 million`, or `16,890`."""
+    return f"{parameters / 1e6:.2f} million" if parameters >= 1e5 else f"{parameters:,.0f}"
 
 
 def _colour(label: str, place: int) -> Any:

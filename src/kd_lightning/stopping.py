@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training after the step it is in, with a sentence on how to go on."""
+"""Ctrl-C and SIGTERM end a training after the current step and say how to resume it."""
 
 import os
 import signal
@@ -17,16 +17,16 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class StopWhenAsked(Callback):
-    """Saves where the training is and raises `Stopped`, once the process was asked to end.
+    """Saves a checkpoint and raises `Stopped` after Ctrl-C or SIGTERM.
 
-    The step in which it was asked is finished, and so is a validation that is due after it; the
-    same command then goes on with the next step, to the same weights as if nothing had been.
-    Several processes that train together go on after the last whole epoch instead: each has counted
-    its own part of this one. Asked a second time, the process ends at once.
+    The current step is finished first, and so is a validation that is due after it; the same
+    command resumes with the next step and ends with the same weights as an uninterrupted training.
+    Several processes that train together resume from the last complete epoch instead, since each
+    has seen only its own part of the current one. A second signal ends the process at once.
 
     Args:
-        what: is trained, for people.
-        path: the checkpoint that is gone on from.
+        what: is trained, for messages.
+        path: of the checkpoint to resume from.
     """
 
     def __init__(self, what: str, path: Path) -> None:
@@ -36,7 +36,7 @@ class StopWhenAsked(Callback):
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Listen, in the process that speaks for all."""
+        """Handle the signals, in rank 0."""
         if trainer.is_global_zero and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
@@ -49,7 +49,7 @@ class StopWhenAsked(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Save, if nothing is left half done: no validation is due, no gradient is kept."""
+        """Save, unless a validation is due or gradients are being accumulated."""
         if self._asked is None:
             return
         if trainer.world_size > 1:
@@ -64,17 +64,17 @@ class StopWhenAsked(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """The step before is saved, and what was logged of it is written."""
+        """Stop if the previous step is saved; by now its metrics are logged."""
         if self._saved:
             self._stop(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """The epoch before is saved."""
+        """Stop: the previous epoch is saved."""
         if self._asked is not None:
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Listen no more."""
+        """Restore the signal handlers."""
         self._leave()
         if self._asked is not None:  # in the last epoch's last step, or in its validation
             self._stop(trainer)
@@ -88,7 +88,7 @@ class StopWhenAsked(Callback):
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException
     ) -> None:
-        """Listen no more."""
+        """Restore the signal handlers."""
         self._leave()
 
     def _leave(self) -> None:

@@ -3,8 +3,10 @@
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
+from rich.text import Text
+
+from kd_lightning.terminal import printable, say
 
 
 def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
@@ -14,27 +16,26 @@ def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
         metrics: as in `metrics.json`.
         run_dir: the run's folder.
     """
-    table = Table(
-        title=f"{metrics['method']}: {metrics['student']} student on {metrics['data']}, "
-        f"seed {metrics['seed']}",
-        title_justify="left",
-        caption_justify="left",
+    title = (
+        f"{metrics['method']}: {metrics['student']} student on {metrics['data']}, "
+        f"seed {metrics['seed']}"
     )
+    table = Table(title=Text(printable(title), style="table.title"), title_justify="left")
     table.add_column()
     for column in ("parameters", "validation", "test"):
         table.add_column(column, justify="right")
     if metrics["teacher_val_accuracy"] is not None:
         table.add_row(
-            f"teacher {metrics['teacher']}",
+            Text(printable(f"teacher {metrics['teacher']}")),
             f"{metrics['teacher_parameters']:,}",
             percent(metrics["teacher_val_accuracy"]),
             percent(metrics["teacher_test_accuracy"]),
         )
     table.add_row(
-        f"[bold]student {metrics['student']}[/bold]",
+        Text(printable(f"student {metrics['student']}"), style="bold"),
         f"{metrics['parameters']:,}",
         percent(metrics["val_accuracy"]),
-        f"[bold]{percent(metrics['test_accuracy'])}[/bold]",
+        Text(percent(metrics["test_accuracy"]), style="bold"),
     )
     table.add_row(
         f"  at its best epoch, {metrics['best_epoch']} of {metrics['epochs']}",
@@ -42,9 +43,8 @@ def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
         percent(metrics["best_val_accuracy"]),
         percent(metrics["test_accuracy_at_best"]),
     )
-    console = Console(highlight=False, soft_wrap=True)
-    console.print(table)
-    console.print(
+    say(table)
+    say(
         f"compression {metrics['compression_ratio']:.1f}x of {metrics['teacher']}"
         + (
             f", agreement with the teacher {percent(metrics['agreement'])}"
@@ -52,12 +52,12 @@ def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
             else ""
         )
     )
-    console.print(
+    say(
         f"trained {metrics['epochs']} epochs in {duration(metrics['train_seconds'])}, "
         f"{metrics['images_per_second']:,.0f} images/s, {metrics['precision']} on "
         f"{metrics['device']}"
     )
-    console.print(f"results in {run_dir}")
+    say(f"results in {run_dir}")
 
 
 def percent(fraction: float) -> str:
@@ -69,3 +69,17 @@ def duration(seconds: float) -> str:
     """Seconds as '41 s' or '12 min 5 s'."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def about(seconds: float) -> str:
+    """Seconds as an estimate: '40 s', '12 min', '3 h 20 min' or '2 d 5 h'."""
+    if seconds < 60:
+        return f"{max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{minutes} min"
+    hours, minutes = divmod(minutes, 60)
+    if hours < 24:
+        return f"{hours} h {minutes} min" if minutes else f"{hours} h"
+    days, hours = divmod(hours, 24)
+    return f"{days} d {hours} h" if hours else f"{days} d"

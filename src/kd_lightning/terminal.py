@@ -1,0 +1,122 @@
+"""Printing for people, into a terminal, a file or a pipe of any encoding; it never raises."""
+
+import codecs
+import os
+import sys
+import unicodedata
+from typing import TYPE_CHECKING, Any
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+_ASCII = {
+    "±": "+-",
+    "\N{MULTIPLICATION SIGN}": "x",
+    "\N{EN DASH}": "-",
+    "\N{EM DASH}": "-",
+    "…": "...",
+    "ß": "ss",
+}
+_ERRORS = "kd_lightning.ascii"
+
+
+def _replace(error: UnicodeError) -> tuple[str, int]:
+    """What stands for characters that an encoding lacks: the nearest in ASCII, else `?`."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    text = ""
+    for character in error.object[error.start : error.end]:
+        plain = unicodedata.normalize("NFKD", character).encode("ascii", "ignore").decode()
+        text += _ASCII.get(character) or plain or "?"
+    return text, error.end
+
+
+codecs.register_error(_ERRORS, _replace)
+
+
+def console(error: bool = False) -> Console:
+    """Standard output, or standard error, for tables and bars."""
+    stream = sys.stderr if error else sys.stdout
+    if hasattr(stream, "reconfigure"):
+        stream.reconfigure(errors=_ERRORS)
+    on_terminal = watched(error)
+    return Console(
+        file=stream,
+        highlight=False,
+        markup=False,
+        emoji=False,
+        force_terminal=on_terminal or None,
+        width=None if on_terminal else 10_000,
+    )
+
+
+def watched(error: bool = False) -> bool:
+    """Whether a person sees standard output, or standard error, on a terminal that can redraw."""
+    stream = sys.stderr if error else sys.stdout
+    try:
+        on_terminal = stream is not None and stream.isatty()
+    except ValueError:  # closed
+        return False
+    return on_terminal and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def say(what: str | Table, error: bool = False) -> None:
+    """Print a line or a table to standard output, or to standard error.
+
+    A reader that has gone away (`| head`) is no reason to fail.
+    """
+    stream = sys.stderr if error else sys.stdout
+    if stream is None:
+        return
+    out = console(error)
+    if isinstance(what, str):
+        text = f"{what}\n"
+    else:
+        with out.capture() as captured:
+            out.print(what)
+        text = "".join(f"{line.rstrip()}\n" for line in captured.get().splitlines())
+    try:
+        stream.write(text)
+        stream.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def printable(text: str, error: bool = False) -> str:
+    """The text as standard output, or standard error, can show it, on one line."""
+    stream = sys.stderr if error else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    text = "".join(c if c.isprintable() else " " for c in text)
+    return text.encode(encoding, _ERRORS).decode(encoding, "replace")
+
+
+def table_of(frame: "pd.DataFrame", title: str = "") -> Table:
+    """A table: methods and students to the left, numbers to the right.
+
+    With lines on a terminal, else with spaces between the columns only.
+    """
+    on_terminal = watched()
+    table = Table(
+        title=Text(printable(title), style="bold") if title else None,
+        title_justify="left",
+        box=box.SIMPLE_HEAD if on_terminal else None,
+        pad_edge=on_terminal,
+        header_style="bold",
+    )
+    for column in frame.columns:
+        justify: Any = "left" if column in ("method", "student") else "right"
+        table.add_column(Text(printable(str(column))), justify=justify, overflow="fold")
+    for row in frame.itertuples(index=False):
+        table.add_row(*(Text(printable(str(cell))) for cell in row))
+    return table
+
+
+def fits(table: Table) -> bool:
+    """Whether a table is no wider than the terminal."""
+    out = console()
+    return out.measure(table, options=out.options.update(max_width=10_000)).maximum <= out.width
