@@ -2,8 +2,7 @@
 
 import base64
 import html
-from collections.abc import Iterable
-from io import BytesIO
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,14 +44,14 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
         table = cells[cells["setting"] == setting]
         # Tidy: a stranger's run may call its setting ../../anything.
         prefix = f"{tidy(setting)}-" if len(settings) > 1 else ""
-        figures = draw(own, table)
+        drawn = draw(own, table)
         pictures = {}
-        for name, figure in figures.items():
+        for name, content in drawn.items():
             pictures[name] = out / f"{prefix}{name}.png"
             with replacing(pictures[name]) as partial:
-                figure.savefig(partial, dpi=150, format="png")
+                partial.write_bytes(content)
         texts.append(markdown(setting, own, table, {n: p.name for n, p in pictures.items()}))
-        pages.append(_html_section(setting, own, table, figures))
+        pages.append(_html_section(setting, own, table, drawn))
     unreadable = runs[runs["status"] == "unreadable"]["folder"].tolist()
     if unreadable:
         texts.append("Not readable as runs: " + ", ".join(unreadable) + "\n")
@@ -63,25 +62,34 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
     return runs
 
 
-def draw(runs: pd.DataFrame, cells: pd.DataFrame) -> "dict[str, Figure]":
-    """The pictures of one setting, by name, as far as there is something to draw."""
+def draw(runs: pd.DataFrame, cells: pd.DataFrame) -> dict[str, bytes]:
+    """The pictures of one setting, by name, as PNG; those that there is something to draw for."""
     finished = runs[runs["status"] == "finished"]
     if finished.empty:
         return {}
-    figures = {
-        "accuracy": plots.accuracy_by_size(cells, finished),
-        "methods": plots.gain_by_method(cells),
-    }
     histories = read_histories(finished)
-    if len(histories):
-        figures["curves"] = plots.learning_curves(histories)
+    figures: dict[str, Callable[[], Figure | None]] = {
+        "accuracy": lambda: plots.accuracy_by_size(cells, finished),
+        "methods": lambda: plots.gain_by_method(cells),
+        "curves": lambda: plots.learning_curves(histories) if len(histories) else None,
+        "confusion": lambda: _confusion_of_best(finished),
+    }
+    pictures = {}
+    for name, make in figures.items():
+        with plots.optional(f"the picture '{name}' of the report"):
+            figure = make()
+            if figure is not None:
+                pictures[name] = plots.png(figure)
+    return pictures
+
+
+def _confusion_of_best(finished: pd.DataFrame) -> "Figure | None":
     best = finished.loc[finished["val_accuracy"].astype(float).idxmax()]
     counts = read_numbers(Path(str(best["folder"])) / "confusion.csv")
-    if counts is not None and len(counts) == len(counts.columns):
-        figures["confusion"] = plots.confusion_matrix(
-            counts.to_numpy(), list(counts.columns), f"{best['name']}, the best on validation"
-        )
-    return figures
+    if counts is None or len(counts) != len(counts.columns):
+        return None
+    title = f"{best['name']}, the best on validation"
+    return plots.confusion_matrix(counts.to_numpy(), list(counts.columns), title)
 
 
 def markdown(
@@ -204,17 +212,15 @@ def _pipe(table: pd.DataFrame) -> str:
 
 
 def _html_section(
-    setting: str, runs: pd.DataFrame, cells: pd.DataFrame, figures: "dict[str, Figure]"
+    setting: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict[str, bytes]
 ) -> str:
     parts = [f"<h2>{html.escape(setting)}</h2>", f"<p>{html.escape(facts(runs))}</p>"]
     parts.append(f"<p>{_OVERVIEW}</p>")
     parts.append(overview(cells, runs).to_html(index=False, border=0))
     parts.append(f"<p>{_GAIN}</p>")
     parts.append(details(cells).to_html(index=False, border=0))
-    for name, figure in figures.items():
-        picture = BytesIO()
-        figure.savefig(picture, dpi=150, format="png")
-        data = base64.b64encode(picture.getvalue()).decode()
+    for name, picture in pictures.items():
+        data = base64.b64encode(picture).decode()
         parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
     for run in _failed(runs).itertuples():
         parts.append(

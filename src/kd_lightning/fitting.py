@@ -49,6 +49,7 @@ def build_trainer(
     name: str,
     resume: Checkpoint | None = None,
     callbacks: Sequence[Callback] = (),
+    pictures: bool = True,
 ) -> Trainer:
     """Lightning's Trainer with what every training of ours has: logs, checkpoints, a bar.
 
@@ -59,6 +60,7 @@ def build_trainer(
         name: what is trained, for people.
         resume: from where the training will go on; what was logged beyond that is left out.
         callbacks: further ones.
+        pictures: whether TensorBoard gets pictures.
     """
     checkpoints = folder / "checkpoints"
     steps = resume.steps if resume else None
@@ -79,7 +81,7 @@ def build_trainer(
                 checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
             ),
             LearningRateMonitor("step"),
-            Pictures(),
+            *([Pictures()] if pictures else []),
             ProgressBar(name),
             ExactResume(),
             StopWhenAsked(name, checkpoints / LAST),

@@ -23,8 +23,8 @@ from kd_lightning.files import read_json
 AXES = ("method", "student", "seed")
 """What runs of one setting may differ in: the axes of a comparison."""
 
-# Where things lie, and what they are called: nothing that a result depends on.
-ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting")
+# Where things lie, what they are called and shown: nothing that a result depends on.
+ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures")
 
 
 def register() -> None:

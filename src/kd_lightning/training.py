@@ -138,8 +138,9 @@ def _distil(
     for role in ("", "teacher.") if teacher else ("",):
         try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
     trainer = build_trainer(
-        trainer_node(config), precision, directory.path, config["name"], resume, callbacks
-    )
+        trainer_node(config), precision, directory.path, config["name"], resume, callbacks,
+        config.get("pictures", True),
+    )  # fmt: skip
     data.setup()
 
     facts: dict[str, Any] = {}
@@ -287,7 +288,9 @@ def train_teacher(
     directory.write_config(config)
     resume = directory.checkpoint()
     name = f"teacher {teacher['name']}"
-    trainer = build_trainer(settings, precision, directory.path, name, resume)
+    trainer = build_trainer(
+        settings, precision, directory.path, name, resume, pictures=config.get("pictures", True)
+    )
     results = fitting.fit(trainer, module, data, directory, "teacher", resume)
     results |= fitting.test(trainer, module, data, directory, results)
     return {"parameters": count_parameters(module.student), **results, **versions()}
