@@ -179,10 +179,21 @@ def test(
     # The last epoch is the headline and is tested last, so that its pictures are what remains.
     trainer.test(module, data, verbose=False)
     results["test_accuracy"] = metric(trainer, "test/accuracy")
-    names, counts = data.classes, module.confusion.compute().tolist()
+    names, counts = _columns(data.classes), module.confusion.compute().tolist()
     directory.write_table("confusion", [dict(zip(names, row, strict=True)) for row in counts])
     results.setdefault("test_accuracy_at_best", results["test_accuracy"])
     return results
+
+
+def _columns(classes: Sequence[str]) -> list[str]:
+    """Names of the classes that a table can have as columns: text, and each another."""
+    names: dict[str, None] = {}
+    for label, name in enumerate(classes):
+        column = str(name).encode("utf-8", "backslashreplace").decode()
+        while column in names:
+            column = f"{column} (class {label})"
+        names[column] = None
+    return list(names)
 
 
 def _best(trainer: Trainer) -> ModelCheckpoint:

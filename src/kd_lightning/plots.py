@@ -251,20 +251,21 @@ def confusion_matrix(
     FigureCanvasAgg(figure)  # else Seaborn has a canvas made for every label that it measures
     axes = figure.subplots()
     names = [_text(name) for name in classes]
-    seaborn.heatmap(
-        share,
-        ax=axes,
-        annot=True,
-        fmt=".0f",
-        cmap="Blues",
-        vmin=0,
-        vmax=100,
-        square=True,
-        linewidths=0.5,
-        xticklabels=names,
-        yticklabels=names,
-        cbar_kws={"label": "share of the true class (%)", "shrink": 0.8},
-    )
+    with _without_font_warnings():
+        seaborn.heatmap(
+            share,
+            ax=axes,
+            annot=True,
+            fmt=".0f",
+            cmap="Blues",
+            vmin=0,
+            vmax=100,
+            square=True,
+            linewidths=0.5,
+            xticklabels=names,
+            yticklabels=names,
+            cbar_kws={"label": "share of the true class (%)", "shrink": 0.8},
+        )
     axes.set(xlabel="predicted", ylabel="true", title=_text(title, 64))
     axes.tick_params(axis="x", rotation=45)
     return figure

@@ -40,15 +40,15 @@ class CIFAR10DataModule(ImageDataModule):
 
     def load(self) -> Images:
         """Read the images; download and unpack the archive unless that was done before."""
-        parts = self._read(self.root) or self._fetch()
+        parts = self._read() or self._fetch()
         pixels = torch.from_numpy(np.concatenate([part.data for part in parts]))
         labels = torch.tensor([label for part in parts for label in part.targets])
         return Images(pixels, labels, train_size=len(parts[0].data))
 
-    def _read(self, root: Path) -> list[CIFAR10]:
-        """Training and test part, if they are unpacked there, whole and readable."""
+    def _read(self) -> list[CIFAR10]:
+        """Training and test part, if the archive has been unpacked and all of it is there."""
         try:
-            return [CIFAR10(str(root), train=train) for train in (True, False)]
+            return [CIFAR10(str(self.root), train=train) for train in (True, False)]
         except (OSError, RuntimeError):
             return []
 
