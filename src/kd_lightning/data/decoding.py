@@ -1,5 +1,6 @@
 """An image file becomes 8-bit RGB pixels, whatever kind of image it holds."""
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -117,6 +118,7 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
+@functools.cache
 def _available() -> list[str]:
     """Those of `FORMATS` that this build of Pillow reads."""
     Image.init()
