@@ -373,6 +373,12 @@ def test_two_validation_folders_are_one_too_many(folder):
         folder_data(folder)
 
 
+def test_a_validation_folder_that_is_a_link_to_nowhere_is_not_passed_over(folder):
+    (folder / "val").symlink_to(folder / "moved")
+    with pytest.raises(InputError, match=r"val is a link that leads nowhere"):
+        folder_data(folder)
+
+
 def test_validation_without_test_images_is_answered(folder):
     (folder / "test").rename(folder / "val")
     with pytest.raises(InputError, match=r"no folder 'test'.*rename 'val' to 'test'"):

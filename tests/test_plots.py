@@ -12,7 +12,7 @@ from PIL import Image
 from test_report import write_run
 
 from kd_lightning import plots
-from kd_lightning.data import DigitsDataModule
+from kd_lightning.data import ImageDataModule, Images
 from kd_lightning.documents import write_report
 from kd_lightning.fitting import _columns
 from kd_lightning.pictures import LARGEST_VIEW, page_of_views
@@ -218,12 +218,16 @@ def test_the_report_does_without_a_picture_that_cannot_be_drawn(tmp_path, monkey
     assert page.count("<img") == 3
 
 
-@pytest.mark.parametrize("size", [8, 128, 160])
+@pytest.mark.parametrize("size", [8, 128, 400])
 def test_the_page_of_views_is_of_bounded_size(size):
-    data = DigitsDataModule(name="digits", image_size=size, batch_size=8)
-    data.load = lambda load=data.load: type(images := load())(
-        images.pixels[-200:], images.labels[-200:], 100
-    )
+    class Data(ImageDataModule):
+        classes = ("a", "b")
+
+        def load(self):
+            pixels = torch.randint(0, 256, (40, size, size, 3), dtype=torch.uint8)
+            return Images(pixels, torch.arange(40) % 2, 30)
+
+    data = Data(name="own", image_size=size, batch_size=8)
     data.setup()
     page = page_of_views(data)
     shown = min(size, LARGEST_VIEW)

@@ -62,7 +62,9 @@ class FolderDataModule(ImageDataModule):
 
     def _find_parts(self) -> list[str]:
         root = readable(self.root)
-        own = [name for name in VALIDATION if (self.root / name).is_dir()]
+        places = [self.root / name for name in VALIDATION]
+        # A link that leads nowhere is refused later, not passed over.
+        own = [place.name for place in places if place.is_dir() or place.is_symlink()]
         if len(own) > 1:
             raise InputError(
                 f"data.root={root} has the folders '{own[0]}' and '{own[1]}', and only one can be "
