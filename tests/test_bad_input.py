@@ -65,6 +65,8 @@ def refused(train, tmp_path, monkeypatch):
         (["data.batch_size=1.5"], ["batch_size", "whole number"]),
         (["data.batch_size=1000"], ["batch_size=1000", "33 training images"]),
         (["data.val_fraction=1"], ["val_fraction"]),
+        (["data.view_seed=4294967296"], ["view_seed", "2^32 - 1", "4294967296"]),
+        (["data.split_seed=-1"], ["split_seed", "2^32 - 1", "-1"]),
         (["data.num_classes=4"], ["num_classes", "3 classes"]),
         (["seed=-1"], ["seed", "-1"]),
         (["seed=none"], ["seed", "none"]),

@@ -1,5 +1,6 @@
 """Every source gives the same kind of images, splits are stratified and stay apart."""
 
+import errno
 import hashlib
 import io
 import pickle
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from test_faults import Disk
 from torchvision.datasets import CIFAR10
 
 from kd_lightning.data import CIFAR10DataModule, DigitsDataModule, FolderDataModule
@@ -266,6 +268,54 @@ def test_a_damaged_archive_without_network_is_said_and_kept(archive, tmp_path):
     with pytest.raises(InputError, match=r"is damaged \(wrong checksum\).*data=digits"):
         cifar10(tmp_path / "data").setup()
     assert copy.stat().st_size == 1000
+
+
+@pytest.fixture
+def disk(tmp_path):
+    disk = Disk(tmp_path / "disk")
+    yield disk
+    disk.remove()
+
+
+def read_only(monkeypatch, folder):
+    """Root may write anywhere, so the file system's refusals are made up."""
+
+    def refuse(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(folder))
+
+    monkeypatch.setattr("kd_lightning.data.cifar10.FileLock", refuse)
+    monkeypatch.setattr("urllib.request.urlopen", refuse)
+
+
+@pytest.mark.parametrize("unpacked", [True, False])
+def test_cifar10_in_a_read_only_folder(archive, tmp_path, monkeypatch, unpacked):
+    place = tmp_path / "data"
+    if unpacked:
+        cifar10(place).setup()
+        (place / CIFAR10.filename).unlink()  # not needed any more
+    else:
+        place.mkdir()
+        (place / CIFAR10.filename).write_bytes(archive.read_bytes())
+    before = sorted(place.rglob("*"))
+    read_only(monkeypatch, place)
+    data = cifar10(place)
+    data.setup()
+    assert [len(data.splits[name]) for name in ("train", "val", "test")] == [70, 10, 20]
+    assert sorted(place.rglob("*")) == before
+
+
+def test_cifar10_on_a_read_only_file_system(archive, disk):
+    (disk.place / CIFAR10.filename).write_bytes(archive.read_bytes())
+    disk.mount("ro")
+    data = cifar10(disk.place)
+    data.setup()
+    assert len(data.splits["test"]) == 20
+
+
+def test_a_read_only_folder_without_the_archive_is_said(archive, tmp_path, monkeypatch):
+    read_only(monkeypatch, tmp_path)
+    with pytest.raises(InputError, match=r"cannot be written: Read-only file system"):
+        cifar10(tmp_path / "data").setup()
 
 
 def test_no_archive_and_no_network_is_said(archive, tmp_path):

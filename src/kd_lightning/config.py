@@ -32,6 +32,7 @@ KEYS: dict[str, set[str]] = {
     "": {
         "seed", "output_dir", "data_dir", "setting", "name",
         "method", "student", "teacher", "data", "trainer", "optimizer", "scheduler", "remember",
+        "pictures",
     },
     "method": {"name", "terms"},
     "student": {"name", "model", "layers"},
@@ -98,6 +99,8 @@ def check(config: Node) -> None:
         raise InputError(
             f"remember.dtype must be one of {', '.join(ROUNDINGS)}, not {remember['dtype']}"
         )
+    if not isinstance(config["pictures"], bool):
+        raise InputError(f"pictures must be true or false, not {config['pictures']}")
     for path in ("output_dir", "data_dir"):
         if not isinstance(config[path], str) or not config[path]:
             raise InputError(f"{path} must be the path of a folder, not {config[path]!r}")
@@ -130,6 +133,7 @@ def check_sections(config: Node) -> None:
         InputError: a key is unknown, or a group was left out.
     """
     config.setdefault("scheduler", None)  # `scheduler=null`: a constant learning rate
+    config.setdefault("pictures", True)
     for section, known in KEYS.items():
         node = config[section] if section else config
         for key in node:

@@ -3,7 +3,7 @@
 import base64
 import html
 import textwrap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -48,8 +48,6 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
     Returns:
         One line for each run.
     """
-    from matplotlib import rc_context
-
     runs = read_runs(sources)
     named = groups(runs)
     files = _file_names(named)
@@ -63,20 +61,16 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
         pages.append(f"<p>{note}</p>")
     for number, group in enumerate(named):
         cells = summarise(group.runs)
+        drawn = draw(group.runs, cells, group.words) if number < MOST_DRAWN else {}
         pictures: dict[str, Path] = {}
-        # Names of students and methods are no formulas, whatever dollar signs are in them.
-        with rc_context({"text.parse_math": False}):
-            figures = draw(group.runs, cells) if number < MOST_DRAWN else {}
-            for name, figure in figures.items():
-                if group.words:
-                    figure.suptitle(textwrap.fill(group.words, 80), fontsize="medium")
-                pictures[name] = out / f"{files[number]}{name}.png"
-                with replacing(pictures[name]) as partial:
-                    figure.savefig(partial, dpi=150, format="png")
+        for name, content in drawn.items():
+            pictures[name] = out / f"{files[number]}{name}.png"
+            with replacing(pictures[name]) as partial:
+                partial.write_bytes(content)
         texts.append(
             markdown(group.title, group.runs, cells, {n: p.name for n, p in pictures.items()})
         )
-        pages.append(_html_section(number, group, cells, pictures))
+        pages.append(_html_section(number, group, cells, drawn))
     unreadable = runs[runs["status"] == "unreadable"]["folder"].tolist()
     if unreadable:
         listed = ", ".join(unreadable)
@@ -100,25 +94,42 @@ def _file_names(named: list[Group]) -> list[str]:
     return [f"{name}-" for name in names]
 
 
-def draw(runs: pd.DataFrame, cells: pd.DataFrame) -> "dict[str, Figure]":
-    """The pictures of one setting, by name, as far as there is something to draw."""
+def draw(runs: pd.DataFrame, cells: pd.DataFrame, words: str = "") -> dict[str, bytes]:
+    """The pictures of one setting, by name, as PNG; those that there is something to draw for.
+
+    Args:
+        runs: of the setting.
+        cells: from `report.summarise`.
+        words: what tells the setting from others, to write above every picture.
+    """
     finished = runs[runs["status"] == "finished"]
     if finished.empty:
         return {}
-    figures = {
-        "accuracy": plots.accuracy_by_size(cells, finished),
-        "methods": plots.gain_by_method(cells),
-    }
     histories = read_histories(finished)
-    if len(histories):
-        figures["curves"] = plots.learning_curves(histories)
+    figures: dict[str, Callable[[], Figure | None]] = {
+        "accuracy": lambda: plots.accuracy_by_size(cells, finished),
+        "methods": lambda: plots.gain_by_method(cells),
+        "curves": lambda: plots.learning_curves(histories) if len(histories) else None,
+        "confusion": lambda: _confusion_of_best(finished),
+    }
+    pictures = {}
+    for name, make in figures.items():
+        with plots.optional(f"the picture '{name}' of the report"):
+            figure = make()
+            if figure is not None:
+                if words:
+                    figure.suptitle(textwrap.fill(plots.text(words, 400), 80), fontsize="medium")
+                pictures[name] = plots.png(figure)
+    return pictures
+
+
+def _confusion_of_best(finished: pd.DataFrame) -> "Figure | None":
     best = finished.loc[finished["val_accuracy"].astype(float).idxmax()]
     counts = read_numbers(Path(str(best["folder"])) / "confusion.csv")
-    if counts is not None and len(counts) == len(counts.columns):
-        figures["confusion"] = plots.confusion_matrix(
-            counts.to_numpy(), list(counts.columns), f"{best['name']}, the best on validation"
-        )
-    return figures
+    if counts is None or len(counts) != len(counts.columns):
+        return None
+    title = f"{best['name']}, the best on validation"
+    return plots.confusion_matrix(counts.to_numpy(), list(counts.columns), title)
 
 
 def markdown(title: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict[str, str]) -> str:
@@ -267,7 +278,7 @@ def _html_contents(named: list[Group]) -> str:
 
 
 def _html_section(
-    number: int, group: Group, cells: pd.DataFrame, pictures: Mapping[str, Path]
+    number: int, group: Group, cells: pd.DataFrame, pictures: Mapping[str, bytes]
 ) -> str:
     parts = [
         f'<h2 id="setting-{number}">{html.escape(group.title)}</h2>',
@@ -277,8 +288,8 @@ def _html_section(
         f"<p>{_GAIN}</p>",
         _html_table(details(cells)),
     ]
-    for name, path in pictures.items():
-        data = base64.b64encode(path.read_bytes()).decode()
+    for name, picture in pictures.items():
+        data = base64.b64encode(picture).decode()
         parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
     for run in _failed(group.runs).itertuples():
         parts.append(

@@ -5,6 +5,7 @@ either, and one at a time works where only one may.
 import json
 import logging
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -81,3 +82,17 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
     """Replace the file by this object as indented JSON."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
+
+
+def readable(path: str | os.PathLike[str]) -> str:
+    """A path or file name as text that can be printed and stored anywhere.
+
+    Control characters, and bytes that are not UTF-8 (lone surrogates in Python's text), are written
+    as backslash escapes.
+    """
+    text = os.fspath(path)
+    try:
+        text = os.fsencode(text).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # not a name that this file system could have
+        text = text.encode("utf-8", "backslashreplace").decode()
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)

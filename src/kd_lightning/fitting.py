@@ -50,6 +50,7 @@ def build_trainer(
     name: str,
     resume: Checkpoint | None = None,
     callbacks: Sequence[Callback] = (),
+    pictures: bool = True,
 ) -> Trainer:
     """Lightning's Trainer with what every training of ours has: logs, checkpoints, a bar.
 
@@ -60,6 +61,7 @@ def build_trainer(
         name: what is trained, for people.
         resume: from where the training will go on; what was logged beyond that is left out.
         callbacks: further ones.
+        pictures: whether TensorBoard gets pictures.
     """
     checkpoints = folder / "checkpoints"
     steps = resume.steps if resume else None
@@ -80,7 +82,7 @@ def build_trainer(
                 checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
             ),
             LearningRateMonitor("step"),
-            Pictures(),
+            *([Pictures()] if pictures else []),
             ProgressBar(name),
             ExactResume(),
             StopWhenAsked(name, checkpoints / LAST),
@@ -190,10 +192,21 @@ def test(
     # The last epoch is the headline and is tested last, so that its pictures are what remains.
     trainer.test(module, data, verbose=False)
     results["test_accuracy"] = metric(trainer, "test/accuracy")
-    names, counts = data.classes, module.confusion.compute().tolist()
+    names, counts = _columns(data.classes), module.confusion.compute().tolist()
     directory.write_table("confusion", [dict(zip(names, row, strict=True)) for row in counts])
     results.setdefault("test_accuracy_at_best", results["test_accuracy"])
     return results
+
+
+def _columns(classes: Sequence[str]) -> list[str]:
+    """Names of the classes that a table can have as columns: text, and each another."""
+    names: dict[str, None] = {}
+    for label, name in enumerate(classes):
+        column = str(name).encode("utf-8", "backslashreplace").decode()
+        while column in names:
+            column = f"{column} (class {label})"
+        names[column] = None
+    return list(names)
 
 
 def _best(trainer: Trainer) -> ModelCheckpoint:

@@ -1,6 +1,15 @@
-"""Pictures: drawn with Matplotlib and Seaborn, imported only when a picture is wanted."""
+"""Pictures: drawn with Matplotlib and Seaborn, imported only when a picture is wanted.
 
-from collections.abc import Sequence
+Every picture has a size of its own that no number of classes, methods or students exceeds, and
+shows names as they are: Matplotlib would read `$_$` as a formula.
+"""
+
+import logging
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -9,6 +18,67 @@ import numpy.typing as npt
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
+
+log = logging.getLogger(__name__)
+
+MOST_CELLS = 20
+"""Classes that a confusion matrix shows by name; of more it shows an overview."""
+
+MOST_SQUARES = 250  # along a side of the overview
+MOST_PAIRS = 20  # of classes that are named beside it
+MOST_PANELS = 12  # of learning curves
+LARGEST = 225
+"""Square inches that no picture exceeds: 2.25 million pixels at 100 dots per inch."""
+
+
+@contextmanager
+def optional(picture: str) -> Iterator[None]:
+    """Whatever goes wrong within costs this picture and a warning, but never a run or a report."""
+    try:
+        yield
+    except Exception as error:  # Matplotlib, fonts, memory, the user's own data module
+        log.warning("%s is left out: %s: %s", picture, type(error).__name__, error)
+
+
+def pixels(figure: "Figure", dpi: int = 100) -> npt.NDArray[np.uint8]:
+    """The drawn figure: (H, W, 3), RGB."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    figure.set_dpi(dpi)
+    canvas = FigureCanvasAgg(figure)
+    with _without_font_warnings():
+        canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[:, :, :3]
+
+
+def png(figure: "Figure", dpi: int = 150) -> bytes:
+    """The drawn figure as the content of a PNG file."""
+    file = BytesIO()
+    with _without_font_warnings():
+        figure.savefig(file, dpi=dpi, format="png")
+    return file.getvalue()
+
+
+@contextmanager
+def _without_font_warnings() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*Glyph.*missing from.*")
+        yield
+
+
+def text(name: object, longest: int = 32) -> str:
+    """A name as a label that Matplotlib shows literally: one line, and not too long a one."""
+    label = str(name).encode("utf-8", "backslashreplace").decode()  # no lone surrogates
+    label = re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", label)
+    if len(label) > longest:
+        label = f"{label[: longest // 2]}…{label[1 - longest // 2 :]}"
+    return label.replace("$", r"\$")
+
+
+def _legend(name: object) -> str:
+    """A name in a legend, from which Matplotlib leaves out those that begin with `_`."""
+    label = text(name, 64)
+    return f" {label}" if label.startswith("_") else label
 
 
 def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
@@ -31,7 +101,7 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
             part["parameters"] * 1.03**place,
             100 * part["test"],
             yerr=100 * part["test_std"],  # none from a single run
-            label=label,
+            label=_legend(label),
             marker="o",
             capsize=3,
             color=_colour(str(label), place),
@@ -41,13 +111,13 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
         row = teacher.iloc[0]
         axes.axhline(
             100 * row["teacher_test_accuracy"], color="0.4", linestyle="--",
-            label=f"teacher {row['teacher']}, {_count(row['teacher_parameters'])}",
+            label=text(f"teacher {row['teacher']}, {_count(row['teacher_parameters'])}", 64),
         )  # fmt: skip
     axes.set_xscale("log")
     sizes = done.drop_duplicates("student")
     axes.set_xticks(
         sizes["parameters"],
-        [f"{r.student}\n{_count(r.parameters)}" for r in sizes.itertuples()],
+        [f"{text(r.student)}\n{_count(r.parameters)}" for r in sizes.itertuples()],
     )
     low, high = sizes["parameters"].min(), sizes["parameters"].max()
     axes.set_xlim(low / 1.5, high * 1.5 * 1.03 ** done["label"].nunique())
@@ -87,10 +157,10 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
         middle = part["gain"] if compared else part["test"]
         high = part["gain_high"] - part["gain"] if compared else part["test_std"]
         axes.bar(
-            x, 100 * middle, width * 0.92, yerr=100 * high, capsize=3, label=name,
+            x, 100 * middle, width * 0.92, yerr=100 * high, capsize=3, label=_legend(name),
             color=_colour(name, place),
         )  # fmt: skip
-    axes.set_xticks(range(len(students)), students)
+    axes.set_xticks(range(len(students)), [text(student) for student in students])
     axes.set_xlim(-0.75, len(students) - 0.25)
     if compared:
         axes.axhline(0, color="0.2", linewidth=0.8)
@@ -106,7 +176,8 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
 
 
 def learning_curves(histories: "pd.DataFrame") -> "Figure":
-    """Validation accuracy by epoch, a panel a student, mean and spread over seeds.
+    """Validation accuracy by epoch, a panel for each student (of the first `MOST_PANELS`), mean and
+    spread over seeds.
 
     Args:
         histories: from `report.read_histories`, of one setting.
@@ -116,6 +187,8 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
     from matplotlib.ticker import MaxNLocator
 
     students = list(dict.fromkeys(histories["student"]))
+    left_out = len(students[MOST_PANELS:])
+    students = students[:MOST_PANELS]
     columns = min(3, len(students))
     rows = -(-len(students) // columns)
     figure = Figure(figsize=(4.2 * columns + 0.8, 3.6 * rows), layout="constrained")
@@ -125,13 +198,13 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
         for place, (label, own) in enumerate(part.groupby("label", sort=False)):
             curve = 100 * own.groupby("epoch")["val_accuracy"].agg(["mean", "std"])
             colour = _colour(str(label), place)
-            axes.plot(curve.index, curve["mean"], label=label, color=colour)
+            axes.plot(curve.index, curve["mean"], label=_legend(label), color=colour)
             spread = curve["std"].fillna(0)
             axes.fill_between(
                 curve.index, curve["mean"] - spread, curve["mean"] + spread,
                 color=colour, alpha=0.15, linewidth=0,
             )  # fmt: skip
-        axes.set(title=student, xlabel="epoch")
+        axes.set(title=text(student), xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
     for axes in list(panels)[len(students) :]:
@@ -139,6 +212,8 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
     first = figure.axes[0]
     first.set_ylabel("validation accuracy (%)")
     first.legend(frameon=False)
+    if left_out:
+        figure.supxlabel(f"{left_out} more students are not shown", fontsize="small")
     seaborn.despine(figure)
     return figure
 
@@ -162,32 +237,98 @@ def confusion_matrix(
 ) -> "Figure":
     """How often each class is taken for which: rows are the truth and sum to 100 %.
 
+    More than `MOST_CELLS` classes are shown as an overview without names, with the most frequent
+    confusions by name beside it.
+
     Args:
         counts: (C, C) counts, [true class, predicted class].
         classes: names of the classes.
         title: what to write above.
     """
     import seaborn
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
+    if len(classes) > MOST_CELLS:
+        return _confusion_overview(counts, classes, title)
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.5 + 0.55 * len(classes)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
+    FigureCanvasAgg(figure)  # else Seaborn has a canvas made for every label that it measures
     axes = figure.subplots()
-    seaborn.heatmap(
-        share,
-        ax=axes,
-        annot=len(classes) <= 20,
-        fmt=".0f",
-        cmap="Blues",
-        vmin=0,
-        vmax=100,
-        square=True,
-        linewidths=0.5,
-        xticklabels=classes,
-        yticklabels=classes,
-        cbar_kws={"label": "share of the true class (%)", "shrink": 0.8},
-    )
-    axes.set(xlabel="predicted", ylabel="true", title=title)
+    names = [text(name) for name in classes]
+    with _without_font_warnings():
+        seaborn.heatmap(
+            share,
+            ax=axes,
+            annot=True,
+            fmt=".0f",
+            cmap="Blues",
+            vmin=0,
+            vmax=100,
+            square=True,
+            linewidths=0.5,
+            xticklabels=names,
+            yticklabels=names,
+            cbar_kws={"label": "share of the true class (%)", "shrink": 0.8},
+        )
+    axes.set(xlabel="predicted", ylabel="true", title=text(title, 64))
     axes.tick_params(axis="x", rotation=45)
+    return figure
+
+
+def _confusion_overview(
+    counts: npt.NDArray[np.int64], classes: Sequence[str], title: str
+) -> "Figure":
+    """Of fixed size: all classes as squares of one or several, the most frequent confusions."""
+    from matplotlib.colors import PowerNorm
+    from matplotlib.figure import Figure
+
+    # There are no more of these than test images, however many classes there are.
+    true, predicted = counts.nonzero()
+    number = counts[true, predicted]
+    group = -(-len(classes) // MOST_SQUARES)
+    side = -(-len(classes) // group)
+    place = (true // group) * side + predicted // group
+    squares = np.bincount(place, weights=number, minlength=side * side).reshape(side, side)
+    share = 100 * squares / np.maximum(squares.sum(axis=1, keepdims=True), 1)
+
+    figure = Figure(figsize=(14, 7), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    end = side * group - 0.5
+    image = left.imshow(
+        share,
+        cmap="Blues",
+        norm=PowerNorm(0.5, 0, 100),  # rare confusions show, too
+        extent=(-0.5, end, end, -0.5),
+        interpolation="nearest",
+    )
+    figure.colorbar(image, ax=left, label="share of the true class (%)", shrink=0.8)
+    unit = "class number" if group == 1 else f"class number, {group} classes to a square"
+    left.set(xlabel=f"predicted ({unit})", ylabel=f"true ({unit})", title=text(title, 64))
+
+    wrong = true != predicted
+    most = np.argsort(-number[wrong], kind="stable")[:MOST_PAIRS]
+    pairs = list(zip(true[wrong][most], predicted[wrong][most], strict=True))
+    bars = right.barh(range(len(pairs)), number[wrong][most], color="C0")
+    of_class = [counts[one].sum() for one, _ in pairs]
+    right.bar_label(
+        bars,
+        [
+            f"{counts[p]:.0f} ({100 * counts[p] / n:.0f} %)"
+            for p, n in zip(pairs, of_class, strict=True)
+        ],
+        padding=3,
+    )
+    # Left to right (the mark at the beginning), whatever the script of the names.
+    names = [f"\u200e{text(classes[one], 24)} → {text(classes[other], 24)}" for one, other in pairs]
+    right.set_yticks(range(len(pairs)), names, fontsize="small")
+    right.invert_yaxis()
+    right.margins(x=0.15)
+    right.set(
+        xlabel="test images (share of the true class)",
+        title="Most frequent confusions: true → predicted" if pairs else "No confusions",
+    )
+    for edge in ("top", "right"):
+        right.spines[edge].set_visible(False)
     return figure

@@ -184,7 +184,9 @@ def train_teacher(
     directory.write_config(config)
     resume = directory.checkpoint()
     name = f"teacher {teacher['name']}"
-    trainer = build_trainer(settings, precision, directory.path, name, resume)
+    trainer = build_trainer(
+        settings, precision, directory.path, name, resume, pictures=config.get("pictures", True)
+    )
     results = fitting.fit(trainer, module, data, directory, "teacher", resume)
     results |= fitting.test(trainer, module, data, directory, results)
     return {"parameters": count_parameters(module.student), **results, **versions()}

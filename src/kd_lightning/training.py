@@ -241,8 +241,9 @@ def _distil(
 ) -> dict[str, Any]:
     config, precision, data, teacher, module, _, _ = job
     trainer = build_trainer(
-        trainer_node(config), precision, directory.path, config["name"], resume, callbacks
-    )
+        trainer_node(config), precision, directory.path, config["name"], resume, callbacks,
+        config.get("pictures", True),
+    )  # fmt: skip
     # A module that is tested is brought back to the CPU: ask before.
     device = trainer.strategy.root_device
     facts: dict[str, Any] = {}

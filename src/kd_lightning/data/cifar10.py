@@ -1,18 +1,22 @@
 """CIFAR-10 (Krizhevsky 2009): the official archive, downloaded and checksummed by torchvision."""
 
+import errno
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import torch
 from filelock import FileLock
 from torchvision.datasets import CIFAR10
-from torchvision.datasets.utils import check_integrity
+from torchvision.datasets.utils import check_integrity, extract_archive
 
 from kd_lightning.data.module import ImageDataModule, Images
 from kd_lightning.errors import InputError
+from kd_lightning.files import readable
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC)
 
 
 class CIFAR10DataModule(ImageDataModule):
@@ -35,24 +39,55 @@ class CIFAR10DataModule(ImageDataModule):
         return CLASSES
 
     def load(self) -> Images:
-        """Download the archive unless it is there and whole, and read it."""
+        """Read the images; download and unpack the archive unless that was done before."""
+        parts = self._read() or self._fetch()
+        pixels = torch.from_numpy(np.concatenate([part.data for part in parts]))
+        labels = torch.tensor([label for part in parts for label in part.targets])
+        return Images(pixels, labels, train_size=len(parts[0].data))
+
+    def _read(self) -> list[CIFAR10]:
+        """Training and test part, if the archive has been unpacked and all of it is there."""
+        try:
+            return [CIFAR10(str(self.root), train=train) for train in (True, False)]
+        except (OSError, RuntimeError):
+            return []
+
+    def _fetch(self) -> list[CIFAR10]:
         archive = self.root / CIFAR10.filename
-        damaged = archive.exists() and not check_integrity(str(archive), CIFAR10.tgz_md5)
+        whole = _is_whole(archive)
+        damaged = archive.exists() and not whole
         try:
             self.root.mkdir(parents=True, exist_ok=True)
             # Two runs started together must not write the same archive at once.
             with FileLock(self.root / f"{CIFAR10.filename}.lock"):
-                parts = [CIFAR10(str(self.root), train=t, download=True) for t in (True, False)]
-        except PermissionError as error:
-            raise InputError(f"data_dir={self.root} cannot be written: {error.strerror}") from error
+                return [CIFAR10(str(self.root), train=t, download=True) for t in (True, False)]
         except Exception as error:
             # torchvision raises whatever the network, tar or pickle raised.
+            if whole:
+                return self._unpack_elsewhere(archive)
+            if isinstance(error, OSError) and error.errno in UNWRITABLE:
+                raise InputError(
+                    f"data_dir={readable(self.root)} cannot be written: {error.strerror}"
+                ) from error
             what = "is damaged (wrong checksum) and" if damaged else "is not there and"
             raise InputError(
-                f"{archive} {what} could not be downloaded from {CIFAR10.url} ({error}); "
+                f"{readable(archive)} {what} could not be downloaded from {CIFAR10.url} ({error}); "
                 "put the file there by hand, or use data=digits, which needs no download, "
                 "or data=folder with images of your own"
             ) from error
-        pixels = torch.from_numpy(np.concatenate([part.data for part in parts]))
-        labels = torch.tensor([label for part in parts for label in part.targets])
-        return Images(pixels, labels, train_size=len(parts[0].data))
+
+    def _unpack_elsewhere(self, archive: Path) -> list[CIFAR10]:
+        """The parts of a whole archive whose own folder is read-only or full."""
+        try:
+            with TemporaryDirectory() as folder:
+                extract_archive(str(archive), folder)
+                return [CIFAR10(folder, train=train) for train in (True, False)]
+        except (OSError, RuntimeError) as error:
+            raise InputError(f"{readable(archive)} cannot be unpacked: {error}") from error
+
+
+def _is_whole(archive: Path) -> bool:
+    try:
+        return bool(check_integrity(str(archive), CIFAR10.tgz_md5))
+    except OSError:
+        return False

@@ -1,7 +1,10 @@
-"""Image folders: train/<class>/*.png|jpg and test/<class>/*.png|jpg."""
+"""Image folders: train/<class>/*.png and test/<class>/*.png, and perhaps val/<class>/*.png."""
 
 import hashlib
+import logging
 import os
+import unicodedata
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,24 +12,35 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from kd_lightning.data.decoding import SUFFIXES, decode
 from kd_lightning.data.module import ImageDataModule, Images
 from kd_lightning.errors import InputError
-from kd_lightning.files import replacing
+from kd_lightning.files import readable, replacing
 
-SUFFIXES = {".png", ".jpg", ".jpeg"}
-DECODER = "1"  # part of the name of a stored decoding; raise it when decoding changes
+log = logging.getLogger(__name__)
+
+DECODER = "2"  # part of the name of a stored decoding; raise it when decoding changes
+VALIDATION = ("val", "valid", "validation")
+
+# What file managers and file systems leave in folders, beside hidden files. Lower case.
+DROPPINGS = {
+    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle",
+    "$recycle.bin", "system volume information", "lost+found",
+}  # fmt: skip
 
 
 class FolderDataModule(ImageDataModule):
     """Images in class sub-folders, decoded once and kept decoded.
 
-    The classes are the sub-folders of ``train``, in alphabetical order. Every file is decoded,
-    converted to RGB and resized to `image_size`. The result is stored in `cache_dir` under the
-    names, sizes and times of all files, so that the next run starts at once.
+    The classes are the sub-folders of ``train``, in alphabetical order. Every file is decoded to
+    RGB, upright, and resized to `image_size`. The result is stored in `cache_dir` under the names,
+    sizes and times of all files, so that the next run starts at once.
+
+    A folder ``val`` (or ``valid``, ``validation``) beside the two is the validation set: all of
+    ``train`` is then trained on, and `val_fraction` and `split_seed` have no effect.
 
     Args:
         root: folder that holds ``train`` and ``test``.
@@ -34,37 +48,74 @@ class FolderDataModule(ImageDataModule):
         settings: see `ImageDataModule`.
 
     Raises:
-        InputError: a folder is missing or empty, ``train`` and ``test`` differ in classes, or a
-            symbolic link leads out of `root`.
+        InputError: a folder is missing or empty, the parts differ in classes, or a symbolic link
+            leads out of `root`.
     """
 
     def __init__(self, root: str, cache_dir: str | None = None, **settings: Any) -> None:
         self.root = Path(root).expanduser()
-        self._classes = self._find_classes()
+        # Per part, in the order of the indices: class name -> folder.
+        self._folders = {part: self._class_folders(part) for part in self._find_parts()}
+        self._classes = self._check_classes()
         super().__init__(**settings)
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else None
 
-    def _find_classes(self) -> list[str]:
-        found = {}
-        for part in ("train", "test"):
-            folder = self.root / part
-            if not folder.is_dir():
-                raise InputError(
-                    f"data.root={self.root} has no folder '{part}'; expected are "
-                    f"{self.root}/train/<class>/*.png and {self.root}/test/<class>/*.png"
-                )
-            if folder.is_symlink():
-                self._check_link(folder)
-            found[part] = sorted(e.name for e in self._visible(folder) if e.is_dir())
-        if len(found["train"]) < 2:
-            raise InputError(f"{self.root / 'train'} needs at least two class folders")
-        if found["train"] != found["test"]:
-            different = sorted(set(found["train"]) ^ set(found["test"]))
+    def _find_parts(self) -> list[str]:
+        root = readable(self.root)
+        places = [self.root / name for name in VALIDATION]
+        # A link that leads nowhere is refused later, not passed over.
+        own = [place.name for place in places if place.is_dir() or place.is_symlink()]
+        if len(own) > 1:
             raise InputError(
-                f"{self.root}/train and {self.root}/test must have the same class folders; "
-                f"only one of them has: {', '.join(different)}"
+                f"data.root={root} has the folders '{own[0]}' and '{own[1]}', and only one can be "
+                "the validation set; remove or rename the other"
             )
-        return found["train"]
+        for part in ("train", "test"):
+            if (self.root / part).is_dir():
+                continue
+            if part == "test" and own:
+                raise InputError(
+                    f"data.root={root} has no folder 'test', only 'train' and '{own[0]}'; rename "
+                    f"'{own[0]}' to 'test' (validation images are then split off 'train'), or add "
+                    f"test images as {root}/test/<class>/*.png"
+                )
+            raise InputError(
+                f"data.root={root} has no folder '{part}'; expected are {root}/train/<class>/*.png "
+                f"and {root}/test/<class>/*.png"
+            )
+        return ["train", *own, "test"]
+
+    def _class_folders(self, part: str) -> dict[str, Path]:
+        """The folders of a part by the names of their classes, in alphabetical order."""
+        folder = self.root / part
+        if folder.is_symlink():
+            self._check_link(folder)
+        found: dict[str, Path] = {}
+        for entry in self._visible(folder):
+            if not entry.is_dir():
+                continue
+            # The same name may be spelled composed (Linux) or decomposed (macOS).
+            name = unicodedata.normalize("NFC", readable(entry.name))
+            if name in found:
+                raise InputError(
+                    f"{readable(folder)} has two folders for the class '{name}', whose names "
+                    "differ only in how Unicode spells them; merge or rename them"
+                )
+            found[name] = Path(entry.path)
+        return dict(sorted(found.items()))
+
+    def _check_classes(self) -> list[str]:
+        train = self._folders["train"]
+        if len(train) < 2:
+            raise InputError(f"{readable(self.root / 'train')} needs at least two class folders")
+        for part, folders in self._folders.items():
+            if different := sorted(folders.keys() ^ train.keys()):
+                root = readable(self.root)
+                raise InputError(
+                    f"{root}/train and {root}/{part} must have the same class folders; "
+                    f"only one of them has: {', '.join(different)}"
+                )
+        return list(train)
 
     @property
     def classes(self) -> list[str]:
@@ -73,16 +124,18 @@ class FolderDataModule(ImageDataModule):
 
     def load(self) -> Images:
         """Decode every image, or read what an earlier run decoded."""
+        self._tell_what_is_ignored()
         files: list[tuple[Path, int]] = []
+        sizes: dict[str, int] = {}
         digest = hashlib.sha256(f"{DECODER} {self.image_size} {self._classes}".encode())
-        train_size = 0
-        for part in ("train", "test"):
-            for label, name in enumerate(self._classes):
-                members = list(self._files(self.root / part / name, digest))
+        for part, folders in self._folders.items():
+            before = len(files)
+            for label, folder in enumerate(folders.values()):
+                members = list(self._files(folder, digest))
                 if not members:
-                    raise InputError(f"class folder {self.root / part / name} holds no images")
+                    raise InputError(f"class folder {readable(folder)} holds no images")
                 files += ((path, label) for path in members)
-            train_size = train_size or len(files)
+            sizes[part] = len(files) - before
         labels = torch.tensor([label for _, label in files])
         stored = (
             self.cache_dir / f"{digest.hexdigest()[:32]}.safetensors" if self.cache_dir else None
@@ -92,21 +145,55 @@ class FolderDataModule(ImageDataModule):
             pixels = self._decode([path for path, _ in files])
             if stored:
                 self._store(pixels, stored)
-        return Images(pixels, labels, train_size)
+        train_size = len(files) - sizes["test"]
+        return Images(pixels, labels, train_size, val_size=train_size - sizes["train"])
+
+    def _tell_what_is_ignored(self) -> None:
+        for part in self._folders.keys() & set(VALIDATION):
+            log.info(
+                "%s is the validation set: all of train is trained on, data.val_fraction and "
+                "data.split_seed have no effect", readable(self.root / part),
+            )  # fmt: skip
+        with os.scandir(self.root) as entries:
+            others = [
+                entry.name
+                for entry in entries
+                if entry.is_dir() and entry.name not in self._folders and not _is_hidden(entry.name)
+            ]
+        if others:
+            log.warning(
+                "the images in %s are not used: a data.root has the folders train, test and, "
+                "if there are validation images, val",
+                ", ".join(readable(self.root / name) for name in sorted(others)),
+            )
+        for part in self._folders:
+            loose = [entry.name for entry in self._visible(self.root / part) if _is_image(entry)]
+            if loose:
+                log.warning(
+                    "%d images in %s, beside the class folders, are not used, as %s",
+                    len(loose), readable(self.root / part), readable(loose[0]),
+                )  # fmt: skip
 
     def _files(self, folder: Path, digest: "hashlib._Hash") -> Iterator[Path]:
         for entry in self._visible(folder):
-            if Path(entry.name).suffix.lower() not in SUFFIXES:
+            if not _is_image(entry):
                 raise InputError(
-                    f"{entry.path} is not an image (png or jpg); remove it from the class folder"
+                    f"{readable(entry.path)} is not an image file "
+                    f"({', '.join(sorted(SUFFIXES))}); remove it from the class folder"
                 )
             status = entry.stat()
-            digest.update(f"{entry.path}\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+            if not status.st_size:
+                raise InputError(f"{readable(entry.path)} is empty; repair or remove it")
+            digest.update(os.fsencode(entry.path))
+            digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
             yield Path(entry.path)
 
     def _visible(self, folder: Path) -> list[os.DirEntry[str]]:
-        with os.scandir(folder) as entries:
-            visible = sorted((e for e in entries if e.name[0] != "."), key=lambda e: e.name)
+        try:
+            with os.scandir(folder) as entries:
+                visible = sorted((e for e in entries if not _is_hidden(e.name)), key=_name)
+        except OSError as error:
+            raise InputError(f"{readable(folder)} cannot be read: {error.strerror}") from error
         for entry in visible:
             if entry.is_symlink():
                 self._check_link(Path(entry.path))
@@ -117,34 +204,31 @@ class FolderDataModule(ImageDataModule):
         try:
             inside = link.resolve(strict=True).is_relative_to(self.root.resolve())
         except (OSError, RuntimeError) as error:  # it leads nowhere, or round in circles
-            raise InputError(f"{link} is a link that leads nowhere; remove it") from error
+            raise InputError(f"{readable(link)} is a link that leads nowhere; remove it") from error
         if not inside:
             raise InputError(
-                f"{link} is a link that leads out of data.root={self.root}; put the files "
-                "themselves there, or choose the folder that has them as data.root"
+                f"{readable(link)} is a link that leads out of data.root={readable(self.root)}; "
+                "put the files themselves there, or choose the folder that has them as data.root"
             )
 
     def _decode(self, paths: list[Path]) -> torch.Tensor:
         pixels = np.empty((len(paths), self.image_size, self.image_size, 3), dtype=np.uint8)
 
-        def decode(number: int) -> None:
+        def decode_one(number: int) -> None:
             try:
-                with Image.open(paths[number]) as file:
-                    image = file.convert("RGB")
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                pixels[number] = decode(paths[number], self.image_size)
+            except MemoryError:
+                raise
+            except Exception as error:  # damaged files make Pillow raise many kinds
                 raise InputError(
-                    f"{paths[number]} is not an image that can be read ({error}); "
+                    f"{readable(paths[number])} is not an image that can be read ({error}); "
                     "repair or remove it"
                 ) from error
-            if image.size != (self.image_size, self.image_size):
-                image = image.resize(
-                    (self.image_size, self.image_size), Image.Resampling.BILINEAR, reducing_gap=3
-                )
-            pixels[number] = np.asarray(image)
 
         # Pillow decodes without the interpreter lock.
-        with ThreadPoolExecutor() as pool:
-            for _ in pool.map(decode, range(len(paths)), chunksize=64):
+        with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
+            warnings.filterwarnings("ignore", module="PIL")  # about metadata that is not used
+            for _ in pool.map(decode_one, range(len(paths))):
                 pass
         return torch.from_numpy(pixels)
 
@@ -157,11 +241,25 @@ class FolderDataModule(ImageDataModule):
         return pixels if pixels.shape == shape and pixels.dtype == torch.uint8 else None
 
     def _store(self, pixels: torch.Tensor, stored: Path) -> None:
+        """Store decoded images, if that is possible: they only save the next run some time."""
         try:
             with replacing(stored) as partial:
                 save_file({"pixels": pixels}, partial)
-        except OSError as error:
-            raise InputError(
-                f"decoded images cannot be stored in {stored.parent} ({error.strerror}); free some "
-                "space, choose another data_dir, or set data.cache_dir=null"
-            ) from error
+        except (OSError, SafetensorError) as error:
+            log.warning(
+                "decoded images cannot be stored in %s (%s), so the next run decodes them again; "
+                "to avoid that free some space or choose another data_dir",
+                readable(stored.parent), error,
+            )  # fmt: skip
+
+
+def _name(entry: os.DirEntry[str]) -> str:
+    return entry.name
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".") or name.lower() in DROPPINGS
+
+
+def _is_image(entry: os.DirEntry[str]) -> bool:
+    return entry.is_file() and Path(entry.name).suffix.lower() in SUFFIXES

@@ -12,16 +12,25 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from kd_lightning.data.loading import Batch, ViewLoader, ViewSampler
-from kd_lightning.data.views import Augmentation
+from kd_lightning.data.views import Augmentation, check_seed
 from kd_lightning.errors import InputError
 
 
 class Images(NamedTuple):
-    """Decoded images: pixels (N, H, W, 3) uint8 and labels (N,) int64, training images first."""
+    """Decoded images, training images first, test images last.
+
+    Attributes:
+        pixels: (N, H, W, 3), uint8.
+        labels: (N,), int64.
+        train_size: number of training and validation images.
+        val_size: how many of these, at their end, are a validation set of the source's own; 0: the
+            validation images are to be split off.
+    """
 
     pixels: Tensor
     labels: Tensor
     train_size: int
+    val_size: int = 0
 
 
 class ImageDataModule(LightningDataModule):
@@ -29,8 +38,8 @@ class ImageDataModule(LightningDataModule):
 
     A batch is a set of (index, view) pairs. Its pixels are made on the device that trains: crop,
     flip and normalisation of whole batches in a few tensor operations. An index counts through the
-    training images and then the test images; the validation part is split off the training images,
-    stratified by class.
+    training images and then the test images; unless the source has a validation set of its own, it
+    is split off the training images, stratified by class.
 
     A source derives from this class and provides `classes` and `load`.
 
@@ -44,16 +53,16 @@ class ImageDataModule(LightningDataModule):
         batch_size: images in a training batch.
         eval_batch_size: images in a validation or test batch.
         val_fraction: share of the training images held out for validation, in (0, 1).
-        split_seed: chooses the validation images.
+        split_seed: chooses the validation images, 0 to 2^32 - 1.
         mean: per channel, of pixel values scaled to [0, 1].
         std: per channel; mean and std of 0.5 normalise to [-1, 1].
         padding: how far a training crop may be shifted, in pixels.
         flip: whether half of the training views are mirrored.
         cutout: side of a grey square in every training view, in pixels; 0: none.
-        view_seed: chooses the crops and flips.
+        view_seed: chooses the crops and flips, 0 to 2^32 - 1.
         views: how many views of an image training goes through, again and again; None: every epoch
             shows another.
-        seed: chooses the order of the training images.
+        seed: chooses the order of the training images, 0 to 2^32 - 1.
         image_size: height and width of the images, in pixels.
         num_classes: number of classes; None takes as many as the source has.
 
@@ -88,6 +97,8 @@ class ImageDataModule(LightningDataModule):
                 raise ValueError(f"{key} must be a whole number of at least 1, not {size}")
         if not 0 < val_fraction < 1:
             raise ValueError(f"val_fraction must be above 0 and below 1, not {val_fraction}")
+        for key, number in (("split_seed", split_seed), ("view_seed", view_seed), ("seed", seed)):
+            check_seed(key, number)
         if views is not None and (not isinstance(views, int) or views < 1):
             raise ValueError(f"views must be null or a whole number of at least 1, not {views}")
         if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
@@ -112,6 +123,7 @@ class ImageDataModule(LightningDataModule):
                 f"num_classes is {num_classes}, but {name} has {len(self.classes)} classes"
             )
         self.splits: dict[str, Tensor] = {}
+        self._val_size = 0
         self._fingerprint = ""
 
     @property
@@ -135,10 +147,17 @@ class ImageDataModule(LightningDataModule):
         """
         if self.splits:
             return
-        self._pixels, self.labels, train_size = self.load()
-        train, val = stratified_split(
-            self.labels[:train_size], self.val_fraction, self.split_seed, self.classes
-        )
+        images = Images(*self.load())
+        self._pixels, self.labels, train_size = images.pixels, images.labels, images.train_size
+        self._val_size = images.val_size
+        if images.val_size:
+            train, val = torch.arange(train_size).split(
+                [train_size - images.val_size, images.val_size]
+            )
+        else:
+            train, val = stratified_split(
+                self.labels[:train_size], self.val_fraction, self.split_seed, self.classes
+            )
         if self.batch_size > len(train):
             raise InputError(
                 f"data.batch_size={self.batch_size} is above the {len(train)} training images of "
@@ -156,9 +175,13 @@ class ImageDataModule(LightningDataModule):
         return twin
 
     def fingerprint(self) -> str:
-        """SHA-256 of every pixel, label and the split between training and test images."""
+        """SHA-256 of every pixel and label, and of which images are for testing (and validation,
+        where the source says).
+        """
         if not self._fingerprint:
-            sizes = (tuple(self._pixels.shape), len(self.splits["test"]))
+            sizes: tuple[Any, ...] = (tuple(self._pixels.shape), len(self.splits["test"]))
+            if self._val_size:
+                sizes = (*sizes, self._val_size)
             digest = hashlib.sha256(str(sizes).encode())
             digest.update(self._pixels.cpu().numpy().data)
             digest.update(self.labels.cpu().numpy().data)

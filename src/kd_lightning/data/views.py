@@ -7,6 +7,7 @@ what a teacher says about a view.
 """
 
 from dataclasses import dataclass
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -18,6 +19,17 @@ GREY = 128
 """What cut-out pixels become."""
 
 _MASK = 0xFFFFFFFF
+
+
+def check_seed(name: str, seed: object) -> None:
+    """Refuse seeds that would be cut to 32 bits, here or by torch's generator on the CPU: two of
+    them would silently choose the same.
+
+    Raises:
+        ValueError: naming the seed.
+    """
+    if not isinstance(seed, Integral) or not 0 <= int(seed) <= _MASK:
+        raise ValueError(f"{name} must be a whole number from 0 to 2^32 - 1, not {seed}")
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -36,7 +48,7 @@ def counter_random(index: Tensor, view: Tensor, seed: int) -> Tensor:
     Args:
         index: sample indices (B,), int64.
         view: view numbers (B,), int64.
-        seed: any integer of up to 32 bits.
+        seed: 0 to 2^32 - 1.
 
     Returns:
         (B,) int64 in [0, 2^32).
@@ -56,7 +68,7 @@ class Augmentation:
         cutout: side of a square somewhere in the image that is made grey, in pixels (DeVries &
             Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout");
             its centre is anywhere, so part of it may lie outside. 0: none.
-        seed: chooses another set of views.
+        seed: chooses another set of views, 0 to 2^32 - 1.
     """
 
     padding: int = 4
@@ -68,6 +80,7 @@ class Augmentation:
         for name in ("padding", "cutout"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be 0 or more pixels, not {getattr(self, name)}")
+        check_seed("seed", self.seed)
 
     def parameters(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row offset, column offset (int64, 0 to 2 * padding) and flip (bool), each (B,).

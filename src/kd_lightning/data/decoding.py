@@ -1,0 +1,125 @@
+"""An image file becomes 8-bit RGB pixels, whatever kind of image it holds."""
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+SUFFIXES = {
+    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff",
+    ".ppm", ".pgm", ".pbm", ".pnm",
+}  # fmt: skip
+
+# What a file may contain, whatever its suffix. Pillow reads more, some of it through programs of
+# its own (EPS through Ghostscript): nothing for files from elsewhere.
+FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "MPO", "DIB", "JPEG2000", "AVIF")
+
+BACKGROUND = (255, 255, 255)
+"""Transparent images are composited over white, as img2dataset does."""
+
+ORIENTATION = 0x0112  # the EXIF tag
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+# TIFF tags, and the values that matter here.
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
+WHITE_IS_ZERO, UNSIGNED = 0, 1
+
+# What Pillow multiplies the grey values of low bit depths by, but not the transparent one.
+LOW_DEPTHS = {"L;2": 85, "L;4": 17}
+
+
+def decode(path: Path, size: int) -> npt.NDArray[np.uint8]:
+    """Decode the first frame of an image file, upright, and resize it.
+
+    Args:
+        path: of the file.
+        size: height and width of the result, in pixels.
+
+    Returns:
+        (size, size, 3), RGB.
+
+    Raises:
+        Exception: of many kinds, as Pillow raises them: the file is damaged, not an image, or of a
+            pixel format without a defined conversion to 8 bits.
+    """
+    with Image.open(path, formats=_available()) as file:
+        raw_mode = file.tile[0][3] if file.tile else None
+        file.load()
+        if raw_mode in LOW_DEPTHS and "transparency" in file.info:
+            file.info["transparency"] *= LOW_DEPTHS[raw_mode]
+        image = to_rgb(file)
+        turn = UPRIGHT.get(_orientation(file))
+    if turn is not None:
+        image = image.transpose(turn)
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3)
+    return np.asarray(image)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB.
+
+    16-bit values are scaled to 8 bits, transparent pixels composited over `BACKGROUND`.
+
+    Raises:
+        ValueError: there is no defined conversion, as from floating-point pixels.
+    """
+    transparency = image.info.get("transparency")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = _scale_to_8_bits(image)
+        if isinstance(transparency, int):  # the PNG's one grey value that is transparent
+            grey[np.asarray(image) == transparency] = BACKGROUND[0]
+        return Image.fromarray(grey).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("its pixels are floating-point numbers; convert it to 8 or 16 bits")
+    if image.mode == "La":
+        image = image.convert("LA")
+    if transparency is not None or image.mode in ("LA", "PA", "RGBA", "RGBa"):
+        image = image.convert("RGBA")
+        return Image.alpha_composite(
+            Image.new("RGBA", image.size, (*BACKGROUND, 255)), image
+        ).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scale_to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
+    """Unsigned grey values (H, W) of up to 16 bits, scaled and rounded."""
+    tags: Any = getattr(image, "tag_v2", {})
+    (bits, *_), (kind, *_) = tags.get(BITS_PER_SAMPLE, (16,)), tags.get(SAMPLE_FORMAT, (UNSIGNED,))
+    if bits > 16 or kind != UNSIGNED:
+        raise ValueError(
+            "its pixels are signed or 32-bit integers, whose white is not defined; "
+            "convert it to 8 or 16 bits without sign"
+        )
+    white = 2**bits - 1
+    values = np.asarray(image).astype(np.uint32).clip(0, white)
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts only 8 bits
+        values = white - values
+    return ((values * 255 + white // 2) // white).astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    """EXIF's orientation, 1 to 8; 1, upright, if there is none that can be read."""
+    try:
+        value = image.getexif().get(ORIENTATION, 1)
+    except Exception:  # damaged metadata raise many kinds, and are no damaged image
+        return 1
+    return value if isinstance(value, int) else 1
+
+
+@functools.cache
+def _available() -> list[str]:
+    """Those of `FORMATS` that this build of Pillow reads."""
+    Image.init()
+    return [name for name in FORMATS if name in Image.OPEN]

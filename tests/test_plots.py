@@ -1,0 +1,279 @@
+"""Pictures: of bounded size for any number of classes, names shown as they are, never fatal."""
+
+import io
+import logging
+import warnings
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+from test_report import write_run
+
+from kd_lightning import plots
+from kd_lightning.data import ImageDataModule, Images
+from kd_lightning.documents import write_report
+from kd_lightning.fitting import _columns
+from kd_lightning.pictures import LARGEST_VIEW, page_of_views
+from kd_lightning.report import read_numbers
+from kd_lightning.runs import RunDirectory
+
+NAMES = [
+    "$_$", "a_b^c", "\\frac{", "$$", r"\$", "$", "x" * 200, "😀👩‍👩‍👧",
+    "שלום עולם", "日本語", "12", "-1e3",
+    "_hidden", "a\nb\tc", "\udce9t\udce9", "%&~#{}", "", " ", "\x1b[2J", "e\u0301" * 50,
+]  # fmt: skip
+
+
+def counts_of(classes, seed=0):
+    return np.random.default_rng(seed).integers(0, 30, (classes, classes))
+
+
+def texts(figure):
+    from matplotlib.text import Text
+
+    return [text.get_text() for text in figure.findobj(Text)]
+
+
+def assert_literal(figure):
+    """Nothing is read as a formula, and all of it can be drawn without a word."""
+    from matplotlib.text import Text
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drawn = plots.pixels(figure)
+    for text in figure.findobj(Text):
+        _, formula = text._preprocess_math(text.get_text())
+        assert not formula, text.get_text()
+    return drawn
+
+
+@pytest.mark.parametrize("classes", [2, 10, 20, 21, 100, 1000])
+def test_the_confusion_picture_is_of_bounded_size(classes):
+    figure = plots.confusion_matrix(
+        counts_of(classes), [f"a class of number {number}" for number in range(classes)]
+    )
+    width, height = figure.get_size_inches()
+    assert width * height <= plots.LARGEST
+    drawn = plots.pixels(figure)
+    assert drawn.size <= 3 * plots.LARGEST * 100**2
+    assert drawn.std() > 10  # something is on it
+    # What is drawn is bounded, too, which decides about time and memory.
+    assert len(figure.findobj()) < 5000
+
+
+def test_one_canvas_serves_all_labels(monkeypatch):
+    """One of its own for each of them took gigabytes."""
+    from matplotlib.backends.backend_agg import RendererAgg
+
+    made = []
+    init = RendererAgg.__init__
+    monkeypatch.setattr(
+        RendererAgg, "__init__", lambda self, *size: made.append(size) or init(self, *size)
+    )
+    plots.pixels(plots.confusion_matrix(counts_of(20), [str(number) for number in range(20)]))
+    assert len(made) <= 4
+
+
+def test_few_classes_are_shown_with_names_and_shares():
+    counts = np.array([[8, 2], [1, 9]])
+    shown = texts(plots.confusion_matrix(counts, ["cat", "dog"]))
+    assert {"cat", "dog", "80", "20", "10", "90"} <= set(shown)
+
+
+def test_of_many_classes_the_most_frequent_confusions_are_named():
+    counts = np.diag(np.full(150, 10))
+    counts[3, 7], counts[100, 2], counts[140, 141] = 9, 5, 30
+    figure = plots.confusion_matrix(counts, [f"name{number}" for number in range(150)])
+    shown = [text.replace("\u200e", "") for text in texts(figure)]
+    pairs = list(dict.fromkeys(text for text in shown if "name" in text))
+    assert pairs == ["name140 → name141", "name3 → name7", "name100 → name2"]
+    assert {"30 (75 %)", "9 (47 %)", "5 (33 %)"} <= set(shown)
+
+
+@pytest.mark.parametrize("classes", [100, 600])
+def test_the_overview_shows_every_image(classes):
+    """Row by row, squares of one or several classes sum to 100 %."""
+    counts = counts_of(classes)
+    figure = plots.confusion_matrix(counts, [str(number) for number in range(classes)])
+    (image,) = figure.axes[0].images
+    share = np.asarray(image.get_array())
+    assert share.shape[0] <= plots.MOST_SQUARES
+    np.testing.assert_allclose(share.sum(axis=1), 100)
+    group = -(-classes // share.shape[0])
+    expected = counts[:group, :group].sum() / counts[:group].sum()
+    assert share[0, 0] == pytest.approx(100 * expected)
+
+
+@pytest.mark.parametrize("classes", [5, 30])
+def test_pictures_of_nothing_and_of_no_mistakes(classes):
+    names = [str(number) for number in range(classes)]
+    for counts in (np.zeros((classes, classes), np.int64), np.eye(classes, dtype=np.int64)):
+        assert_literal(plots.confusion_matrix(counts, names))
+
+
+@pytest.mark.parametrize("classes", [20, 60])
+def test_class_names_are_text(classes):
+    names = (NAMES * classes)[:classes]
+    figure = plots.confusion_matrix(counts_of(classes), names, "$_$ \\frac{ " * 30)
+    assert_literal(figure)
+    assert max(len(text) for text in texts(figure)) < 100
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_of_methods_and_students_are_text(name):
+    cells = pd.DataFrame(
+        {
+            "label": ["none", name, name], "student": [name, name, "other"], "n": 2,
+            "parameters": [1e6, 1e6, 2e6], "test": 0.8, "test_std": 0.01,
+            "gain": [np.nan, 0.1, 0.2], "gain_high": [np.nan, 0.15, 0.3],
+        }
+    )  # fmt: skip
+    runs = pd.DataFrame(
+        {"teacher": [name], "teacher_test_accuracy": 0.9, "teacher_parameters": 4e6}
+    )
+    histories = pd.DataFrame(
+        {"label": [name, name], "student": name, "seed": 0, "epoch": [1, 2], "val_accuracy": 0.5}
+    )
+    figures = (
+        plots.accuracy_by_size(cells, runs),
+        plots.gain_by_method(cells),
+        plots.learning_curves(histories),
+    )
+    for figure in figures:
+        assert_literal(figure)
+    if name.strip():  # Matplotlib leaves names that begin with _ out
+        for figure in figures:
+            assert any(axes.get_legend() is not None for axes in figure.axes)
+            labels = [
+                text.get_text() for axes in figure.axes if axes.get_legend()
+                for text in axes.get_legend().get_texts()
+            ]  # fmt: skip
+            assert any(label.strip()[:3] == plots._text(name).strip()[:3] for label in labels)
+
+
+def test_the_picture_of_many_students_is_of_bounded_size():
+    histories = pd.DataFrame(
+        {"label": "none", "student": [f"s{n}" for n in range(100)], "epoch": 1, "val_accuracy": 0.5}
+    )
+    figure = plots.learning_curves(histories)
+    width, height = figure.get_size_inches()
+    assert width * height <= plots.LARGEST
+    assert "88 more students are not shown" in texts(figure)
+
+
+# --- pictures never fail a run ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("error", [MemoryError(), ValueError("mathtext"), OSError("no font")])
+def test_a_picture_that_cannot_be_drawn_costs_a_warning(train, monkeypatch, error):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(plots, "confusion_matrix", fail)
+    monkeypatch.setattr("kd_lightning.pictures.page_of_views", fail)
+    done = train("method=none", "trainer.max_epochs=1")
+    assert done.code == 0, done.err
+    assert done.metrics["status"] == "finished"
+    said = [line for line in done.err.splitlines() if "is left out" in line]
+    assert "training views" in said[0]
+    assert "confusion" in said[-1]
+    assert "Traceback" not in done.err
+
+
+def test_pictures_can_be_switched_off(train, monkeypatch):
+    def fail(*_, **__):
+        pytest.fail("a picture was drawn")
+
+    (drawn,) = train("method=none", "trainer.max_epochs=1").runs
+    monkeypatch.setattr(plots, "confusion_matrix", fail)
+    monkeypatch.setattr("kd_lightning.pictures.page_of_views", fail)
+    done = train("method=none", "trainer.max_epochs=1", "pictures=false")
+    assert done.code == 0
+    # It is the same run by its name and its key.
+    assert done.runs[0].name == drawn.name
+    assert done.metrics["config_key"] == RunDirectory(drawn).read_metrics()["config_key"]
+
+
+def test_pictures_are_true_or_false(train):
+    done = train("pictures=often")
+    assert done.code == 2
+    assert "pictures must be true or false" in done.err
+
+
+def test_the_report_does_without_a_picture_that_cannot_be_drawn(tmp_path, monkeypatch, caplog):
+    write_run(tmp_path, "none", "small", 0, 0.8)
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(plots, "confusion_matrix", fail)
+    with caplog.at_level(logging.WARNING):
+        write_report([tmp_path], tmp_path / "report", page=True)
+    assert "'confusion'" in caplog.text
+    assert not (tmp_path / "report" / "confusion.png").exists()
+    assert (tmp_path / "report" / "curves.png").exists()
+    page = (tmp_path / "report" / "report.html").read_text()
+    assert page.count("<img") == 3
+
+
+@pytest.mark.parametrize("size", [8, 128, 400])
+def test_the_page_of_views_is_of_bounded_size(size):
+    class Data(ImageDataModule):
+        classes = ("a", "b")
+
+        def load(self):
+            pixels = torch.randint(0, 256, (40, size, size, 3), dtype=torch.uint8)
+            return Images(pixels, torch.arange(40) % 2, 30)
+
+    data = Data(name="own", image_size=size, batch_size=8)
+    data.setup()
+    page = page_of_views(data)
+    shown = min(size, LARGEST_VIEW)
+    assert page.shape == (3, 8 * (shown + 2) + 2, 8 * (shown + 2) + 2)
+    assert page.min() >= -0.01
+    assert 0.9 < page.max() <= 1.01
+
+
+# --- the table of confusions ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["crane", "crane", "crane (class 1)", "crane"],
+        ["a,b", 'a"b', "a\nb", "a\r\nb"],
+        ["0", "1", "00", "-1"],
+        ["\udce9", "é", "", "😀"],
+    ],
+)
+def test_the_table_of_confusions_has_a_column_for_every_class(tmp_path, names):
+    counts = counts_of(4)
+    columns = _columns(names)
+    assert len(set(columns)) == 4
+    rows = [dict(zip(columns, row, strict=True)) for row in counts.tolist()]
+    RunDirectory(tmp_path).write_table("confusion", rows)
+    table = read_numbers(tmp_path / "confusion.csv")
+    assert np.array_equal(table.to_numpy(), counts)
+
+
+def test_ordinary_names_are_columns_as_they_are():
+    assert _columns(["cat", "dog", "été"]) == ["cat", "dog", "été"]
+
+
+def test_a_run_with_odd_class_names(train, folder):
+    for part in ("train", "test"):
+        (folder / part / "class0").rename(folder / part / "$_$")
+        (folder / part / "class1").rename(folder / part / "a,b\n\\frac{")
+    done = train("method=none", "trainer.max_epochs=1")
+    assert done.code == 0, done.err
+    assert done.err == ""
+    table = read_numbers(done.runs[0] / "confusion.csv")
+    assert list(table.columns) == ["$_$", r"a,b\n\frac{", "class2"]
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(done.runs[0]))
+    events.Reload()
+    shown = Image.open(io.BytesIO(events.Images("test/confusion")[-1].encoded_image_string))
+    assert torch.from_numpy(np.array(shown)).float().std() > 10
