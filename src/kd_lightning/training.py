@@ -23,12 +23,14 @@ from kd_lightning.building import (
     resolve_precision,
     try_optimizer,
 )
+from kd_lightning.callbacks import build_callbacks
 from kd_lightning.config import Node, build, check, check_sections, select, trainer_node
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import Stopped
 from kd_lightning.fitting import build_trainer, metric
 from kd_lightning.frozen import FrozenTeacher
+from kd_lightning.hparams import log_hparams
 from kd_lightning.losses import Term
 from kd_lightning.memory import DTYPES, GIGABYTE, Memory, Rows, folder_name
 from kd_lightning.models import count_parameters
@@ -137,9 +139,11 @@ def _distil(
     module = build_module(config, teacher, precision)
     for role in ("", "teacher.") if teacher else ("",):
         try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
+    own = build_callbacks(config.get("callbacks", {}))
     trainer = build_trainer(
-        trainer_node(config), precision, directory.path, config["name"], resume, callbacks
+        trainer_node(config), precision, directory.path, config["name"], resume, [*callbacks, *own]
     )
+    data.check_batch_size(module.images_needed * trainer.world_size)
     data.setup()
 
     facts: dict[str, Any] = {}
@@ -153,9 +157,12 @@ def _distil(
 
     # Again: training a teacher must not change what the student draws.
     seed_everything(config["seed"], verbose=False)
-    results = fitting.fit(trainer, module, data, directory, "student", resume)
+    update_bn = config.get("update_bn", False)
+    results = fitting.fit(
+        trainer, module, data, directory, "student", resume, update_bn, revalidate=bool(own)
+    )
     if test:
-        results |= fitting.test(trainer, module, data, directory, results)
+        results |= fitting.test(trainer, module, data, directory, results, update_bn)
     show_in_tensorboard(trainer, config, results)
     parameters = count_parameters(module.student)
     teacher_parameters = _teacher_parameters(config, teacher)
@@ -289,30 +296,15 @@ def train_teacher(
     name = f"teacher {teacher['name']}"
     trainer = build_trainer(settings, precision, directory.path, name, resume)
     results = fitting.fit(trainer, module, data, directory, "teacher", resume)
-    results |= fitting.test(trainer, module, data, directory, results)
+    results |= fitting.test(trainer, module, data, directory, results, update_bn=False)
     return {"parameters": count_parameters(module.student), **results, **versions()}
 
 
 def show_in_tensorboard(trainer: Trainer, config: Node, results: Mapping[str, Any]) -> None:
     """Give the run its line on TensorBoard's page of hyper-parameters."""
-    settings: dict[str, Any] = {
-        **{part: config[part]["name"] for part in ("method", "student", "data")},
-        "seed": config["seed"],
-        "epochs": results["epochs"],
-        "lr": config["optimizer"].get("lr"),
-        "batch_size": config["data"]["batch_size"],
-    }
-    if needs_teacher(config):
-        settings["teacher"] = config["teacher"]["name"]
-    for name, term in config["method"]["terms"].items():
-        for key, value in term.items():
-            if isinstance(value, int | float):
-                settings[f"{name}.{key}"] = value
-    shown = ("val_accuracy", "test_accuracy")
-    final = {f"final/{key}": results[key] for key in shown if key in results}
-    assert isinstance(trainer.logger, TensorBoardLogger)
-    trainer.logger.log_hyperparams(settings, final, step=trainer.global_step)
-    trainer.logger.save()
+    if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        teacher = config["teacher"]["name"] if needs_teacher(config) else "none"
+        log_hparams(trainer.logger, config, teacher, results, trainer.global_step)
 
 
 def _teacher_parameters(config: Node, teacher: FrozenTeacher | None) -> int:
