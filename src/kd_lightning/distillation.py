@@ -106,7 +106,7 @@ class DistillationModule(LightningModule):
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.validated_at = -1  # the step
         self.validated: dict[str, float] = {}  # the last validation's results, and its epoch
-        self._watch = LossWatch()
+        self._watch, self._look_every_step = LossWatch(), True
         self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, 0.0
         self.history: list[dict[str, float]] = []
         self._clock_began, self._clock_images = time.perf_counter(), 0
@@ -235,7 +235,7 @@ class DistillationModule(LightningModule):
             return
         self._watch.note(losses)
         due = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if (due or self.device.type == "cpu") and not self._watch.scaled:
+        if (due or self._look_every_step) and not self._watch.scaled:
             self._report(self._watch.look(), batch)
 
     def _report(self, bad: Sequence[str], batch: Batch | None = None) -> None:
@@ -401,6 +401,7 @@ class DistillationModule(LightningModule):
         """The student is on its device: bring the teacher there."""
         self._place_teacher()
         self._watch = LossWatch(scaled=str(self.trainer.precision) == "16-mixed")
+        self._look_every_step = self.device.type == "cpu"
         self._epoch_began = time.perf_counter()
 
     def on_test_start(self) -> None:
