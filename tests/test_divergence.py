@@ -119,7 +119,9 @@ def test_a_teacher_that_answers_with_nan_is_named(folder, tmp_path, accelerator)
     with torch.no_grad():
         next(teacher.model.parameters()).fill_(NAN)
     callbacks = [Accelerator()] if accelerator else []
-    with pytest.raises(RunError, match="the teacher's answers are not finite .*teacher.checkpoint"):
+    with pytest.raises(
+        RunError, match=r"the teacher's answers are not finite .*teacher\.checkpoint"
+    ):
         run(folder, tmp_path, *callbacks, teacher=teacher)
 
 

@@ -27,7 +27,8 @@ from kd_lightning.callbacks import build_callbacks
 from kd_lightning.config import Node, build, check, check_sections, select, trainer_node
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
-from kd_lightning.errors import Stopped
+from kd_lightning.divergence import first_not_finite
+from kd_lightning.errors import InputError, Stopped
 from kd_lightning.fitting import build_trainer, metric
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.hparams import log_hparams
@@ -198,6 +199,7 @@ def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -
         What is known of it: key and accuracies; nothing of the user's own checkpoint.
     """
     if config["teacher"]["checkpoint"] is not None:
+        _check_weights(teacher, f"teacher.checkpoint={config['teacher']['checkpoint']}")
         return {}
     precision = resolve_precision(trainer_node(config, teacher=True))
     key = teacher_key(config, data, precision)
@@ -208,11 +210,21 @@ def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -
         lambda folder: train_teacher(config, data, precision, RunDirectory(folder)),
     )
     load_weights(teacher.model, stored.weights)
+    _check_weights(teacher, str(stored.weights))
     return {
         "teacher_key": key,
         "teacher_val_accuracy": stored.facts["val_accuracy"],
         "teacher_test_accuracy": stored.facts["test_accuracy"],
     }
+
+
+def _check_weights(teacher: FrozenTeacher, origin: str) -> None:
+    name = first_not_finite(teacher.model.named_parameters())
+    if name is not None:
+        raise InputError(
+            f"the teacher's weights are not finite ('{name}' in {origin}): "
+            "its training has diverged, or the file is damaged"
+        )
 
 
 def equip_memory(
