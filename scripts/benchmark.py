@@ -45,10 +45,11 @@ from kd_lightning.cli import quiet_lightning
 from kd_lightning.config import build_partial, plain, trainer_node, tree
 from kd_lightning.data.loading import Batch
 from kd_lightning.data.module import ImageDataModule, Images
-from kd_lightning.distillation import AUTOCAST, build_optimizer
+from kd_lightning.distillation import AUTOCAST
 from kd_lightning.fitting import build_trainer
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
+from kd_lightning.optimizers import build_optimizer
 from kd_lightning.runs import device_name
 from kd_lightning.teaching import equip_memory
 

@@ -8,10 +8,11 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from kd_lightning.data import FolderDataModule
-from kd_lightning.distillation import DistillationModule, build_optimizer
+from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.frozen import FrozenTeacher, Normalization
 from kd_lightning.models import CifarResNet
+from kd_lightning.optimizers import build_optimizer
 
 HALF = Normalization((0.5,) * 3, (0.5,) * 3)
 STUDENT = {

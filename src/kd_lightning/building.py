@@ -12,6 +12,7 @@ from kd_lightning.distillation import DistillationModule
 from kd_lightning.frozen import FrozenTeacher, Normalization
 from kd_lightning.hardware import choose_memory_format, choose_precision
 from kd_lightning.runs import fit_state
+from kd_lightning.schedules import build_schedule
 from kd_lightning.teachers import read_checkpoint
 
 SUPERVISED = {"cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", "weight": 1.0}}
@@ -102,4 +103,4 @@ def try_optimizer(optimizer: Node, scheduler: Node | None, role: str = "") -> No
     number = torch.nn.Parameter(torch.zeros(1))
     trial = build_partial(optimizer, f"{role}optimizer")([number])
     if scheduler is not None:
-        build_partial(scheduler, f"{role}scheduler")(trial, total_steps=100)
+        build_schedule(scheduler, trial, 100, f"{role}scheduler")

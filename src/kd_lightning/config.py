@@ -32,7 +32,7 @@ KEYS: dict[str, set[str]] = {
     "": {
         "seed", "output_dir", "data_dir", "setting", "name",
         "method", "student", "teacher", "data", "trainer", "optimizer", "scheduler", "remember",
-        "pictures",
+        "callbacks", "pictures", "update_bn",
     },
     "method": {"name", "terms"},
     "student": {"name", "model", "layers"},
@@ -42,6 +42,8 @@ KEYS: dict[str, set[str]] = {
     },
     "remember": {"disk_gb", "dtype"},
 }  # fmt: skip
+OPTIONAL = {"callbacks", "update_bn"}
+"""Keys that a configuration may lack: those of older runs do."""
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 ROUNDINGS = ("float16", "bfloat16", "float32")
 STRATEGIES = ("auto", "ddp")
@@ -115,6 +117,13 @@ def check(config: Node) -> None:
         check_node(without(term, "weight"), f"method.terms.{name}")
     for path in ("student.model", "teacher.model"):
         check_node(select(config, path), path)
+    if not isinstance(config.get("update_bn", False), bool):
+        raise InputError(f"update_bn must be true or false, not {config['update_bn']}")
+    callbacks = config.get("callbacks", {})
+    if not isinstance(callbacks, dict):
+        raise InputError(f"callbacks must be names with a _target_ node each, not {callbacks!r}")
+    for name, callback in callbacks.items():
+        check_node(callback, f"callbacks.{name}")
     for prefix in ("", "teacher."):
         trainer = trainer_node(config, teacher=bool(prefix))
         check_trainer(trainer, f"{prefix}trainer")
@@ -139,7 +148,7 @@ def check_sections(config: Node) -> None:
         for key in node:
             if key not in known:
                 raise InputError(unknown_key(f"{section}.{key}".lstrip("."), known, section))
-        for key in sorted(known - node.keys()):
+        for key in sorted(known - node.keys() - OPTIONAL):
             raise InputError(f"{section}.{key} must be given".lstrip("."))
 
 
@@ -200,13 +209,22 @@ def check_node(node: Any, path: str, given: set[str] | None = None) -> None:
         if key not in parameters and not open_ended:
             raise InputError(unknown_key(f"{path}.{key}", set(parameters), path))
         if isinstance(value, dict) and "_target_" in value:
-            check_node(value, f"{path}.{key}")
+            check_node(value, f"{path}.{key}", given)
         elif key in hints and not _fits(value, hints[key]):
             raise InputError(f"{path}.{key} must be {_describe(hints[key])}, not {value!r}")
     for name, parameter in parameters.items():
         required = parameter.default is parameter.empty
         if required and name not in arguments and name not in (given or ()):
             raise InputError(f"{path}.{name} must be given: {node['_target_']} needs it")
+
+
+def takes(node: Node, parameter: str, path: str) -> bool:
+    """Whether what a `_target_` node names has a parameter of this name.
+
+    Raises:
+        InputError: the target cannot be imported.
+    """
+    return parameter in _signature(find_target(node["_target_"], path))[0]
 
 
 def find_target(target: str, path: str) -> Any:

@@ -1,7 +1,8 @@
 """The one Lightning module: a trainable student, a frozen teacher, and the terms between them."""
 
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -12,24 +13,29 @@ from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.enums import GradClipAlgorithmType
 from torch import Tensor
-from torch.nn import ModuleDict, Parameter
+from torch.nn import ModuleDict
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import MeanMetric
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
-from kd_lightning.config import Node, build, build_partial, without
+from kd_lightning.batchnorm import images_needed
+from kd_lightning.config import Node, build, without
 from kd_lightning.data.loading import Batch
+from kd_lightning.divergence import LossWatch, first_not_finite, trainable
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.losses import Term
 from kd_lightning.memory import Ask, Memory
 from kd_lightning.models.features import FeatureReader, layer_shapes
+from kd_lightning.optimizers import build_optimizer
 from kd_lightning.runs import check_trusted
+from kd_lightning.schedules import build_schedule, step_on_plateau
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 VALIDATION = ("val_accuracy", "val_loss")
-PROGRESS = ("images_trained", "training_seconds", "fit_seconds", "history")
-FUSED = ("torch.optim.SGD", "torch.optim.Adam", "torch.optim.AdamW")
+PROGRESS = ("images_trained", "training_seconds", "fit_seconds", "history", "validated")
+SUM = "their sum"
 
 
 class DistillationModule(LightningModule):
@@ -42,8 +48,8 @@ class DistillationModule(LightningModule):
         student: `_target_` node of the student's model.
         terms: term name to its `_target_` node, each with a `weight`.
         optimizer: `_target_` node; called with the parameters of the student and of the terms.
-        scheduler: `_target_` node; called with the optimizer and ``total_steps``, and stepped
-            after every batch. None keeps the learning rate constant.
+        scheduler: `_target_` node; see `schedules.build_schedule`. None keeps the learning rate
+            constant.
         num_classes: number of classes.
         image_size: height and width of the images, in pixels.
         channels_last: memory format of student and teacher.
@@ -53,6 +59,7 @@ class DistillationModule(LightningModule):
         history: a row an epoch: accuracy on the training views, on validation, speed.
         images_trained, training_seconds: what the speed of the whole training follows from.
         fit_seconds: until the last epoch's end, validation and all; an interrupted training counts.
+        images_needed: the fewest images that a process can train on at once.
         memory: what the teacher has said of training views before, if that is kept.
         evaluation_memory: its logits of images as they are, ``logits``, if they are kept.
 
@@ -93,10 +100,13 @@ class DistillationModule(LightningModule):
         self.accuracy = accuracy.clone()
         self.teacher_accuracy = accuracy.clone()
         self.agreement = accuracy.clone()
-        # Not a plain number, whose mean over processes Lightning rounds to whole images.
-        self.val_loss = MeanMetric()
+        # Not a plain number, whose mean over processes Lightning rounds to whole images. By default
+        # it leaves out what is NaN.
+        self.val_loss = MeanMetric(nan_strategy="disable")
         self.confusion = MulticlassConfusionMatrix(num_classes, validate_args=False)
         self.validated_at = -1  # the step
+        self.validated: dict[str, float] = {}  # the last validation's results, and its epoch
+        self._watch, self._look_every_step = LossWatch(), True
         self.images_trained, self.training_seconds, self.fit_seconds = 0, 0.0, 0.0
         self.history: list[dict[str, float]] = []
         self._clock_began, self._clock_images = time.perf_counter(), 0
@@ -106,7 +116,10 @@ class DistillationModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, *args: Any, trust: Iterable[str] = (), **kwargs: Any
     ) -> "DistillationModule":
-        """As Lightning's, but a file of a stranger's cannot run code.
+        """As Lightning's, but a stranger's file cannot run code.
+
+        The module is in training mode, as Lightning's are: a Trainer switches modes by itself, but
+        call `eval` before predicting without one.
 
         Args:
             checkpoint_path: the file.
@@ -125,6 +138,7 @@ class DistillationModule(LightningModule):
     def _connect(self, num_classes: int, image_size: int) -> None:
         """Show every term both networks, and set up the reading of the layers they ask for."""
         student = self._shapes(self.student, "student", num_classes, image_size)
+        self.images_needed = images_needed(self.student, student)
         teacher = {}
         terms = cast(dict[str, Term], self.terms)
         if any(term.needs_teacher for term in terms.values()):
@@ -195,29 +209,65 @@ class DistillationModule(LightningModule):
         terms = cast(dict[str, Term], self.terms)
         return {name: term.remember(answer) for name, term in terms.items() if term.needs_teacher}
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """One step of the weighted sum of all terms."""
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """One step of the weighted sum of all terms: ``loss``, and ``losses`` for `Curves`."""
         losses, logits = self.losses(batch)
         loss = torch.stack([self.weights[name] * losses[name] for name in losses]).sum()
         if batch["share"]:
             self.train_accuracy.update(logits, batch["labels"])
         self._clock_images += len(logits)
-        logging = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
-        if logging:
-            self.log("loss/total", loss, sync_dist=True)
-            for name, value in losses.items():
-                self.log(f"loss/{name}", value, sync_dist=True)
-                self.log(f"loss_weighted/{name}", self.weights[name] * value, sync_dist=True)
-        # On an accelerator looking at the loss would make every step wait for it. What is not
-        # finite in one of several processes is so in all of them a step later; rank 0 says it.
-        look = self.global_rank == 0 and (logging or loss.device.type == "cpu")
-        if look and not torch.isfinite(loss):
-            bad = [name for name, value in losses.items() if not torch.isfinite(value)]
+        self._watch_losses({SUM: loss, **losses}, batch)
+        shown = {"loss/total": loss.detach()}
+        for name, value in losses.items():
+            shown[f"loss/{name}"] = value.detach()
+            shown[f"loss_weighted/{name}"] = self.weights[name] * value.detach()
+        return {
+            "loss": loss * batch["share"] if self.trainer.world_size > 1 else loss,
+            "losses": shown,
+        }
+
+    def _watch_losses(self, losses: Mapping[str, Tensor], batch: Batch) -> None:
+        """Raise an error if a loss is not finite; on an accelerator, not in every step.
+
+        What is not finite in one of several processes is so in all a step later; rank 0 reports it.
+        """
+        if self.global_rank:
+            return
+        self._watch.note(losses)
+        due = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
+        if (due or self._look_every_step) and not self._watch.scaled:
+            self._report(self._watch.look(), batch)
+
+    def _report(self, bad: Sequence[str], batch: Batch | None = None) -> None:
+        if not bad:
+            return
+        place = f"{'at' if batch else 'by'} step {self.global_step}"
+        if batch is not None and self.teacher is not None:
+            for name, values in self._remembered(batch, batch["images"]).items():
+                if not values.isfinite().all():
+                    raise RunError(
+                        f"the teacher's answers are not finite {place} (term: {name}): check "
+                        "teacher.checkpoint, teacher.mean and teacher.std"
+                    )
+        terms = [name for name in bad if name != SUM] or bad
+        raise RunError(
+            f"the loss is not finite {place} (term: {', '.join(terms)}); "
+            "lower the learning rate or its weight"
+        )
+
+    def check_finite(self) -> None:
+        """Check that the training has not diverged: losses since the last check, and weights.
+
+        Raises:
+            RunError: it has.
+        """
+        self._report(self._watch.look())
+        name = first_not_finite(trainable(self))
+        if name is not None:
             raise RunError(
-                f"the loss is not finite at step {self.global_step} "
-                f"(term: {', '.join(bad) or 'their sum'}); lower the learning rate or its weight"
+                f"the weights are not finite after step {self.global_step} (first: {name}); "
+                "lower the learning rate"
             )
-        return loss if self.trainer.world_size == 1 else loss * batch["share"]
 
     def on_train_start(self) -> None:
         """Start the clock: an epoch that is gone on with does not start."""
@@ -234,12 +284,15 @@ class DistillationModule(LightningModule):
             self.evaluation_memory.flush()
 
     def on_train_epoch_end(self) -> None:
-        """Log the accuracy on the epoch's training views."""
+        """Log the accuracy on the epoch's training views; look whether the training goes well."""
+        self.check_finite()
         if self.memory is not None:
             self.memory.flush()
         self._stop_clock()
         self.log("train/accuracy", self.train_accuracy)
         self._remember_epoch()
+        if self.validated.get("epoch") == self.current_epoch:
+            step_on_plateau(self.lr_schedulers(), self.validated)
 
     def _remember_epoch(self) -> None:
         row = {"epoch": self.current_epoch + 1, "train_accuracy": self.train_accuracy.compute()}
@@ -250,7 +303,8 @@ class DistillationModule(LightningModule):
         self.history.append({name: round(float(value), 6) for name, value in row.items()})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """What the training has gone through so far goes with it."""
+        """Save what the training has gone through so far, unless it has diverged."""
+        self.check_finite()
         now = time.perf_counter()
         self.fit_seconds += now - self._epoch_began
         self._epoch_began = now
@@ -276,6 +330,12 @@ class DistillationModule(LightningModule):
             measured.reset()  # one validated before training was left in inference mode
         self.validated_at = self.global_step
         self._stop_clock()
+
+    def on_validation_epoch_end(self) -> None:
+        """Keep the results for a scheduler that waits for them."""
+        results = {"val/accuracy": self.accuracy, "val/loss": self.val_loss}
+        self.validated = {name: float(value.compute()) for name, value in results.items()}
+        self.validated["epoch"] = self.current_epoch
 
     def on_validation_end(self) -> None:
         """Start the clock again, should the epoch go on."""
@@ -340,6 +400,8 @@ class DistillationModule(LightningModule):
     def on_fit_start(self) -> None:
         """The student is on its device: bring the teacher there."""
         self._place_teacher()
+        self._watch = LossWatch(scaled=str(self.trainer.precision) == "16-mixed")
+        self._look_every_step = self.device.type == "cpu"
         self._epoch_began = time.perf_counter()
 
     def on_test_start(self) -> None:
@@ -357,11 +419,13 @@ class DistillationModule(LightningModule):
         if self.scheduler_node is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
-        scheduler = build_partial(self.scheduler_node, "scheduler")(optimizer, total_steps=steps)
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": scheduler, "interval": "step"},
-        }
+        schedule = build_schedule(self.scheduler_node, optimizer, steps)
+        # Lightning would step `ReduceLROnPlateau` after the epoch's checkpoint: a resumed training
+        # would miss it. `on_train_epoch_end` does it before.
+        never = {"reduce_on_plateau": False, "frequency": sys.maxsize}
+        plateau = isinstance(schedule.scheduler, ReduceLROnPlateau)
+        settings = {**schedule._asdict(), **(never if plateau else {})}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def configure_gradient_clipping(
         self,
@@ -377,19 +441,3 @@ class DistillationModule(LightningModule):
         # Past the refusal of MixedPrecision, which is meant for gradients that are scaled.
         plugin = self.trainer.precision_plugin
         Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
-
-
-def build_optimizer(node: Node, parameters: Iterable[Parameter], precision: str) -> Optimizer:
-    """The optimizer, in its fused form where it has one: a single pass over weights, gradients
-    and momenta, five to ten times faster on a CPU.
-
-    Args:
-        node: its `_target_` node.
-        parameters: what it optimises.
-        precision: that of the training. In 16-mixed a fused optimizer removes the scale of the
-            gradients itself, so that they cannot be clipped before.
-    """
-    chosen = "fused" in node or "foreach" in node
-    if node["_target_"] in FUSED and precision != "16-mixed" and not chosen:
-        node = {**node, "fused": True}
-    return cast(Optimizer, build_partial(node, "optimizer")(parameters))

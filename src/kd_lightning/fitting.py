@@ -1,22 +1,26 @@
 """Lightning's Trainer as every training here uses it, student's and teacher's alike."""
 
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from kd_lightning.batchnorm import measure_lag, reestimate, trained_batchnorms
 from kd_lightning.config import Node, build_partial, without
+from kd_lightning.curves import Curves
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
-from kd_lightning.errors import InputError
+from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import replacing
 from kd_lightning.hardware import keep_freed_memory
 from kd_lightning.pictures import Pictures
@@ -65,6 +69,7 @@ def build_trainer(
     """
     checkpoints = folder / "checkpoints"
     steps = resume.steps if resume else None
+    own_bar = any(isinstance(callback, LightningProgressBar) for callback in callbacks)
     fixed = {
         "precision": precision,
         "default_root_dir": str(folder),
@@ -81,14 +86,14 @@ def build_trainer(
             ModelCheckpoint(
                 checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
             ),
-            LearningRateMonitor("step"),
+            Curves(),
             *([Pictures()] if pictures else []),
-            ProgressBar(name),
+            *([] if own_bar else [ProgressBar(name)]),
             ExactResume(),
             StopWhenAsked(name, checkpoints / LAST),
             *callbacks,
         ],
-        "enable_progress_bar": False,
+        "enable_progress_bar": own_bar,
         "enable_model_summary": False,
         # The sampler shards and shuffles by itself; the networks are checked before training.
         "use_distributed_sampler": False,
@@ -106,7 +111,10 @@ def build_trainer(
         if key in settings:
             raise InputError(f"trainer.{key} cannot be set: this project sets it itself")
     keep_freed_memory()
-    return build_partial(without(settings, "memory_format", "precision"), "trainer")(**fixed)
+    try:
+        return build_partial(without(settings, "memory_format", "precision"), "trainer")(**fixed)
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
 
 
 def try_trainer(settings: Node, precision: str) -> None:
@@ -115,10 +123,7 @@ def try_trainer(settings: Node, precision: str) -> None:
     Raises:
         InputError: Lightning refuses an argument, or it cannot be set here.
     """
-    try:
-        build_trainer({**settings, "devices": 1, "strategy": "auto"}, precision, Path("unused"), "")
-    except MisconfigurationException as error:
-        raise InputError(f"trainer: {error}") from error
+    build_trainer({**settings, "devices": 1, "strategy": "auto"}, precision, Path("unused"), "")
 
 
 def fit(
@@ -128,8 +133,10 @@ def fit(
     directory: RunDirectory,
     weights: str,
     resume: Checkpoint | None = None,
+    update_bn: bool = False,
+    revalidate: bool = False,
 ) -> dict[str, Any]:
-    """Train, keep the last epoch's weights, and say how far it came on the validation images.
+    """Train, keep the last epoch's weights, and validate them.
 
     Args:
         trainer: from `build_trainer`.
@@ -138,27 +145,46 @@ def fit(
         directory: where the weights and tables go.
         weights: what to call the file of weights.
         resume: from where to go on.
+        update_bn: whether to re-estimate BatchNorm's running statistics after the last epoch.
+        revalidate: whether a callback may have changed the weights when the training ended.
+
+    Raises:
+        RunError: the training diverged.
     """
     if resume is not None:
         log.warning("%s goes on after %s", directory.path, resume.place)
     trainer.fit(module, data, ckpt_path=resume.path if resume else None, weights_only=True)
+    module.check_finite()
+    epochs: int = cast(Any, trainer.fit_loop.epoch_progress.current).processed
+    has_batchnorm = bool(trained_batchnorms(module.student))
+    has_new_statistics = update_bn and has_batchnorm
+    if has_new_statistics:
+        reestimate(trainer, module, data, epochs)
     directory.save_weights(module.student, weights)
     directory.write_table("history", module.history)
-    if module.validated_at != trainer.global_step:  # stopped between two validations
+    # It may have stopped between two validations, or the weights have changed since.
+    if module.validated_at != trainer.global_step or revalidate or has_new_statistics:
         trainer.validate(module, data, verbose=False)
-    results = {"val_accuracy": metric(trainer, "val/accuracy")}
+    if not math.isfinite(metric(trainer, "val/loss")):
+        raise RunError(
+            "the loss on the validation images is not finite after the last epoch; "
+            "lower the learning rate"
+        )
+    results: dict[str, Any] = {"val_accuracy": metric(trainer, "val/accuracy")}
+    if has_batchnorm:
+        lag = measure_lag(trainer, module, data)
+        results["val_accuracy_batch_statistics"] = lag.val_accuracy
+        if lag.significant:
+            log.warning(lag.sentence(weights, update_bn))
     best = _best(trainer)
     if best.best_model_score is None or best.best_model_score < results["val_accuracy"]:
-        results |= {
-            "best_val_accuracy": results["val_accuracy"],
-            "best_epoch": trainer.current_epoch,
-        }
+        results |= {"best_val_accuracy": results["val_accuracy"], "best_epoch": epochs}
     else:
         results["best_val_accuracy"] = float(best.best_model_score)
         results["best_epoch"] = _load(best)["epoch"] + 1
     return {
         **results,
-        "epochs": trainer.current_epoch,
+        "epochs": epochs,
         "train_seconds": round(module.fit_seconds, 2),
         "images_per_second": round(module.images_trained / module.training_seconds, 1),
     }
@@ -170,6 +196,7 @@ def test(
     data: ImageDataModule,
     directory: RunDirectory,
     fitted: Mapping[str, Any],
+    update_bn: bool,
 ) -> dict[str, Any]:
     """Test the weights of the last epoch, and those of the best.
 
@@ -181,11 +208,14 @@ def test(
         data: the images.
         directory: where the confusion matrix goes.
         fitted: what `fit` returned.
+        update_bn: as in `fit`; the best epoch was chosen without it, and is tested with it.
     """
     results = {}
     if fitted["best_epoch"] < fitted["epochs"]:
         last = {key: value.clone() for key, value in module.state_dict().items()}
         module.load_state_dict(_load(_best(trainer))["state_dict"])
+        if update_bn and trained_batchnorms(module.student):
+            reestimate(trainer, module, data, fitted["best_epoch"])
         trainer.test(module, data, verbose=False)
         results["test_accuracy_at_best"] = metric(trainer, "test/accuracy")
         module.load_state_dict(last)

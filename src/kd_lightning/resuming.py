@@ -17,6 +17,7 @@ class ExactResume(Callback):
     def __init__(self) -> None:
         self._generators: dict[str, Tensor] = {}
         self._loader: dict[str, int] = {}
+        self._stopped = False
 
     def state_dict(self) -> dict[str, Any]:
         """The state of torch's generators: the CPU's and that of every GPU."""
@@ -30,10 +31,21 @@ class ExactResume(Callback):
         """Keep them until training starts: what comes before may draw, too."""
         self._generators = state_dict
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Save whether the training was told to stop, as by `EarlyStopping`."""
+        checkpoint["should_stop"] = trainer.should_stop
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """A training that was stopped early is finished."""
+        trainer.should_stop = trainer.should_stop or self._stopped
+
     def on_load_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the loader's place."""
+        """Keep the loader's place, and whether the training was told to stop."""
+        self._stopped = checkpoint.get("should_stop", False)
         loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self._loader = loaders[0] if loaders else {}
 

@@ -207,7 +207,10 @@ class RunDirectory:
             save_file(state, partial)
 
     def load_student(self, trust: Iterable[str] = ()) -> tuple[nn.Module, Node]:
-        """Rebuild the student and return it with the configuration it was trained by.
+        """Rebuild the student, in evaluation mode, and return it with the run's configuration.
+
+        It expects images (B, 3, H, W) of ``config["data"]["image_size"]`` pixels, scaled to [0, 1]
+        and then normalised by ``config["data"]["mean"]`` and ``["std"]``.
 
         Args:
             trust: see `check_trusted`.
@@ -219,7 +222,7 @@ class RunDirectory:
         check_trusted(config["student"]["model"], "student.model", trust)
         model = build(config["student"]["model"], "student.model")
         load_weights(model, self.path / "student.safetensors")
-        return model, config
+        return model.eval(), config
 
 
 def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:

@@ -14,6 +14,8 @@ from kd_lightning.config import Node, trainer_node
 from kd_lightning.contents import source_sha256
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
+from kd_lightning.divergence import first_not_finite
+from kd_lightning.errors import InputError
 from kd_lightning.fitting import build_trainer
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.losses import Logit, Term
@@ -42,11 +44,30 @@ def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -
         lambda folder: train_teacher(config, data, precision, RunDirectory(folder)),
     )
     load_weights(teacher.model, stored.weights)
+    check_weights(teacher, str(stored.weights))
     return {
         "teacher_key": key,
         "teacher_val_accuracy": stored.facts["val_accuracy"],
         "teacher_test_accuracy": stored.facts["test_accuracy"],
     }
+
+
+def check_weights(teacher: FrozenTeacher, origin: str) -> None:
+    """Check that a teacher's weights are numbers.
+
+    Args:
+        teacher: with its weights.
+        origin: what to call the file that they come from.
+
+    Raises:
+        InputError: one of them is NaN or infinite.
+    """
+    name = first_not_finite(teacher.model.named_parameters())
+    if name is not None:
+        raise InputError(
+            f"the teacher's weights are not finite ('{name}' in {origin}): "
+            "its training has diverged, or the file is damaged"
+        )
 
 
 def equip_memory(
@@ -188,5 +209,5 @@ def train_teacher(
         settings, precision, directory.path, name, resume, pictures=config.get("pictures", True)
     )
     results = fitting.fit(trainer, module, data, directory, "teacher", resume)
-    results |= fitting.test(trainer, module, data, directory, results)
+    results |= fitting.test(trainer, module, data, directory, results, update_bn=False)
     return {"parameters": count_parameters(module.student), **results, **versions()}

@@ -21,6 +21,7 @@ from kd_lightning.building import (
     resolve_precision,
     try_optimizer,
 )
+from kd_lightning.callbacks import build_callbacks
 from kd_lightning.config import Node, build, check, check_sections, select, trainer_node
 from kd_lightning.contents import Contents, source_sha256, stamps, targets
 from kd_lightning.data.module import ImageDataModule
@@ -28,12 +29,13 @@ from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import Stopped
 from kd_lightning.fitting import build_trainer, metric, try_trainer
 from kd_lightning.frozen import FrozenTeacher
+from kd_lightning.hparams import log_hparams
 from kd_lightning.models import count_parameters
 from kd_lightning.naming import config_key, finished, twin, unchanged
 from kd_lightning.ranks import Meet, together
 from kd_lightning.runs import Checkpoint, RunDirectory, device_name, versions
 from kd_lightning.teachers import weights_sha256
-from kd_lightning.teaching import equip_memory, equip_teacher
+from kd_lightning.teaching import check_weights, equip_memory, equip_teacher
 
 log = logging.getLogger(__name__)
 
@@ -120,11 +122,15 @@ def prepare(config: Node) -> Job:
     check(config)
     precision = resolve_precision(trainer_node(config))
     teacher = build_teacher(config) if needs_teacher(config) else None
+    if teacher is not None:
+        check_weights(teacher, f"teacher.checkpoint={config['teacher']['checkpoint']}")
     parameters = _teacher_parameters(config, teacher)
     module = build_module(config, teacher, precision)
     for role in ("", "teacher.") if teacher else ("",):
         try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
+    build_callbacks(config.get("callbacks", {}))
     try_trainer(trainer_node(config), precision)
+    data.check_batch_size(module.images_needed)
     data.setup()
     contents = Contents(
         images=data.fingerprint(),
@@ -240,10 +246,12 @@ def _distil(
     meet: Meet,
 ) -> dict[str, Any]:
     config, precision, data, teacher, module, _, _ = job
+    own = build_callbacks(config.get("callbacks", {}))
     trainer = build_trainer(
-        trainer_node(config), precision, directory.path, config["name"], resume, callbacks,
-        config.get("pictures", True),
+        trainer_node(config), precision, directory.path, config["name"], resume,
+        [*callbacks, *own], config.get("pictures", True),
     )  # fmt: skip
+    data.check_batch_size(module.images_needed * trainer.world_size)
     # A module that is tested is brought back to the CPU: ask before.
     device = trainer.strategy.root_device
     facts: dict[str, Any] = {}
@@ -257,9 +265,12 @@ def _distil(
 
     # Again: training a teacher must not change what the student draws.
     seed_everything(config["seed"], verbose=False)
-    results = fitting.fit(trainer, module, data, directory, "student", resume)
+    update_bn = config.get("update_bn", False)
+    results = fitting.fit(
+        trainer, module, data, directory, "student", resume, update_bn, revalidate=bool(own)
+    )
     if test:
-        results |= fitting.test(trainer, module, data, directory, results)
+        results |= fitting.test(trainer, module, data, directory, results, update_bn)
     show_in_tensorboard(trainer, config, results)
     return {
         **_size(count_parameters(module.student), job.teacher_parameters),
@@ -286,24 +297,9 @@ def help_with(
 
 def show_in_tensorboard(trainer: Trainer, config: Node, results: Mapping[str, Any]) -> None:
     """Give the run its line on TensorBoard's page of hyper-parameters."""
-    settings: dict[str, Any] = {
-        **{part: config[part]["name"] for part in ("method", "student", "data")},
-        "seed": config["seed"],
-        "epochs": results["epochs"],
-        "lr": config["optimizer"].get("lr"),
-        "batch_size": config["data"]["batch_size"],
-    }
-    if needs_teacher(config):
-        settings["teacher"] = config["teacher"]["name"]
-    for name, term in config["method"]["terms"].items():
-        for key, value in term.items():
-            if isinstance(value, int | float):
-                settings[f"{name}.{key}"] = value
-    shown = ("val_accuracy", "test_accuracy")
-    final = {f"final/{key}": results[key] for key in shown if key in results}
-    assert isinstance(trainer.logger, TensorBoardLogger)
-    trainer.logger.log_hyperparams(settings, final, step=trainer.global_step)
-    trainer.logger.save()
+    if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        teacher = config["teacher"]["name"] if needs_teacher(config) else "none"
+        log_hparams(trainer.logger, config, teacher, results, trainer.global_step)
 
 
 def _teacher_parameters(config: Node, teacher: FrozenTeacher | None) -> int | None:

@@ -36,6 +36,7 @@ class ViewSampler(Sampler[Batch]):
         world: how many processes there are. Their parts may differ by an image: ``share`` is the
             weight of this part's mean in the mean over the processes, 1 where parts are equal. A
             part without an image has an image in it all the same, and a share of 0.
+        smallest: images that a batch needs. A last batch of fewer joins the one before it.
     """
 
     def __init__(
@@ -47,8 +48,10 @@ class ViewSampler(Sampler[Batch]):
         views: int | None = None,
         rank: int = 0,
         world: int = 1,
+        smallest: int = 1,
     ) -> None:
         self.rank, self.world = rank, world
+        self.smallest = smallest
         self.images = images
         self.batch_size = batch_size
         self.shuffle = shuffle
@@ -62,7 +65,8 @@ class ViewSampler(Sampler[Batch]):
 
     def __len__(self) -> int:
         """Batches in an epoch."""
-        return -(-len(self.images) // self.batch_size)
+        whole, rest = divmod(len(self.images), self.batch_size)
+        return whole + (rest >= self.smallest)
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the current epoch."""
@@ -74,8 +78,8 @@ class ViewSampler(Sampler[Batch]):
         view = PLAIN
         if self.shuffle:
             view = self.epoch % self.views if self.views else self.epoch
-        for number in range(len(self)):
-            together = order[number * self.batch_size : (number + 1) * self.batch_size]
+        ends = [self.batch_size * (number + 1) for number in range(len(self) - 1)]
+        for together in order.tensor_split(ends):
             index = together[self.rank :: self.world]
             batch = {"share": torch.tensor(len(index) * self.world / len(together))}
             if not len(index):  # every process takes part in every step

@@ -195,13 +195,33 @@ class ImageDataModule(LightningDataModule):
 
     def _loader(self, split: str, shuffle: bool = False) -> ViewLoader:
         size = self.batch_size if shuffle else self.eval_batch_size
-        rank, world = 0, 1
+        rank, world, needed = 0, 1, 1
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
+            needed = getattr(self.trainer.lightning_module, "images_needed", 1) if shuffle else 1
             device = self.trainer.strategy.root_device
             self._pixels, self.labels = self._pixels.to(device), self.labels.to(device)
-        sampler = ViewSampler(self.splits[split], size, shuffle, self.seed, self.views, rank, world)
+        if shuffle:
+            self.check_batch_size(needed * world)
+        sampler = ViewSampler(
+            self.splits[split], size, shuffle, self.seed, self.views, rank, world, needed * world
+        )
         return ViewLoader(sampler, cut=self._cut, finish=self._finish)
+
+    def check_batch_size(self, needed: int) -> None:
+        """Check that a training batch is large enough for BatchNorm.
+
+        Args:
+            needed: the fewest images that all processes together can train on.
+
+        Raises:
+            InputError: it is not.
+        """
+        if self.batch_size < needed:
+            raise InputError(
+                f"data.batch_size={self.batch_size} is too small: BatchNorm on one value per "
+                f"channel and image needs at least {needed} images in a batch"
+            )
 
     def train_dataloader(self) -> ViewLoader:
         """Views of the training images, in a new order every epoch."""

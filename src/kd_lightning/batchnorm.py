@@ -1,0 +1,227 @@
+"""BatchNorm's running statistics: whether they lag behind the weights, and estimating them anew.
+
+Running statistics are an average of the last 1 / momentum or so training batches. After few steps,
+or with a small momentum (0.01 in torchvision's MobileNetV3), they still describe weights of long
+ago, and the model fails in evaluation mode although it has learnt its task.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import islice
+from typing import NamedTuple, cast
+
+import torch
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.data.views import PLAIN
+
+ENOUGH = 256
+"""Images on which a lag shows beyond noise."""
+
+
+def trained_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers that keep running statistics, without those frozen in evaluation mode.
+
+    Args:
+        model: in the mode that it is trained in.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.training and module.running_mean is not None
+    }
+
+
+@contextmanager
+def batch_statistics(model: nn.Module) -> Iterator[dict[str, _BatchNorm]]:
+    """Normalise by the batch at hand; everything else, such as dropout, is in evaluation mode.
+
+    On leaving, running statistics and the modes of all modules are as they were.
+
+    Args:
+        model: in the mode that it is trained in.
+    """
+    layers = trained_batchnorms(model)
+    modes = {module: module.training for module in model.modules()}
+    buffers = [buffer for layer in layers.values() for buffer in layer.buffers()]
+    before = [buffer.clone() for buffer in buffers]
+    try:
+        model.eval()
+        for layer in layers.values():
+            layer.training = True
+        yield layers
+    finally:
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)
+        for module, mode in modes.items():
+            module.training = mode
+
+
+@torch.no_grad()
+def update_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Re-estimate the running statistics as the plain average over some batches.
+
+    As `torch.optim.swa_utils.update_bn`, except that dropout and the like are off, as they will be
+    in evaluation, and that layers which the batches do not reach keep their statistics.
+
+    Args:
+        model: in the mode that it is trained in.
+        batches: images (B, 3, H, W), on the model's device.
+    """
+    estimated = []
+    with batch_statistics(model) as layers:
+        momenta = [layer.momentum for layer in layers.values()]
+        try:
+            for layer in layers.values():
+                layer.reset_running_stats()
+                layer.momentum = None  # a cumulative average
+            for images in batches:
+                model(images)
+        finally:
+            for layer, momentum in zip(layers.values(), momenta, strict=True):
+                layer.momentum = momentum
+        for layer in layers.values():
+            if layer.num_batches_tracked:
+                estimated += [(buffer, buffer.clone()) for buffer in layer.buffers()]
+    for buffer, value in estimated:
+        buffer.copy_(value)
+
+
+def images_needed(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int:
+    """The fewest images that the model can be trained on at once: 2 if one of its BatchNorm layers
+    sees a single value per channel of an image, else 1.
+
+    Args:
+        model: in the mode that it is trained in.
+        shapes: layer name to the shape of its output without the batch axis. A layer that is not
+            in it, used in training only, is taken to need two.
+    """
+    for name, module in model.named_modules():
+        if isinstance(module, _BatchNorm) and module.training:
+            values = torch.Size(shapes.get(name, (1,))[1:]).numel()
+            if values == 1:
+                return 2
+    return 1
+
+
+class Lag(NamedTuple):
+    """Which images are answered correctly, in evaluation mode and with batch statistics.
+
+    Attributes:
+        evaluation, batch: (N,), bool.
+        validation: how many of the images are validation images; these come first.
+    """
+
+    evaluation: Tensor
+    batch: Tensor
+    validation: int
+
+    @property
+    def accuracies(self) -> tuple[float, float]:
+        """Of all images: in evaluation mode and with batch statistics."""
+        return float(self.evaluation.float().mean()), float(self.batch.float().mean())
+
+    @property
+    def val_accuracy(self) -> float:
+        """Of the validation images, with batch statistics."""
+        return float(self.batch[: self.validation].float().mean())
+
+    @property
+    def significant(self) -> bool:
+        """Whether evaluation mode is worse by 5 points and by 3 standard errors (McNemar's)."""
+        better = int((self.batch & ~self.evaluation).sum())
+        worse = int((self.evaluation & ~self.batch).sum())
+        excess = better - worse
+        return excess > 0.05 * len(self.batch) and excess**2 > 9 * (better + worse)
+
+    def sentence(self, role: str, updated: bool) -> str:
+        """The warning, if the difference is significant.
+
+        Args:
+            role: ``student`` or ``teacher``.
+            updated: whether the statistics were re-estimated.
+        """
+        if updated:
+            remedy = "re-estimating them did not help"
+        elif role == "student":
+            remedy = "re-estimate them with update_bn=true"
+        else:
+            remedy = f"train longer, or raise the momentum of BatchNorm in {role}.model"
+        evaluation, batch = (f"{100 * accuracy:.1f} %" for accuracy in self.accuracies)
+        return (
+            f"the {role} answers {evaluation} of {len(self.batch)} images correctly in evaluation "
+            f"mode, but {batch} with batch statistics: the running statistics of its BatchNorm "
+            f"layers lag behind its weights; {remedy}"
+        )
+
+
+def reestimate(
+    trainer: Trainer, module: LightningModule, data: ImageDataModule, epochs: int
+) -> None:
+    """`update_bn` of the student, by one pass over the training views of the last epoch.
+
+    Every process goes through all of them, so that all have the same statistics.
+
+    Args:
+        trainer: that has trained the module.
+        module: its `student` is changed.
+        data: the images.
+        epochs: that it was trained.
+    """
+    loader = data.variant().train_dataloader()
+    loader.sampler.set_epoch(epochs - 1)
+    limit = trainer.num_training_batches
+    batches = loader if math.isinf(limit) else islice(loader, int(limit))
+    with _placed(trainer, module) as student:
+        update_bn(student, (data.on_after_batch_transfer(b, 0)["images"] for b in batches))
+
+
+@torch.no_grad()
+def measure_lag(trainer: Trainer, module: LightningModule, data: ImageDataModule) -> Lag:
+    """Compare evaluation mode with batch statistics on the validation images.
+
+    Few validation images are filled up with training images, as they are, to `ENOUGH` images.
+
+    Args:
+        trainer: that has trained the module.
+        module: its `student` is compared, and left as it is.
+        data: the images.
+    """
+    val = data.splits["val"]
+    limit = sum(trainer.num_val_batches)
+    if not math.isinf(limit):
+        val = val[: int(limit) * data.eval_batch_size]
+    train = _shuffled(data.splits["train"])[: max(0, ENOUGH - len(val))]
+    images = torch.cat([val, train])
+    # In no order of classes: what a batch is made of decides its statistics.
+    order = _shuffled(torch.arange(len(images)))
+    answers = {}
+    with _placed(trainer, module) as student:
+        for mode in ("evaluation", "batch"):
+            correct = torch.zeros(len(images), dtype=torch.bool)
+            with batch_statistics(student):
+                if mode == "evaluation":
+                    student.eval()
+                for part in order.tensor_split(-(-len(order) // max(64, data.eval_batch_size))):
+                    view = torch.full_like(part, PLAIN)
+                    batch = data.on_after_batch_transfer(data.render(images[part], view), 0)
+                    right = module(batch["images"]).argmax(dim=1) == batch["labels"]
+                    correct[part] = right.cpu()
+            answers[mode] = correct
+    return Lag(**answers, validation=len(val))
+
+
+@contextmanager
+def _placed(trainer: Trainer, module: LightningModule) -> Iterator[nn.Module]:
+    """The student on its device, in the precision of the training."""
+    module.to(trainer.strategy.root_device)
+    with trainer.precision_plugin.forward_context():
+        yield cast(nn.Module, module.student)
+
+
+def _shuffled(numbers: Tensor) -> Tensor:
+    return numbers[torch.randperm(len(numbers), generator=torch.Generator().manual_seed(0))]

@@ -1,0 +1,80 @@
+"""TensorBoard's curves of a training: losses and learning rate of single steps."""
+
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+
+
+class Curves(Callback):
+    """Logs the losses and the learning rate of every nth step, and of each epoch's last.
+
+    A value stands at the step that it was computed in, which `LightningModule.log` does not do: it
+    writes the values of one step when another one is due. If gradients are accumulated, a loss is
+    the mean over the batches of its step; if several processes train, over the processes, weighted
+    by their shares of the batch.
+
+    `log_every_n_steps` of the trainer is n. The training step returns its losses, detached, as
+    ``losses``: name to scalar.
+    """
+
+    def __init__(self) -> None:
+        self._step = -1
+        self._rates: dict[str, float | Tensor] = {}
+        self._sums: dict[str, Tensor] = {}
+        self._batches = 0
+        self._logged = -1
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Note the learning rate, before the scheduler changes it."""
+        if trainer.global_step != self._step:
+            self._step, self._sums, self._batches = trainer.global_step, {}, 0
+            self._rates = _learning_rates(trainer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Add up the losses; log them if the step is complete and due."""
+        losses: dict[str, Tensor] = (outputs or {}).get("losses", {})
+        if trainer.world_size > 1:
+            losses = {name: value * batch["share"] for name, value in losses.items()}
+        if self._batches:
+            losses = {name: value + self._sums[name] for name, value in losses.items()}
+        self._sums, self._batches = losses, self._batches + 1
+        if self._step % cast(Any, trainer).log_every_n_steps == 0:
+            self._log(trainer)
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Log the last step, of which nothing is known before: any epoch may be the last one."""
+        self._log(trainer)
+
+    def _log(self, trainer: Trainer) -> None:
+        complete = trainer.global_step > self._step
+        if not self._sums or not complete or self._step == self._logged:
+            return
+        mean = torch.stack([*self._sums.values()]).float() / self._batches
+        mean = cast(Tensor, trainer.strategy.reduce(mean, reduce_op="mean"))
+        self._logged = self._step
+        values = dict(zip(self._sums, mean.tolist(), strict=True))
+        values |= {name: float(rate) for name, rate in self._rates.items()}
+        for logger in trainer.loggers:
+            logger.log_metrics(values, step=self._step)
+            logger.save()
+
+
+def _learning_rates(trainer: Trainer) -> dict[str, float | Tensor]:
+    """`lr-SGD` to its value; with several groups of parameters `lr-SGD/pg1` and so on."""
+    rates: dict[str, float | Tensor] = {}
+    for optimizer in trainer.optimizers:
+        groups = optimizer.param_groups
+        for number, group in enumerate(groups, start=1):
+            suffix = f"/pg{number}" if len(groups) > 1 else ""
+            rate = group["lr"]
+            # A tensor is changed in place, and may be where looking at it means waiting.
+            rates[f"lr-{type(optimizer).__name__}{suffix}"] = (
+                rate.clone() if isinstance(rate, Tensor) else rate
+            )
+    return rates

@@ -1,0 +1,137 @@
+"""TensorBoard: values stand at the steps they belong to, and runs can be compared at a glance."""
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from lightning.pytorch.loggers import TensorBoardLogger
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.backend_context import Context
+from test_distillation import frozen, make_data, make_module
+
+from kd_lightning.fitting import build_trainer
+from kd_lightning.hparams import describe_terms, log_hparams
+
+CPU = {
+    "_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "devices": 1, "max_epochs": 2,
+    "log_every_n_steps": 50,
+}  # fmt: skip
+BATCHES = 5  # in an epoch: 33 images, 8 at a time
+
+
+class Spy(Callback):
+    """What each optimizer step had: its learning rate and the total loss of each of its batches."""
+
+    def __init__(self):
+        self.rates, self.losses = {}, {}
+
+    def on_train_batch_start(self, trainer, module, batch, batch_idx):
+        rate = trainer.optimizers[0].param_groups[0]["lr"]
+        self.rates.setdefault(trainer.global_step, rate)
+        self.step = trainer.global_step
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        loss = float(outputs["losses"]["loss/total"])
+        self.losses.setdefault(self.step, []).append(loss)
+
+
+def scalars(folder):
+    events = EventAccumulator(str(folder))
+    events.Reload()
+    return {
+        name: [(row.step, row.value) for row in events.Scalars(name)]
+        for name in events.Tags()["scalars"]
+    }
+
+
+@pytest.mark.parametrize(
+    ("settings", "steps"),
+    [
+        ({}, [0, 4, 9]),
+        ({"log_every_n_steps": 3}, [0, 3, 4, 6, 9]),
+        ({"log_every_n_steps": 1}, list(range(10))),
+        ({"max_epochs": 1, "limit_train_batches": 1}, [0]),
+        ({"max_steps": 7}, [0, 4, 6]),
+        ({"val_check_interval": 2, "log_every_n_steps": 2}, [0, 2, 4, 6, 8, 9]),
+        ({"accumulate_grad_batches": 2, "log_every_n_steps": 2}, [0, 2, 4, 5]),
+    ],
+)
+def test_a_loss_stands_at_its_own_step(folder, tmp_path, settings, steps):
+    spy = Spy()
+    trainer = build_trainer({**CPU, **settings}, "32-true", tmp_path / "run", "x", callbacks=[spy])
+    trainer.fit(make_module(frozen()), make_data(folder))
+    shown = scalars(tmp_path / "run")
+    assert [step for step, _ in shown["loss/total"]] == steps
+    for step, value in shown["loss/total"]:
+        assert value == pytest.approx(sum(spy.losses[step]) / len(spy.losses[step]), rel=1e-6)
+    assert shown["lr-SGD"] == [(step, pytest.approx(spy.rates[step])) for step in steps]
+    for name in ("loss/logit", "loss_weighted/logit", "loss_weighted/attention"):
+        assert [step for step, _ in shown[name]] == steps
+    weighted = [shown[name] for name in shown if name.startswith("loss_weighted/")]
+    for (_, total), *parts in zip(shown["loss/total"], *weighted, strict=True):
+        assert total == pytest.approx(sum(value for _, value in parts), rel=1e-5)
+
+
+class TwoOfThem:
+    """What a callback asks of a trainer that is one of two processes; the other's losses are 3."""
+
+    world_size, global_step, log_every_n_steps, optimizers = 2, 0, 1, ()
+
+    def __init__(self):
+        self.logged, self.loggers, self.strategy = {}, [self], self
+
+    def reduce(self, values, reduce_op):
+        assert reduce_op == "mean"
+        return (values + 3.0 * self.other_share) / 2
+
+    def log_metrics(self, values, step):
+        self.logged[step] = values
+
+    def save(self):
+        pass
+
+
+def test_the_loss_of_several_processes_is_that_of_the_whole_batch():
+    from kd_lightning.curves import Curves
+
+    trainer, curves = TwoOfThem(), Curves()
+    # Three images: two here, one there.
+    batch = {"share": torch.tensor(2 * 2 / 3)}
+    trainer.other_share = 2 * 1 / 3
+    curves.on_train_batch_start(trainer, None, batch, 0)
+    trainer.global_step = 1
+    curves.on_train_batch_end(trainer, None, {"losses": {"loss/a": torch.tensor(6.0)}}, batch, 0)
+    assert trainer.logged == {0: {"loss/a": pytest.approx((6 + 6 + 3) / 3)}}
+
+
+CONFIG = {
+    "method": {"name": "logit", "terms": {"logit": {"weight": 0.5, "temperature": 4.0}}},
+    "student": {"name": "small"}, "data": {"name": "digits", "batch_size": 64},
+    "optimizer": {"lr": 0.1}, "seed": 1,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("method", ["none", "logit"])
+def test_the_page_of_hyperparameters_begins_with_what_tells_runs_apart(tmp_path, method):
+    """Five columns are shown at first, in the order in which TensorBoard's server sends them."""
+    logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
+    results = {"epochs": 2, "val_accuracy": 0.5, "test_accuracy": 0.25}
+    log_hparams(logger, {**CONFIG, "method": {**CONFIG["method"], "name": method}}, "x", results, 9)
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    content = events.PluginTagToContent("hparams")
+    page = Context(None).experiment_from_metadata(None, "", True, {"run": content}, [])
+    columns = [info.name for info in page.hparam_infos]
+    assert columns[:5] == ["method", "seed", "student", "teacher", "terms"]
+    assert {"lr", "batch_size", "data", "epochs", "logit.temperature"} < set(columns)
+    shown = {info.name.tag for info in page.metric_infos}
+    assert shown == {"final/val_accuracy", "final/test_accuracy"}
+    assert events.Scalars("final/test_accuracy")[0].step == 9
+
+
+def test_terms_are_described_with_their_weights_and_temperature():
+    terms = {
+        "cross_entropy": {"_target_": "x", "weight": 0.6},
+        "logit": {"_target_": "x", "weight": 1.1, "temperature": 5.0},
+        "attention": {"_target_": "x", "weight": 10.0, "student_layers": ["a"]},
+    }
+    assert describe_terms(terms) == "0.6 cross_entropy + 1.1 logit (temperature 5) + 10 attention"
