@@ -17,6 +17,7 @@ from kd_lightning.building import (
     build_module,
     build_teacher,
     channels_last,
+    check_devices,
     fill_in,
     needs_teacher,
     normalizations,
@@ -128,10 +129,11 @@ def _distil(
     meet: Meet,
 ) -> dict[str, Any]:
     # Everything that can be wrong comes first; data, teacher and training cost more and more.
+    check_devices(config)
     data = build_data(config)
     config = fill_in(config, data)
     check(config)
-    precision = resolve_precision(trainer_node(config))
+    precision = resolve_precision(trainer_node(config), config["student"]["model"])
     directory.write_config(config)
     teacher = build_teacher(config) if needs_teacher(config) else None
     module = build_module(config, teacher, precision)
@@ -192,7 +194,7 @@ def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -
     """
     if config["teacher"]["checkpoint"] is not None:
         return {}
-    precision = resolve_precision(trainer_node(config, teacher=True))
+    precision = resolve_precision(trainer_node(config, teacher=True), teacher.model)
     key = teacher_key(config, data, precision)
     store = TeacherStore(Path(config["output_dir"]) / "teachers")
     stored: StoredTeacher = store.obtain(
