@@ -221,11 +221,16 @@ def configuration(method: str, student: str, overrides: list[str]) -> dict[str, 
     return config
 
 
+def student_precision(config: dict[str, Any]) -> str:
+    """The precision that `train.py` would train this student in."""
+    return resolve_precision(trainer_node(config), config["student"]["model"])
+
+
 def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
     """Measure one student with every method, and print a line for each."""
     methods = ["none", *(method for method in arguments.methods if method != "none")]
     configs = {m: configuration(m, student, arguments.overrides) for m in methods}
-    precision = resolve_precision(trainer_node(configs["none"]))
+    precision = student_precision(configs["none"])
     # Short first, to know how many steps fill the time.
     batch = configs["none"]["data"]["batch_size"]
     steps = {}
@@ -327,7 +332,7 @@ def estimate(methods: list[str], overrides: list[str], epochs: int) -> dict[str,
     alone = live = remembered = first_pass = 0.0
     for student in STUDENTS:
         config = configuration("none", student, overrides)
-        precision = resolve_precision(trainer_node(config))
+        precision = student_precision(config)
         alone += 3 * images / whole_loop(config, precision, steps=40)
         with tempfile.TemporaryDirectory() as folder:
             for method in methods:
@@ -400,7 +405,7 @@ def main() -> None:
     quiet_lightning()
     logging.getLogger("lightning").setLevel(logging.WARNING)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = resolve_precision(trainer_node(configuration("none", "small", [])))
+    precision = student_precision(configuration("none", "small", []))
     peak = Peak(device, precision)
     print(
         f"{device_name(device)}, torch {torch.__version__}, {precision}, "

@@ -27,7 +27,8 @@ def main() -> None:
         sys.exit(2)
     from hydra.errors import HydraException
 
-    from kd_lightning.cli import composition_error, quiet_lightning
+    from kd_lightning.cli import quiet_lightning
+    from kd_lightning.commandline import composition_error
     from kd_lightning.errors import InputError
     from kd_lightning.summary import percent
 

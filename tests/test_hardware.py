@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+import torchvision
 
-from kd_lightning import hardware
+from kd_lightning import building, hardware
+from kd_lightning.errors import InputError
+from kd_lightning.models import CifarResNet, ConvNet, ResNet9
+from kd_lightning.nodes import build
 
 
 @pytest.fixture
@@ -46,9 +50,107 @@ def test_what_is_chosen(machine, what, precision, memory_format):
     assert hardware.choose_memory_format(precision) == memory_format
 
 
-def test_the_cpu_can_be_asked_for_on_a_machine_with_a_gpu(machine):
-    machine(cuda=True, cpu=["avx2"])
+@pytest.mark.parametrize("best", [{"cuda": True}, {"cuda": False}, {"mps": True}])
+def test_the_cpu_can_be_asked_for_on_a_machine_with_a_gpu(machine, best):
+    machine(**best, cpu=["avx2"])
     assert hardware.choose_precision("cpu") == "32-true"
+    # The accelerator that trains decides, not the best one that there is.
+    assert hardware.choose_memory_format("32-true", "cpu") == torch.channels_last
+    assert hardware.choose_memory_format("32-true", "gpu") == torch.contiguous_format
+    trainer = {"memory_format": "auto", "accelerator": "cpu"}
+    assert building.channels_last(trainer, "32-true")
+
+
+GROUPED = {
+    "mobilenet_v3_small": True,
+    "mobilenet_v2": True,
+    "shufflenet_v2_x0_5": True,
+    "efficientnet_b0": True,
+    "mnasnet0_5": True,
+    "convnext_tiny": True,
+    "regnet_x_400mf": True,
+    "resnext50_32x4d": True,
+    "resnet18": False,
+    "squeezenet1_1": False,
+    "vgg11_bn": False,
+    "densenet121": False,
+}
+
+
+@pytest.mark.parametrize(("name", "grouped"), GROUPED.items())
+def test_grouped_convolutions_are_found_in_any_family(name, grouped):
+    with torch.device("cpu" if name.startswith("regnet") else "meta"):  # it computes its widths
+        assert hardware.has_groups(getattr(torchvision.models, name)()) == grouped
+
+
+@pytest.mark.parametrize(
+    ("student", "what", "trainer", "precision"),
+    [
+        ("mobilenet_v3_small", {"cpu": ["avx512_bf16"]}, {}, "32-true"),
+        ("squeezenet1_1", {"cpu": ["avx512_bf16"]}, {}, "bf16-mixed"),
+        ("mobilenet_v3_small", {"cpu": ["avx2"]}, {}, "32-true"),
+        ("mobilenet_v3_small", {"cuda": True}, {}, "bf16-mixed"),
+        ("mobilenet_v3_small", {"cuda": False}, {}, "16-mixed"),
+        ("mobilenet_v3_small", {"cuda": True, "cpu": ["amx_bf16"]}, {"accelerator": "cpu"},
+         "32-true"),
+        ("mobilenet_v3_small", {"cpu": ["amx_bf16"]}, {"precision": "bf16-mixed"}, "bf16-mixed"),
+    ],
+)  # fmt: skip
+def test_a_model_with_grouped_convolutions_is_trained_in_float32_on_a_cpu(
+    machine, student, what, trainer, precision
+):
+    machine(**what)
+    node = {"_target_": f"torchvision.models.{student}", "num_classes": 3}
+    trainer = {"accelerator": "auto", "precision": "auto", **trainer}
+    state = torch.get_rng_state()
+    assert building.resolve_precision(trainer, node) == precision
+    assert torch.equal(torch.get_rng_state(), state)  # looking at a model draws nothing
+    assert building.resolve_precision(trainer, build(node, "student.model")) == precision
+
+
+def test_every_published_network_keeps_its_precision(machine):
+    machine(cpu=["avx512_bf16"])
+    trainer = {"accelerator": "auto", "precision": "auto"}
+    for model in (ConvNet([4], 8), ResNet9(), CifarResNet(depth=20)):
+        assert building.resolve_precision(trainer, model) == "bf16-mixed"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "devices", "part"),
+    [
+        ("gpu", 1, "no GPU"),
+        ("cuda", 1, "no CUDA GPU"),
+        ("mps", 1, "no Apple GPU"),
+        ("tpu", 1, "no TPU"),
+        ("quantum", 1, "one of auto, gpu"),
+        (5, 1, "one of auto, gpu"),
+    ],
+)
+def test_an_accelerator_that_is_not_there_is_refused(machine, accelerator, devices, part):
+    machine()
+    with pytest.raises(InputError, match=part):
+        hardware.check_accelerator(accelerator, devices, "trainer")
+
+
+def test_more_devices_than_there_are_are_refused(machine, monkeypatch):
+    machine(cuda=True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    hardware.check_accelerator("gpu", 2, "trainer")
+    hardware.check_accelerator("gpu", "auto", "trainer")
+    with pytest.raises(InputError, match="devices=4"):
+        hardware.check_accelerator("gpu", 4, "trainer")
+    hardware.check_accelerator("cpu", 4, "trainer")  # processes
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_is_asked_for_before_anything_is_loaded(train, monkeypatch):
+    from kd_lightning.data.module import ImageDataModule
+
+    monkeypatch.setattr(ImageDataModule, "setup", lambda *_: pytest.fail("data were loaded"))
+    done = train("trainer=gpu", "trainer.accelerator=gpu")
+    assert done.code == 2
+    assert "finds no GPU here" in done.err
+    assert len(done.err.splitlines()) == 1
 
 
 @pytest.mark.parametrize(("override", "expected"), [("32-true", "32-true"), ("auto", None)])

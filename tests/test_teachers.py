@@ -14,7 +14,7 @@ from torch import nn
 
 from kd_lightning.data import FolderDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.teachers import TeacherStore, read_checkpoint, teacher_key, weights_sha256
+from kd_lightning.teachers import TeacherStore, teacher_key, weights_sha256
 
 KEY = "0123456789abcdef" * 4
 
@@ -293,72 +293,3 @@ def test_a_digest_is_that_of_names_types_shapes_and_numbers():
         digest(a=a + 1, b=b), digest(a=a, b=b + 1), digest(a=a),
     ]  # fmt: skip
     assert len({*others, expected.hexdigest()}) == 7
-
-
-@pytest.mark.parametrize("nest", [None, "state_dict", "model"])
-def test_checkpoints_are_read_whatever_they_are_wrapped_in(tmp_path, nest):
-    state = {"module.linear.weight": torch.ones(2), "module.conv": torch.zeros(1)}
-    path = tmp_path / "a.th"
-    torch.save({nest: state, "epoch": 3} if nest else state, path)
-    read = read_checkpoint(path, {"module.": "", "linear.": "fc."})
-    assert {name: tensor.tolist() for name, tensor in read.items()} == {
-        "fc.weight": [1, 1],
-        "conv": [0],
-    }
-
-
-def test_safetensors_are_read_by_themselves(tmp_path, monkeypatch):
-    save_file({"a": torch.ones(2)}, tmp_path / "a.safetensors")
-    monkeypatch.setattr(torch, "load", None)
-    read = read_checkpoint(tmp_path / "a.safetensors", {})
-    assert {name: tensor.tolist() for name, tensor in read.items()} == {"a": [1, 1]}
-
-
-def test_a_checkpoint_of_a_gpu_is_read_on_the_cpu(tmp_path, monkeypatch):
-    (tmp_path / "a.pt").touch()
-
-    def load(path, map_location=None, weights_only=None):
-        assert (path, map_location, weights_only) == (tmp_path / "a.pt", "cpu", True)
-        return {"a": torch.ones(1)}
-
-    monkeypatch.setattr(torch, "load", load)
-    assert set(read_checkpoint(tmp_path / "a.pt", {})) == {"a"}
-
-
-@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}, {"state_dict": {"a": "b"}}, 3])
-def test_what_is_no_state_dict_is_refused(tmp_path, content):
-    path = tmp_path / "a.pt"
-    torch.save(content, path)
-    with pytest.raises(InputError) as refused:
-        read_checkpoint(path, {})
-    assert str(refused.value) == f"teacher.checkpoint={path} holds no state dict (names of tensors)"
-
-
-def test_a_checkpoint_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError) as refused:
-        read_checkpoint(tmp_path, {})  # a folder
-    assert str(refused.value) == f"teacher.checkpoint={tmp_path} does not exist"
-
-
-class Bomb:
-    def __reduce__(self):
-        return (print, ("the checkpoint ran code",))
-
-
-@pytest.mark.parametrize("content", [b"", b"no checkpoint", json.dumps({"a": 1}).encode()])
-@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content, name):
-    (tmp_path / name).write_bytes(content)
-    with pytest.raises(InputError) as refused:
-        read_checkpoint(tmp_path / name, {})
-    assert str(refused.value) == (
-        f"teacher.checkpoint={tmp_path / name} is not a checkpoint that can be read safely "
-        "(safetensors, or torch.save of a state dict)"
-    )
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
-    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
-    with pytest.raises(InputError, match="safely"):
-        read_checkpoint(tmp_path / "bomb.pt", {})
-    assert "ran code" not in capsys.readouterr().out

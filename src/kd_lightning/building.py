@@ -1,19 +1,26 @@
 """From a configuration to the objects of a run: data, teacher, module, precision."""
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch import seed_everything
 
+from kd_lightning.checkpoints import load_checkpoint
 from kd_lightning.config import Node, build, build_partial, check_node, find_target, trainer_node
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.frozen import FrozenTeacher, Normalization
-from kd_lightning.hardware import choose_memory_format, choose_precision
-from kd_lightning.runs import fit_state
+from kd_lightning.hardware import (
+    check_accelerator,
+    choose_memory_format,
+    choose_precision,
+    device_type,
+)
 from kd_lightning.schedules import build_schedule
-from kd_lightning.teachers import read_checkpoint
+
+log = logging.getLogger(__name__)
 
 SUPERVISED = {"cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", "weight": 1.0}}
 """The terms of plain training on the labels, as a teacher is trained."""
@@ -50,16 +57,43 @@ def needs_teacher(config: Node) -> bool:
     )
 
 
-def resolve_precision(trainer: Node) -> str:
-    """The precision to train in: as configured, or what the hardware is fast at."""
-    precision = trainer["precision"]
-    return choose_precision(trainer["accelerator"]) if precision == "auto" else precision
+def check_devices(config: Node) -> None:
+    """Check that the devices which student and teacher shall be trained on are there.
+
+    Raises:
+        InputError: see `hardware.check_accelerator`.
+    """
+    for teacher in (False, True) if needs_teacher(config) else (False,):
+        trainer = trainer_node(config, teacher)
+        path = "teacher.trainer" if teacher else "trainer"
+        check_accelerator(trainer["accelerator"], trainer["devices"], path)
+
+
+def resolve_precision(trainer: Node, model: Node | torch.nn.Module) -> str:
+    """The precision to train in: as configured, or what the hardware is fast at with this model.
+
+    Args:
+        trainer: the trainer's settings.
+        model: that is trained, or its node; then it is built, once, to look at its layers.
+    """
+    precision, accelerator = trainer["precision"], trainer["accelerator"]
+    if precision != "auto":
+        return precision
+    chosen = choose_precision(accelerator)
+    if chosen == "bf16-mixed" and device_type(accelerator) == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            network = build(model, "student.model") if isinstance(model, dict) else model
+        chosen = choose_precision(accelerator, network)
+        if chosen == "32-true":
+            log.info("precision 32-true: grouped convolutions are slow in bfloat16 on a CPU")
+    return chosen
 
 
 def channels_last(trainer: Node, precision: str) -> bool:
     """Whether networks and images are laid out channels-last."""
     if trainer["memory_format"] == "auto":
-        return choose_memory_format(precision) == torch.channels_last
+        best = choose_memory_format(precision, trainer["accelerator"])
+        return best == torch.channels_last
     return bool(trainer["memory_format"] == "channels_last")
 
 
@@ -74,11 +108,16 @@ def normalizations(config: Node) -> tuple[Normalization, Normalization]:
 
 def build_teacher(config: Node) -> FrozenTeacher:
     """The teacher's network; with the user's weights if there is a `teacher.checkpoint`."""
-    model = build(config["teacher"]["model"], "teacher.model")
-    if config["teacher"]["checkpoint"] is not None:
-        path = Path(str(config["teacher"]["checkpoint"])).expanduser()
-        state = read_checkpoint(path, config["teacher"]["rename_keys"] or {})
-        fit_state(model, state, f"teacher.checkpoint={path}")
+    settings = config["teacher"]
+    model = build(settings["model"], "teacher.model")
+    if settings["checkpoint"] is not None:
+        load_checkpoint(
+            model,
+            Path(str(settings["checkpoint"])).expanduser(),
+            settings["rename_keys"],
+            settings.get("ignore_keys") or (),
+            settings.get("checkpoint_key"),
+        )
     expects, given = normalizations(config)
     return FrozenTeacher(model, expects=expects, given=given)
 

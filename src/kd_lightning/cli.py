@@ -12,19 +12,21 @@ from typing import NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import HydraException, MissingConfigException
+from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from kd_lightning import __version__, naming, overrides
 from kd_lightning import config as configuration
-from kd_lightning import naming
+from kd_lightning.commandline import composition_error, prepare
 from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.sweep import exit_codes
 from kd_lightning.terminal import say
 
 log = logging.getLogger(__name__)
 naming.register()
+overrides.install()
 
 stamped: dict[Path, str] = {}
 """What the files of a grid look like: a restart looks once, not again for every finished cell."""
@@ -39,6 +41,10 @@ def main() -> None:
     # Hydra prints tracebacks and exits by itself unless it is asked not to.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
+        if "--version" in sys.argv[1:]:
+            print(f"kd_lightning {__version__}")
+            return
+        sys.argv[1:] = prepare(sys.argv[1:])
         _app()
     except KeyboardInterrupt:
         _stop("stopped by Ctrl-C; run the same command again to resume", 130)
@@ -130,24 +136,6 @@ def _stop(message: str, code: int) -> NoReturn:
 def _fail(message: str, code: int) -> NoReturn:
     _report(message, code)
     sys.exit(code)
-
-
-def composition_error(error: Exception) -> str:
-    """Hydra's complaint about the command line, in one sentence."""
-    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        group, _, choice = error.missing_cfg_file.rpartition("/")
-        return f"{group}={choice} does not exist; choose from {', '.join(error.options)}"
-    lines: list[str] = []
-    cause: BaseException | None = error
-    while cause is not None:
-        lines += [line.strip() for line in str(cause).splitlines() if line.strip()]
-        cause = cause.__cause__
-    if lines and lines[0].startswith("Could not override '"):
-        key = lines[0].split("'")[1]
-        return (
-            f"there is no key '{key}'; see --help for those that exist, or add it with +{key}=..."
-        )
-    return "; ".join(dict.fromkeys(lines[:2]))
 
 
 def quiet_lightning() -> None:

@@ -6,33 +6,29 @@ Two rules do most of the work. A `_target_` node must fit the signature of what 
 and by type. And no number anywhere is NaN or infinite.
 """
 
-import contextlib
-import difflib
 import functools
-import inspect
 import math
-import pkgutil
-import types
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.errors import InstantiationException
-from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd_lightning.errors import InputError
-
-Node = dict[str, Any]
+from kd_lightning.nodes import Node as Node
+from kd_lightning.nodes import build as build
+from kd_lightning.nodes import build_partial as build_partial
+from kd_lightning.nodes import check_node as check_node
+from kd_lightning.nodes import find_target as find_target
+from kd_lightning.nodes import unknown_key
 
 # Keys that are not arguments of a `_target_`. A configuration has these and no others.
 KEYS: dict[str, set[str]] = {
     "": {
         "seed", "output_dir", "data_dir", "setting", "name",
         "method", "student", "teacher", "data", "trainer", "optimizer", "scheduler", "remember",
-        "callbacks", "pictures", "update_bn",
     },
     "method": {"name", "terms"},
     "student": {"name", "model", "layers"},
@@ -42,8 +38,13 @@ KEYS: dict[str, set[str]] = {
     },
     "remember": {"disk_gb", "dtype"},
 }  # fmt: skip
-OPTIONAL = {"callbacks", "update_bn"}
-"""Keys that a configuration may lack: those of older runs do."""
+OPTIONAL: dict[str, set[str]] = {
+    "": {"callbacks", "pictures", "update_bn"},
+    "teacher": {"checkpoint_key", "ignore_keys"},
+}
+"""Keys that a section may have besides: those of older runs lack them, and some are left out of the
+configuration tree."""
+
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 ROUNDINGS = ("float16", "bfloat16", "float32")
 STRATEGIES = ("auto", "ddp")
@@ -54,6 +55,12 @@ def tree() -> str:
     """Hydra's address of the configuration tree: the checkout's folder, else the wheel's copy."""
     checkout = Path(__file__).resolve().parents[2] / "configs"
     return str(checkout) if checkout.is_dir() else "pkg://kd_lightning.configs"
+
+
+def tree_folder() -> str:
+    """The configuration tree as a folder, for `hydra.initialize_config_dir`."""
+    address = tree()
+    return str(Path(__file__).parent / "configs") if address.startswith("pkg://") else address
 
 
 def plain(config: DictConfig) -> Node:
@@ -70,7 +77,16 @@ def plain(config: DictConfig) -> Node:
         if "Missing mandatory value" in reason:
             raise InputError(f"{key} must be given: add {key}=VALUE to the command") from error
         raise InputError(f"{key}: {reason}") from error
-    return typing.cast(Node, resolved)
+    return typing.cast(Node, _expand_home(resolved))
+
+
+def _expand_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_home(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(part) for part in value]
+    home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
+    return str(Path(value).expanduser()) if home else value
 
 
 def check(config: Node) -> None:
@@ -85,7 +101,8 @@ def check(config: Node) -> None:
     for path, number in _numbers(config):
         if not math.isfinite(number):
             raise InputError(f"{path} must be a finite number, not {number}")
-    for path in ("seed", "teacher.seed"):
+    seeds = [f"data.{key}" for key in config["data"] if key == "seed" or key.endswith("_seed")]
+    for path in ("seed", "teacher.seed", *seeds):
         seed = select(config, path)
         if not _is_integer(seed) or not 0 <= seed < 2**32:
             raise InputError(f"{path} must be a whole number from 0 to 2^32 - 1, not {seed}")
@@ -106,6 +123,7 @@ def check(config: Node) -> None:
     for path in ("output_dir", "data_dir"):
         if not isinstance(config[path], str) or not config[path]:
             raise InputError(f"{path} must be the path of a folder, not {config[path]!r}")
+    _check_teacher_keys(config["teacher"])
     if not config["method"]["terms"]:
         raise InputError("method.terms must name at least one term")
     for name, term in config["method"]["terms"].items():
@@ -135,20 +153,38 @@ def check(config: Node) -> None:
             check_node(scheduler, f"{prefix}scheduler", {"optimizer", "total_steps"})
 
 
+def _check_teacher_keys(teacher: Node) -> None:
+    renamed, ignored = teacher["rename_keys"] or {}, teacher.get("ignore_keys") or []
+    if not isinstance(renamed, dict) or not all(isinstance(new, str) for new in renamed.values()):
+        raise InputError(
+            "teacher.rename_keys must be a dictionary from beginnings of keys to what replaces "
+            f"them, as 'teacher.rename_keys={{model.: \"\"}}', not {renamed!r}"
+        )
+    if not isinstance(ignored, list) or not all(isinstance(part, str) for part in ignored):
+        raise InputError(
+            f"teacher.ignore_keys must be a list of patterns, as [total_*,head.*], not {ignored!r}"
+        )
+
+
 def check_sections(config: Node) -> None:
     """Check the keys that belong to no `_target_`; needs no import of anything heavy.
 
     Raises:
         InputError: a key is unknown, or a group was left out.
     """
-    config.setdefault("scheduler", None)  # `scheduler=null`: a constant learning rate
     config.setdefault("pictures", True)
-    for section, known in KEYS.items():
+    for node in (config, config.get("teacher")):
+        if isinstance(node, dict):
+            node.setdefault("scheduler", None)  # `scheduler=null`: a constant learning rate
+    for section, required in KEYS.items():
         node = config[section] if section else config
+        if not isinstance(node, dict):
+            raise InputError(f"{section} must be a dictionary, not {node!r}")
+        known = required | OPTIONAL.get(section, set())
         for key in node:
             if key not in known:
                 raise InputError(unknown_key(f"{section}.{key}".lstrip("."), known, section))
-        for key in sorted(known - node.keys() - OPTIONAL):
+        for key in sorted(required - node.keys()):
             raise InputError(f"{section}.{key} must be given".lstrip("."))
 
 
@@ -175,7 +211,7 @@ def check_trainer(trainer: Node, path: str) -> None:
         )
     if trainer.get("num_nodes", 1) != 1:
         raise InputError(f"{path}.num_nodes must be 1: a run does not go beyond one machine")
-    check_node(without(trainer, "memory_format"), path)
+    check_node(without(trainer, "memory_format", "precision"), path)
 
 
 def trainer_node(config: Node, teacher: bool = False) -> Node:
@@ -189,84 +225,6 @@ def trainer_node(config: Node, teacher: bool = False) -> Node:
     return {**own, "devices": 1, **config["teacher"]["trainer"]}
 
 
-def check_node(node: Any, path: str, given: set[str] | None = None) -> None:
-    """Check that a `_target_` node fits the signature of what it names.
-
-    Args:
-        node: the node.
-        path: its place in the configuration, for messages.
-        given: parameters that the caller will supply.
-
-    Raises:
-        InputError: the target cannot be imported, or does not take these arguments.
-    """
-    if not isinstance(node, dict) or "_target_" not in node:
-        raise InputError(f"{path} must be a node with a _target_, not {node!r}")
-    target = find_target(node["_target_"], path)
-    parameters, hints, open_ended = _signature(target)
-    arguments = {key: value for key, value in node.items() if not key.startswith("_")}
-    for key, value in arguments.items():
-        if key not in parameters and not open_ended:
-            raise InputError(unknown_key(f"{path}.{key}", set(parameters), path))
-        if isinstance(value, dict) and "_target_" in value:
-            check_node(value, f"{path}.{key}", given)
-        elif key in hints and not _fits(value, hints[key]):
-            raise InputError(f"{path}.{key} must be {_describe(hints[key])}, not {value!r}")
-    for name, parameter in parameters.items():
-        required = parameter.default is parameter.empty
-        if required and name not in arguments and name not in (given or ()):
-            raise InputError(f"{path}.{name} must be given: {node['_target_']} needs it")
-
-
-def takes(node: Node, parameter: str, path: str) -> bool:
-    """Whether what a `_target_` node names has a parameter of this name.
-
-    Raises:
-        InputError: the target cannot be imported.
-    """
-    return parameter in _signature(find_target(node["_target_"], path))[0]
-
-
-def find_target(target: str, path: str) -> Any:
-    """The class or function that a `_target_` names.
-
-    Raises:
-        InputError: it cannot be imported.
-    """
-    try:
-        return pkgutil.resolve_name(target)
-    except Exception as error:  # whatever importing a module may raise
-        raise InputError(
-            f"{path}._target_={target} cannot be imported: {_reason(error)}"
-        ) from error
-
-
-def build(node: Node, path: str) -> Any:
-    """Instantiate a `_target_` node.
-
-    Raises:
-        InputError: naming `path` and what the constructor objected to.
-    """
-    try:
-        return instantiate(node, _convert_="all")
-    except InstantiationException as error:
-        raise _refused(path, error.__cause__ or error) from error
-
-
-def build_partial(node: Node, path: str) -> Callable[..., Any]:
-    """A callable that instantiates the node with further arguments; errors as in `build`."""
-    partial = instantiate({**node, "_partial_": True}, _convert_="all")
-
-    @functools.wraps(partial.func)
-    def call(*args: Any, **kwargs: Any) -> Any:
-        try:
-            return partial(*args, **kwargs)
-        except (TypeError, ValueError) as error:
-            raise _refused(path, error) from error
-
-    return call
-
-
 def select(config: Node, path: str) -> Any:
     """The value at a dotted path."""
     return functools.reduce(lambda node, key: node[key], path.split("."), config)
@@ -275,26 +233,6 @@ def select(config: Node, path: str) -> Any:
 def without(node: Node, *keys: str) -> Node:
     """The node less some keys."""
     return {key: value for key, value in node.items() if key not in keys}
-
-
-def unknown_key(path: str, known: set[str], section: str) -> str:
-    """The sentence for a key that does not exist, with the nearest that does."""
-    key = path.rsplit(".", 1)[-1]
-    near = difflib.get_close_matches(key, known, n=1)
-    prefix = f"{section}." if section else ""
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
-    return f"there is no key '{path}'; {hint}"
-
-
-def _refused(path: str, error: BaseException) -> InputError:
-    return error if isinstance(error, InputError) else InputError(f"{path}: {_reason(error)}")
-
-
-def _reason(error: BaseException) -> str:
-    """The first line of an exception's innermost cause."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
@@ -314,60 +252,3 @@ def _is_number(value: Any) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _signature(target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
-    """Named parameters, their type hints, and whether any other keyword is taken as well.
-
-    A class whose constructor passes ``**settings`` on takes the parameters of its base class too.
-    """
-    is_class = inspect.isclass(target)
-    parameters: dict[str, inspect.Parameter] = {}
-    hints: dict[str, Any] = {}
-    for function in (base.__init__ for base in target.__mro__) if is_class else (target,):
-        try:
-            own = list(inspect.signature(function).parameters.values())[is_class:]
-        except (TypeError, ValueError):
-            return parameters, hints, True  # built in, without a signature
-        with contextlib.suppress(Exception):  # annotations that only their own module understands
-            hints = {**typing.get_type_hints(function), **hints}
-        named = (p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
-        parameters = {**{p.name: p for p in named}, **parameters}
-        if not any(p.kind is p.VAR_KEYWORD for p in own):
-            return parameters, hints, False
-    return parameters, hints, True
-
-
-def _scalars(hint: Any) -> set[type] | None:
-    """The scalar types a hint admits; None if it admits other values that YAML can write."""
-    if hint in (int, float, bool, str, type(None)):
-        return {hint}
-    if typing.get_origin(hint) not in (typing.Union, types.UnionType):
-        return None
-    allowed: set[type] = set()
-    for part in typing.get_args(hint):
-        scalars = _scalars(part)
-        if scalars is not None:
-            allowed |= scalars
-        elif not inspect.isclass(part):  # a class, such as Tensor, YAML cannot write
-            return None
-    return allowed
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    allowed = _scalars(hint)
-    if allowed is None or isinstance(value, list | dict):
-        return True
-    if isinstance(value, bool):
-        return bool in allowed
-    if isinstance(value, int):
-        return bool({int, float} & allowed)
-    return type(value) in allowed
-
-
-def _describe(hint: Any) -> str:
-    names = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
-    allowed = _scalars(hint) or set()
-    if float in allowed:
-        allowed = allowed - {int}
-    return " or ".join(names.get(scalar, "null") for scalar in sorted(allowed, key=str))

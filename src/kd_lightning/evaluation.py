@@ -12,6 +12,7 @@ from kd_lightning.config import build, trainer_node
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.errors import InputError
+from kd_lightning.hardware import is_available
 from kd_lightning.runs import RunDirectory, check_trusted, load_weights
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,10 @@ def evaluate(
     if data_root is not None:
         config["data"]["root"] = data_root
     settings = trainer_node(config)
+    if not is_available(settings["accelerator"]):
+        settings["accelerator"] = "auto"  # it was trained on another machine
     # The precision it was tested in then, unless this machine has other hardware.
-    precision = resolve_precision(settings)
+    precision = resolve_precision(settings, config["student"]["model"])
     module = DistillationModule(
         student=config["student"]["model"],
         terms=SUPERVISED,

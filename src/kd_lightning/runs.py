@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kd_lightning.checkpoints import fit_state as fit_state
 from kd_lightning.config import Node, build, find_target
 from kd_lightning.errors import InputError
 from kd_lightning.files import hold, read_json, replacing, write_json, write_text
@@ -275,35 +276,6 @@ def load_weights(model: nn.Module, path: Path) -> None:
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path} is damaged: {error}") from error
     fit_state(model, state, str(path))
-
-
-def fit_state(model: nn.Module, state: dict[str, torch.Tensor], origin: str) -> None:
-    """Load a state dict that must fit the model exactly.
-
-    Raises:
-        InputError: naming the first difference.
-    """
-    own = model.state_dict()
-    for key in own:
-        if key.endswith("num_batches_tracked"):
-            # Unknown to BatchNorm before torch 0.4.1, and without effect on what is computed.
-            state.setdefault(key, own[key])
-        if key not in state:
-            raise InputError(
-                f"{origin} is of another architecture than {type(model).__name__}: "
-                f"it has no '{key}', but has '{next(iter(state), 'nothing')}' and so on"
-            )
-        if own[key].shape != state[key].shape:
-            raise InputError(
-                f"{origin} is of another architecture than {type(model).__name__}: '{key}' has "
-                f"the shape {tuple(state[key].shape)} there and {tuple(own[key].shape)} here"
-            )
-    if extra := [key for key in state if key not in own]:
-        raise InputError(
-            f"{origin} is of another architecture than {type(model).__name__}: "
-            f"its '{extra[0]}' has no place here"
-        )
-    model.load_state_dict(state)
 
 
 def versions() -> dict[str, str]:

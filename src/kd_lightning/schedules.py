@@ -10,8 +10,9 @@ from typing import Any, Literal, NamedTuple
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from kd_lightning.config import Node, build_partial, takes, without
+from kd_lightning.config import Node, build_partial, without
 from kd_lightning.errors import InputError
+from kd_lightning.nodes import takes
 
 
 class Schedule(NamedTuple):

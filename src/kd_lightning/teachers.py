@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 
 from kd_lightning.config import Node, trainer_node, without
@@ -163,43 +162,3 @@ def weights_sha256(model: nn.Module) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
-
-
-def read_checkpoint(path: Path, rename_keys: dict[str, str]) -> dict[str, torch.Tensor]:
-    """The state dict in a user's own checkpoint: safetensors, or torch's format.
-
-    Torch's format is read with ``weights_only=True``, so the file cannot run code. The state dict
-    may stand by itself or under ``state_dict`` or ``model``.
-
-    Args:
-        path: the file.
-        rename_keys: beginnings of keys to what replaces them, applied in order.
-
-    Raises:
-        InputError: the file is missing or is not such a checkpoint.
-    """
-    if not path.is_file():
-        raise InputError(f"teacher.checkpoint={path} does not exist")
-    state: Any
-    try:
-        if path.suffix == ".safetensors":
-            state = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises many kinds
-        raise InputError(
-            f"teacher.checkpoint={path} is not a checkpoint that can be read safely "
-            "(safetensors, or torch.save of a state dict)"
-        ) from error
-    for nest in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(nest), dict):
-            state = state[nest]
-    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
-        raise InputError(f"teacher.checkpoint={path} holds no state dict (names of tensors)")
-    renamed = {}
-    for key, tensor in state.items():
-        for old, new in rename_keys.items():
-            if key.startswith(old):
-                key = new + key[len(old) :]
-        renamed[key] = tensor
-    return renamed

@@ -35,7 +35,7 @@ def equip_teacher(teacher: FrozenTeacher, config: Node, data: ImageDataModule) -
     """
     if config["teacher"]["checkpoint"] is not None:
         return {}
-    precision = resolve_precision(trainer_node(config, teacher=True))
+    precision = resolve_precision(trainer_node(config, teacher=True), teacher.model)
     key = teacher_key(config, data, precision)
     store = TeacherStore(Path(config["output_dir"]) / "teachers")
     stored: StoredTeacher = store.obtain(

@@ -16,6 +16,7 @@ from kd_lightning.building import (
     build_data,
     build_module,
     build_teacher,
+    check_devices,
     fill_in,
     needs_teacher,
     resolve_precision,
@@ -117,10 +118,11 @@ def prepare(config: Node) -> Job:
     Raises:
         InputError: the configuration, the data or a file is wrong.
     """
+    check_devices(config)
     data = build_data(config)
     config = fill_in(config, data)
     check(config)
-    precision = resolve_precision(trainer_node(config))
+    precision = resolve_precision(trainer_node(config), config["student"]["model"])
     teacher = build_teacher(config) if needs_teacher(config) else None
     if teacher is not None:
         check_weights(teacher, f"teacher.checkpoint={config['teacher']['checkpoint']}")

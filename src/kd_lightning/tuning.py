@@ -11,6 +11,8 @@ from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kd_lightning import config as configuration
+from kd_lightning import overrides as rules
+from kd_lightning.commandline import check_overrides
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.naming import register
 from kd_lightning.training import run
@@ -95,9 +97,11 @@ def tune(
         name: of the study; by default from method, student and setting.
     """
     register()
+    rules.install()
+    overrides = check_overrides(overrides)
 
     def composed(extra: Sequence[str] = ()) -> configuration.Node:
-        with initialize_config_dir(_absolute(configuration.tree()), version_base="1.3"):
+        with initialize_config_dir(configuration.tree_folder(), version_base="1.3"):
             node = configuration.plain(compose("train", [*overrides, *extra]))
         configuration.check_sections(node)
         return node
@@ -140,8 +144,3 @@ def tune(
     if sum(trial.state in done for trial in study.trials) < trials:
         study.optimize(objective, callbacks=[stop], catch=(RunError,))
     return study
-
-
-def _absolute(tree: str) -> str:
-    """A folder for `initialize_config_dir`, also where the tree lies in an installed package."""
-    return tree if not tree.startswith("pkg://") else str(Path(__file__).parent / "configs")

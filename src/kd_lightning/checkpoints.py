@@ -1,0 +1,317 @@
+"""Checkpoints of other people: which of a file's tensors are the network's, and do they fit.
+
+A file is read without running code from it. The state dict may stand by itself or be nested as in
+the common training scripts, and its keys may have the prefixes that wrappers leave.
+"""
+
+import difflib
+import logging
+import pickle
+import re
+import shlex
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kd_lightning.errors import InputError
+
+log = logging.getLogger(__name__)
+
+State = dict[str, Tensor]
+
+NESTS = (
+    # An average of the weights comes before the raw ones: it is what such trainings report.
+    "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "ema",
+    "params_ema", "state_dict", "model_state_dict", "model_state", "model", "net", "network",
+    "net_state_dict", "weights", "params",
+)  # fmt: skip
+"""Where training scripts keep the weights, the first that is there counts."""
+
+WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+"""What wrappers write into keys, wherever the wrapped module is: torch.compile, FSDP,
+activation checkpointing."""
+
+COUNTERS = ("*total_ops", "*total_params", "n_averaged")
+"""Counters that are no weights: of profilers (thop) in every module, of `AveragedModel`."""
+
+
+def load_checkpoint(
+    model: nn.Module,
+    path: Path,
+    rename_keys: Mapping[str, str] | None = None,
+    ignore_keys: Sequence[str] = (),
+    key: str | None = None,
+) -> None:
+    """Load a checkpoint file into a model, which it must fit exactly.
+
+    If the keys do not fit as they are, a prefix under which all keys of the model are found is
+    removed, and what is not under it is left out.
+
+    Args:
+        model: whose weights are replaced.
+        path: the file.
+        rename_keys: beginnings of keys to what replaces them, applied in order.
+        ignore_keys: patterns (`fnmatch`) of keys that are left out.
+        key: dotted place of the state dict in the file; None: found by `NESTS`.
+
+    Raises:
+        InputError: the file cannot be read safely or does not fit; naming the first difference.
+    """
+    origin = f"teacher.checkpoint={path}"
+    state = rename(read_checkpoint(path, key), rename_keys or {})
+    own = model.state_dict()
+    for name in list(state):
+        patterns = ignore_keys if name in own else (*ignore_keys, *COUNTERS)
+        if any(fnmatchcase(name, pattern) for pattern in patterns):
+            del state[name]
+    state = _without_prefix(state, own, origin)
+    try:
+        fit_state(model, state, origin)
+    except InputError as error:
+        raise InputError(f"{error}{_advice(state, own)}") from error
+
+
+def read_checkpoint(path: Path, key: str | None = None) -> State:
+    """The state dict in a checkpoint file: safetensors, or torch's format, by its content.
+
+    Torch's format is read with ``weights_only=True``, so the file cannot run code.
+
+    Args:
+        path: the file.
+        key: see `load_checkpoint`.
+
+    Raises:
+        InputError: the file is missing or is not such a checkpoint.
+    """
+    origin = f"teacher.checkpoint={path}"
+    if path.is_dir():
+        raise InputError(f"{origin} is a folder; name the file in it")
+    if not path.is_file():
+        raise InputError(f"{origin} does not exist")
+    return find_state(_read(path, origin), origin, key)
+
+
+def _read(path: Path, origin: str) -> Any:
+    unreadable = (
+        f"{origin} is not a checkpoint that can be read safely "
+        "(safetensors, or torch.save of a state dict)"
+    )
+    head = b""
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+            if reason := _what_else(head):
+                raise InputError(f"{unreadable}: {reason}")
+            if head[8:9] == b"{":  # a header in JSON after its length
+                return load_file(path)
+            file.seek(0)
+            # Not the path: its suffix would decide the format.
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        refused = re.search(r"GLOBAL ([\w.]+\.\w+)", str(error))
+        if refused is None:
+            raise InputError(unreadable) from error
+        program = f"from kd_lightning.checkpoints import convert; convert({str(path)!r})"
+        raise InputError(
+            f"{unreadable}: it needs {refused[1]}, whose code reading it would run; if you trust "
+            f"its source, write its weights alone: python -c {shlex.quote(program)}"
+        ) from error
+    except InputError:
+        raise
+    except Exception as error:  # torch raises many kinds
+        damaged = "; it is damaged or incomplete" if head[:2] == b"PK" else ""
+        raise InputError(f"{unreadable}{damaged}") from error
+
+
+def _what_else(head: bytes) -> str:
+    """What a file that is no checkpoint is, by its first bytes; empty if that is not known."""
+    text = head.lstrip().lower()
+    if not head:
+        return "it is empty"
+    if text.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer to the file, fetch that with: git lfs pull"
+    if text.startswith((b"<!doctype", b"<html", b"<?xml")):
+        return "it is a web page; download the file itself"
+    if head.startswith(b"\x89HDF"):
+        return "it is an HDF5 file, as Keras writes"
+    if head.startswith(b"\x1f\x8b"):
+        return "it is compressed, unpack it with gunzip"
+    return ""
+
+
+def find_state(content: Any, origin: str, key: str | None = None) -> State:
+    """The names and tensors of a network in what a checkpoint file holds.
+
+    Raises:
+        InputError: there are none, or several and no `key` says which.
+    """
+    if key is not None:
+        for part in key.split("."):
+            if not isinstance(content, dict) or part not in content:
+                there = ", ".join(map(str, content)) if isinstance(content, dict) else "no keys"
+                raise InputError(f"teacher.checkpoint_key={key}: {origin} has {there[:200]}")
+            content = content[part]
+    else:
+        while isinstance(content, dict):
+            nests = [name for name, value in content.items() if isinstance(value, dict)]
+            states = [name for name in nests if _holds_state(content[name])]
+            known = [name for name in NESTS if name in states]
+            if not known and len(states) > 1 and not _is_state(content):
+                raise InputError(
+                    f"{origin} holds several state dicts; say which with "
+                    f"teacher.checkpoint_key={' or '.join(states)}"
+                )
+            chosen = (known or (states if not _is_state(content) else []))[:1]
+            if not chosen:
+                break
+            if len(states) > 1:
+                log.info("%s: weights taken from '%s'", origin, chosen[0])
+            content = content[chosen[0]]
+    state: State = {}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            state[name] = value
+    if not state:
+        raise InputError(f"{origin} holds no state dict (names of tensors)")
+    return state
+
+
+def _is_state(value: Any) -> bool:
+    """Whether it is names of tensors, perhaps with a few other entries."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return False
+    tensors = sum(isinstance(part, Tensor) for part in value.values())
+    return 2 * tensors > len(value)
+
+
+def _holds_state(value: Any) -> bool:
+    return _is_state(value) or (
+        isinstance(value, dict) and any(_holds_state(part) for part in value.values())
+    )
+
+
+def rename(state: Mapping[str, Tensor], rename_keys: Mapping[str, str]) -> State:
+    """The tensors with other beginnings of their names, replaced one after the other."""
+    renamed = {}
+    for key, tensor in state.items():
+        for old, new in rename_keys.items():
+            if key.startswith(old):
+                key = new + key[len(old) :]
+        renamed[key] = tensor
+    return renamed
+
+
+def _without_prefix(state: State, own: Mapping[str, Tensor], origin: str) -> State:
+    """The part of a state dict that is the network's, under the names that it has there."""
+    if not any(part in name for name in own for part in WRAPPERS):
+        for part in WRAPPERS:
+            state = {name.replace(part, ""): tensor for name, tensor in state.items()}
+    needed = [name for name in own if not name.endswith("num_batches_tracked")]
+    if not needed or all(name in state for name in needed):
+        return state
+    ends = [name for name in needed if any(key.endswith(f".{name}") for key in state)]
+    if not ends:
+        return state
+    found = {key[: -len(ends[0])] for key in state if key.endswith(f".{ends[0]}")}
+    hits = {prefix: sum(prefix + name in state for name in needed) for prefix in found}
+    whole = [
+        prefix
+        for prefix in sorted(found, key=lambda prefix: ("ema" not in prefix, len(prefix), prefix))
+        if hits[prefix] == len(needed)
+        and all(state[prefix + name].numel() == own[name].numel() for name in needed)
+    ]
+    if len(whole) > 1 and "ema" not in whole[0]:
+        raise InputError(
+            f"{origin} holds several networks that fit, {' and '.join(whole)}; leave out the "
+            f"others with teacher.ignore_keys=[{','.join(f'{name}*' for name in whole[1:])}]"
+        )
+    # If none is whole, the nearest: its first difference is what has to be said.
+    prefix = whole[0] if whole else max(sorted(found), key=lambda prefix: hits[prefix])
+    if 2 * hits[prefix] < len(needed):
+        return state
+    log.info("%s: the network is what begins with '%s'", origin, prefix)
+    return {
+        name.removeprefix(prefix): tensor
+        for name, tensor in state.items()
+        if name.startswith(prefix)
+    }
+
+
+def _advice(state: State, own: Mapping[str, Tensor]) -> str:
+    """How to rename or leave out the first key that has no place, if it looks like another."""
+    missing = [name for name in own if name not in state]
+    extra = [name for name in state if name not in own]
+    if not extra:
+        return ""
+    if not missing:
+        first = extra[0].rsplit(".", 1)
+        pattern = f"{first[0]}.*" if len(first) == 2 else first[0]
+        return f"; to leave it out: teacher.ignore_keys=[{pattern}]"
+    alike = [name for name in extra if state[name].shape == own[missing[0]].shape]
+    near = difflib.get_close_matches(missing[0], alike, n=1, cutoff=0.3)
+    if not near:
+        return ""
+    theirs, ours = near[0].split("."), missing[0].split(".")
+    while len(theirs) > 1 and len(ours) > 1 and theirs[-1] == ours[-1]:
+        theirs, ours = theirs[:-1], ours[:-1]
+    pair = f"{'.'.join(theirs)}.: {'.'.join(ours)}."
+    return f"; if that is its '{near[0]}': 'teacher.rename_keys={{{pair}}}'"
+
+
+def fit_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+    """Load a state dict that must fit the model exactly.
+
+    Raises:
+        InputError: naming the first difference.
+    """
+    own, state = model.state_dict(), dict(state)
+    other = f"{origin} is of another architecture than {type(model).__name__}: "
+    for key in own:
+        if key.endswith("num_batches_tracked"):
+            # Unknown to BatchNorm before torch 0.4.1, and without effect on what is computed.
+            state.setdefault(key, own[key])
+        if key not in state:
+            has = next(iter(state), "nothing")
+            raise InputError(f"{other}it has no '{key}', but has '{has}' and so on")
+        if own[key].numel() == state[key].numel() == 1:
+            state[key] = state[key].reshape(own[key].shape)  # a scalar, or a list of one
+        if own[key].shape != state[key].shape:
+            raise InputError(
+                f"{other}'{key}' has the shape {tuple(state[key].shape)} there and "
+                f"{tuple(own[key].shape)} here"
+            )
+    if extra := [key for key in state if key not in own]:
+        raise InputError(f"{other}its '{extra[0]}' has no place here")
+    model.load_state_dict(state)
+
+
+def convert(source: str | Path, target: str | Path | None = None) -> Path:
+    """Write the weights in a checkpoint to a safetensors file, running the code that it names.
+
+    Only for files from a source that you trust: reading such a file can do anything.
+
+    Args:
+        source: torch's format, with whatever objects in it; models are taken for their state dict.
+        target: by default beside it, with the suffix ``.safetensors``.
+    """
+    target = Path(target or Path(source).with_suffix(".safetensors"))
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, nn.Module):
+            return value.state_dict()
+        if isinstance(value, Mapping):
+            return {key: plain(part) for key, part in value.items()}
+        return value
+
+    content = plain(torch.load(source, map_location="cpu", weights_only=False))
+    state = find_state(content, str(source))
+    save_file(
+        {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, target
+    )
+    print(f"{len(state)} tensors written to {target}")
+    return target

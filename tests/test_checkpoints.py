@@ -1,0 +1,247 @@
+"""A teacher's checkpoint, however its training script has wrapped the weights."""
+
+import argparse
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from kd_lightning import checkpoints
+from kd_lightning.checkpoints import convert, load_checkpoint, read_checkpoint
+from kd_lightning.errors import InputError
+
+
+def network(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(4, 2))
+
+
+THEIRS = network(1).state_dict()
+RAW = network(2).state_dict()
+
+
+def prefixed(prefix, state=None):
+    return {f"{prefix}{name}": tensor for name, tensor in (state or THEIRS).items()}
+
+
+def loaded(path, **settings):
+    """The weights of a model after it was given the file."""
+    model = network()
+    load_checkpoint(model, path, settings.pop("rename_keys", {"module.": ""}), **settings)
+    return model.state_dict()
+
+
+def assert_theirs(state):
+    assert state.keys() == THEIRS.keys()
+    for name, tensor in THEIRS.items():
+        assert torch.equal(state[name], tensor), name
+
+
+def refusal(path, **settings):
+    with pytest.raises(InputError) as refused:
+        loaded(path, **settings)
+    assert "\n" not in str(refused.value)
+    assert str(path) in str(refused.value)
+    return str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        THEIRS,
+        {"net": THEIRS, "acc": 93.1, "epoch": 3},
+        {"model_state_dict": THEIRS, "optimizer_state_dict": {"state": {}, "param_groups": []}},
+        {"state_dict": THEIRS, "hyper_parameters": {"lr": 0.1}},
+        {"model": {"name": "a"}, "net": THEIRS},
+        {"epoch": 1, "unheard_of": THEIRS},
+        {"model": {"state_dict": THEIRS}},
+        {"state_dict_ema": THEIRS, "state_dict": RAW},
+        {"model": RAW, "model_ema": THEIRS},
+        {"model": RAW, "ema": {"module": THEIRS}},
+        {"model": RAW, "model_ema": {"n_averaged": torch.tensor(5), **prefixed("module.")}},
+        prefixed("module."),
+        prefixed("_orig_mod."),
+        prefixed("module._orig_mod."),
+        prefixed("_orig_mod.module."),
+        prefixed("student."),
+        prefixed("backbone."),
+        prefixed("model.net.module."),
+        {name.replace("0.", "0._orig_mod."): tensor for name, tensor in THEIRS.items()},
+        {"state_dict": {**prefixed("model."), "criterion.weight": torch.ones(2)}},
+        {"state_dict": {**prefixed("model._orig_mod."), "val_acc.total": torch.tensor(3)}},
+        {**prefixed("ema_model.module."), **prefixed("online_model.", RAW)},
+        {**THEIRS, "total_ops": torch.zeros(1), "0.total_params": torch.zeros(1)},
+        {**THEIRS, "epoch": 3},
+        {name: tensor.double() for name, tensor in THEIRS.items()},
+        {**THEIRS, "1.num_batches_tracked": torch.tensor([0])},
+        {name: tensor for name, tensor in THEIRS.items() if "num_batches" not in name},
+    ],
+    ids=lambda content: "-".join(map(str, content))[:60],
+)
+def test_the_weights_are_found_however_they_are_wrapped(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    assert_theirs(loaded(tmp_path / "a.pt"))
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "weights"])
+def test_the_content_decides_not_the_suffix(tmp_path, name):
+    save_file(THEIRS, tmp_path / name)
+    assert_theirs(loaded(tmp_path / name))
+    torch.save({"net": THEIRS}, tmp_path / name)
+    assert_theirs(loaded(tmp_path / name))
+    torch.save(THEIRS, tmp_path / name, _use_new_zipfile_serialization=False)
+    assert_theirs(loaded(tmp_path / name))
+
+
+def test_half_precision_weights_become_the_models(tmp_path):
+    torch.save({name: t.half() if t.is_floating_point() else t for name, t in THEIRS.items()},
+               tmp_path / "a.pt")  # fmt: skip
+    state = loaded(tmp_path / "a.pt")
+    assert state["0.weight"].dtype == torch.float32
+    assert torch.equal(state["0.weight"], THEIRS["0.weight"].half().float())
+
+
+def test_keys_are_renamed_in_order(tmp_path):
+    state = {"m.first.weight": THEIRS["3.weight"]}
+    renamed = checkpoints.rename(state, {"m.": "", "first.": "3."})
+    assert list(renamed) == ["3.weight"]
+
+
+def test_extra_keys_are_left_out_by_pattern(tmp_path):
+    torch.save({**THEIRS, "aux.0.weight": torch.ones(2), "aux.bias": torch.ones(2)},
+               tmp_path / "a.pt")  # fmt: skip
+    assert "teacher.ignore_keys=[aux.0.*]" in refusal(tmp_path / "a.pt")
+    assert_theirs(loaded(tmp_path / "a.pt", ignore_keys=["aux.*"]))
+    # What the model has is left out on request only.
+    assert "it has no '0.bias'" in refusal(tmp_path / "a.pt", ignore_keys=["aux.*", "*.bias"])
+
+
+def test_a_key_chooses_among_several_networks(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"teacher": THEIRS, "student": RAW}, path)
+    assert "teacher.checkpoint_key=teacher or student" in refusal(path)
+    assert_theirs(loaded(path, key="teacher"))
+    assert "teacher, student" in refusal(path, key="generator")
+    torch.save({"model": THEIRS, "model_ema": RAW}, path)
+    assert_theirs(loaded(path, key="model"))
+    torch.save({**prefixed("a."), **prefixed("b.", RAW)}, path)
+    assert "teacher.ignore_keys=[b.*]" in refusal(path)
+    assert_theirs(loaded(path, ignore_keys=["b.*"]))
+
+
+def test_what_does_not_fit_is_named_without_its_prefix(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save(prefixed("model.", {**THEIRS, "3.weight": torch.zeros(7, 4)}), path)
+    assert "'3.weight' has the shape (7, 4) there and (2, 4) here" in refusal(path)
+    renamed = {name.replace("3.", "fc."): tensor for name, tensor in THEIRS.items()}
+    torch.save(prefixed("model.", renamed), path)
+    sentence = refusal(path)
+    assert "no '3.weight'" in sentence
+    assert "'teacher.rename_keys={fc.: 3.}'" in sentence
+
+
+class Whole(nn.Module):
+    """A module that was pickled as it is."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = network(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        ({"state_dict": THEIRS, "args": argparse.Namespace(lr=0.1)}, "argparse.Namespace"),
+        ({"net": THEIRS, "acc": np.float64(0.9)}, "multiarray.scalar"),
+        ({"net": THEIRS, "path": Path("x")}, "pathlib"),
+        (Whole(), "Whole"),
+        ({"epoch": 1, "model": network(1)}, "Sequential"),
+    ],
+    ids=["namespace", "numpy", "path", "module", "nested module"],
+)
+def test_what_could_run_code_is_named_and_can_be_converted(tmp_path, content, named, capsys):
+    path = tmp_path / "it's a.pt"
+    torch.save(content, path)
+    sentence = refusal(path)
+    assert named in sentence
+    assert "python -c" in sentence
+    assert_theirs(loaded(convert(path)))
+
+
+def test_the_command_to_convert_works_as_it_is_printed(tmp_path):
+    path = tmp_path / "it's a.pt"
+    torch.save({"state_dict": THEIRS, "args": argparse.Namespace(lr=0.1)}, path)
+    command = refusal(path).split("write its weights alone: ")[1]
+    command = command.replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True, capture_output=True)
+    assert_theirs(loaded(path.with_suffix(".safetensors")))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (print, ("the checkpoint ran code",))
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+    torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
+    assert "safely" in refusal(tmp_path / "bomb.pt")
+    assert "ran code" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"no checkpoint", ""),
+        (json.dumps({"a": 1}).encode(), ""),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:1\n", "git lfs pull"),
+        (b"\n<!DOCTYPE html><html>404</html>", "web page"),
+        (b"<html><body>Sign in</body></html>", "web page"),
+        (gzip.compress(b"x"), "gunzip"),
+        (b"\x89HDF\r\n\x1a\n", "Keras"),
+        (b"PK\x03\x04 the rest is missing", "incomplete"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
+def test_what_is_no_checkpoint_is_refused(tmp_path, content, reason, name):
+    (tmp_path / name).write_bytes(content)
+    sentence = refusal(tmp_path / name)
+    assert "not a checkpoint that can be read safely" in sentence
+    assert reason in sentence
+
+
+@pytest.mark.parametrize("cut", [100, 400])
+def test_a_truncated_safetensors_file_is_refused(tmp_path, cut):
+    save_file(THEIRS, tmp_path / "a.safetensors")
+    whole = (tmp_path / "a.safetensors").read_bytes()
+    (tmp_path / "a.safetensors").write_bytes(whole[:cut])
+    assert "safely" in refusal(tmp_path / "a.safetensors")
+
+
+def test_places_without_a_file_are_named(tmp_path):
+    assert "is a folder" in refusal(tmp_path)
+    assert "does not exist" in refusal(tmp_path / "missing.pt")
+
+
+@pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}, {"state_dict": {"a": "b"}}, 3])
+def test_what_holds_no_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "a.pt")
+    assert "holds no state dict" in refusal(tmp_path / "a.pt")
+
+
+def test_a_checkpoint_of_a_gpu_is_read_on_the_cpu(tmp_path, monkeypatch):
+    torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
+
+    def load(file, map_location=None, weights_only=None):
+        assert (map_location, weights_only) == ("cpu", True)
+        return {"a": torch.ones(1)}
+
+    monkeypatch.setattr(torch, "load", load)
+    assert set(read_checkpoint(tmp_path / "a.pt")) == {"a"}
