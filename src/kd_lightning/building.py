@@ -11,6 +11,7 @@ from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distillation import DistillationModule
 from kd_lightning.frozen import FrozenTeacher, Normalization
 from kd_lightning.hardware import choose_memory_format, choose_precision
+from kd_lightning.models.preparing import materialize
 from kd_lightning.runs import fit_state
 from kd_lightning.teachers import read_checkpoint
 
@@ -74,6 +75,7 @@ def normalizations(config: Node) -> tuple[Normalization, Normalization]:
 def build_teacher(config: Node) -> FrozenTeacher:
     """The teacher's network; with the user's weights if there is a `teacher.checkpoint`."""
     model = build(config["teacher"]["model"], "teacher.model")
+    materialize(model, config["data"]["image_size"], "teacher.model")
     if config["teacher"]["checkpoint"] is not None:
         path = Path(str(config["teacher"]["checkpoint"])).expanduser()
         state = read_checkpoint(path, config["teacher"]["rename_keys"] or {})
