@@ -87,6 +87,7 @@ def test_the_copy_that_answers_is_bit_equal_after_training_too(folder, tmp_path)
     teacher = frozen()
     module = make_module(teacher)
     teacher.prepare(torch.device("cpu"), module.memory_format, None)
+    teacher(torch.randn(8, 3, 16, 16))
     running = teacher._reader.model
     assert running is not teacher.model
     before = snapshot(running)

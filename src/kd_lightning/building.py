@@ -18,6 +18,7 @@ from kd_lightning.hardware import (
     choose_precision,
     device_type,
 )
+from kd_lightning.models.preparing import materialize
 from kd_lightning.schedules import build_schedule
 
 log = logging.getLogger(__name__)
@@ -110,6 +111,7 @@ def build_teacher(config: Node) -> FrozenTeacher:
     """The teacher's network; with the user's weights if there is a `teacher.checkpoint`."""
     settings = config["teacher"]
     model = build(settings["model"], "teacher.model")
+    materialize(model, config["data"]["image_size"], "teacher.model")
     if settings["checkpoint"] is not None:
         load_checkpoint(
             model,

@@ -26,8 +26,11 @@ from kd_lightning.divergence import LossWatch, first_not_finite, trainable
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.losses import Term
+from kd_lightning.losses.term import Shapes
 from kd_lightning.memory import Ask, Memory
-from kd_lightning.models.features import FeatureReader, layer_shapes
+from kd_lightning.models.features import FeatureReader, LayerShapes, layer_shapes
+from kd_lightning.models.outputs import find_logits
+from kd_lightning.models.preparing import cannot_take, materialize, to_memory_format
 from kd_lightning.optimizers import build_optimizer
 from kd_lightning.runs import check_trusted
 from kd_lightning.schedules import build_schedule, step_on_plateau
@@ -81,7 +84,10 @@ class DistillationModule(LightningModule):
         super().__init__()
         self.save_hyperparameters(ignore=["teacher"], logger=False)
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
-        self.student = build(student, "student.model").to(memory_format=self.memory_format)
+        self.student = build(student, "student.model")
+        materialize(self.student, image_size, "student.model")
+        to_memory_format(self.student, self.memory_format)
+        self.num_classes = num_classes
         self.optimizer_node, self.scheduler_node = optimizer, scheduler
         self.weights = {name: float(node["weight"]) for name, node in terms.items()}
         # Registered, so that a term that has parameters of its own (a regressor, say) is trained.
@@ -139,7 +145,7 @@ class DistillationModule(LightningModule):
         """Show every term both networks, and set up the reading of the layers they ask for."""
         student = self._shapes(self.student, "student", num_classes, image_size)
         self.images_needed = images_needed(self.student, student)
-        teacher = {}
+        teacher: Shapes = {}
         terms = cast(dict[str, Term], self.terms)
         if any(term.needs_teacher for term in terms.values()):
             if self.teacher is None:
@@ -151,32 +157,27 @@ class DistillationModule(LightningModule):
             except ValueError as error:
                 raise InputError(f"method.terms.{name}: {error}") from error
         read = dict.fromkeys(layer for term in terms.values() for layer in term.student_reads)
-        self._read_student = FeatureReader(self.student, read)
+        self._read_student = FeatureReader(self.student, read, num_classes=num_classes)
         if self.teacher is not None:
             read = dict.fromkeys(layer for term in terms.values() for layer in term.teacher_reads)
             logits = any(term.needs_teacher and term.needs_logits for term in terms.values())
-            self.teacher.read(read, logits)
+            self.teacher.read(read, logits, num_classes)
 
     @staticmethod
     def _shapes(
         model: torch.nn.Module, role: str, num_classes: int, image_size: int
-    ) -> dict[str, tuple[int, ...]]:
+    ) -> LayerShapes:
         try:
             shapes = layer_shapes(model, image_size)
         except Exception as error:
-            raise InputError(
-                f"{role}.model cannot take images of {image_size}x{image_size} pixels: {error}"
-            ) from error
-        if shapes[""] != (num_classes,):
-            raise InputError(
-                f"{role}.model must give one logit for each of the {num_classes} classes, "
-                f"but its output for one image has the shape {shapes['']}"
-            )
+            raise InputError(cannot_take(f"{role}.model", image_size, error)) from error
+        find_logits(shapes.output, num_classes, f"{role}.model")
         return shapes
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to the student's logits (B, C)."""
-        return self.student(images.contiguous(memory_format=self.memory_format))
+        output = self.student(images.contiguous(memory_format=self.memory_format))
+        return find_logits(output, self.num_classes)
 
     def losses(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """The unweighted loss of every term, float32 scalars, and the student's logits (B, C)."""
@@ -384,7 +385,7 @@ class DistillationModule(LightningModule):
 
         def ask() -> dict[str, Tensor]:
             assert self.teacher is not None
-            return {"logits": self.teacher(images).float().clone()}  # not an inference tensor
+            return {"logits": self.teacher(images).float()}
 
         logits = self._recall(self.evaluation_memory, batch, ask)["logits"]
         if batch["share"]:

@@ -98,6 +98,8 @@ def build_trainer(
         # The sampler shards and shuffles by itself; the networks are checked before training.
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,
+        # What a model makes and keeps during validation must be of use in training.
+        "inference_mode": False,
     }  # fmt: skip
     if settings.get("fast_dev_run"):
         raise InputError(

@@ -23,6 +23,7 @@ from kd_lightning.checkpoints import fit_state as fit_state
 from kd_lightning.config import Node, build, find_target
 from kd_lightning.errors import InputError
 from kd_lightning.files import hold, read_json, replacing, write_json, write_text
+from kd_lightning.models.preparing import materialize
 
 log = logging.getLogger(__name__)
 
@@ -222,6 +223,7 @@ class RunDirectory:
         config = self.read_config()
         check_trusted(config["student"]["model"], "student.model", trust)
         model = build(config["student"]["model"], "student.model")
+        materialize(model, config["data"]["image_size"], "student.model")
         load_weights(model, self.path / "student.safetensors")
         return model.eval(), config
 

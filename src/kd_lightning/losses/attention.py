@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.term import Shapes, Term
-from kd_lightning.models.features import Output, map_sizes, unknown_layer
+from kd_lightning.models.features import LayerShapes, Output, unknown_layer
+from kd_lightning.models.layouts import Layout
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -61,6 +62,9 @@ class Attention(Term):
     deepest. `pairs` names the pairs instead, of any channel counts and sizes: the larger map is
     pooled to the smaller.
 
+    A layer may put out a map (B, C, H, W) or (B, H, W, C), or tokens (B, N, C) that form a grid,
+    with or without class and register tokens; see `find_layouts`.
+
     Args:
         student_layers: layers of the student to choose from, from input to output.
         teacher_layers: layers of the teacher to choose from, from input to output.
@@ -91,40 +95,34 @@ class Attention(Term):
         self.candidates = (tuple(student_layers), tuple(teacher_layers))
         self.pairs = [(student, teacher) for student, teacher in pairs or ()]
         self.sizes: list[tuple[int, int]] = []
+        self._student: dict[str, Layout] = {}
+        self._teacher: dict[str, Layout] = {}
+        self._modified: frozenset[str] = frozenset()
 
     def connect(self, student: Shapes, teacher: Shapes) -> None:
         """Choose the pairs and the size at which each is compared.
 
         Raises:
-            ValueError: a layer does not exist, or what it puts out is not a map (C, H, W).
+            ValueError: a layer does not exist, or what it puts out is not a map.
         """
-        student_maps, teacher_maps = map_sizes(student), map_sizes(teacher)
         explicit = bool(self.pairs)
         names = tuple(zip(*self.pairs, strict=True)) if explicit else self.candidates
-        for whose, layers, maps, shapes in (
-            ("student", names[0], student_maps, student),
-            ("teacher", names[1], teacher_maps, teacher),
-        ):
-            for layer in layers:
-                if layer not in shapes:
-                    raise ValueError(f"in the {whose} {unknown_layer(layer, shapes)}")
-                if layer not in maps:
-                    raise ValueError(
-                        f"layer '{layer}' of the {whose} puts out {shapes[layer]}, "
-                        "but attention needs a map (channels, height, width)"
-                    )
+        self._student = _layouts("student", student, names[0])
+        self._teacher = _layouts("teacher", teacher, names[1])
         if not explicit:
             self.pairs = pair_by_resolution(
-                {layer: student_maps[layer] for layer in names[0]},
-                {layer: teacher_maps[layer] for layer in names[1]},
+                {layer: layout.size for layer, layout in self._student.items()},
+                {layer: layout.size for layer, layout in self._teacher.items()},
             )
         self.sizes = [
             (
-                min(student_maps[s][0], teacher_maps[t][0]),
-                min(student_maps[s][1], teacher_maps[t][1]),
+                min(self._student[s].height, self._teacher[t].height),
+                min(self._student[s].width, self._teacher[t].width),
             )
             for s, t in self.pairs
         ]
+        if isinstance(teacher, LayerShapes):
+            self._modified = teacher.modified
         self.student_reads = tuple(dict.fromkeys(s for s, _ in self.pairs))
         self.teacher_reads = tuple(dict.fromkeys(t for _, t in self.pairs))
 
@@ -132,7 +130,7 @@ class Attention(Term):
         """The teacher's attention maps side by side: (B, sum of h * w)."""
         return torch.cat(
             [
-                attention_map(teacher.features[layer], size)
+                attention_map(self._teacher[layer].to_map(teacher.features[layer]), size)
                 for (_, layer), size in zip(self.pairs, self.sizes, strict=True)
             ],
             dim=1,
@@ -141,7 +139,21 @@ class Attention(Term):
     def depends_on(self) -> dict[str, Any]:
         """The teacher's layers and the sizes of their maps; not the student's, nor the distance."""
         layers = [layer for _, layer in self.pairs]
-        return {"maps": [[layer, *size] for layer, size in zip(layers, self.sizes, strict=True)]}
+        return {
+            "maps": [
+                [layer, *size, *self._how_read(layer)]
+                for layer, size in zip(layers, self.sizes, strict=True)
+            ]
+        }
+
+    def _how_read(self, layer: str) -> list[Any]:
+        """Nothing for a map (B, C, H, W) that stays as it is: all that earlier versions read."""
+        how: list[Any] = []
+        if self._teacher[layer].kind != "channels_first":
+            how += self._teacher[layer]
+        if layer in self._modified:
+            how.append("before it is modified in place")
+        return how
 
     def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
         """The student's feature maps and the teacher's attention maps to a scalar."""
@@ -149,7 +161,10 @@ class Attention(Term):
         targets = remembered.split([height * width for height, width in self.sizes], dim=1)
         return torch.stack(
             [
-                self._compare(attention_map(student.features[layer], size), target)
+                self._compare(
+                    attention_map(self._student[layer].to_map(student.features[layer]), size),
+                    target,
+                )
                 for (layer, _), size, target in zip(self.pairs, self.sizes, targets, strict=True)
             ]
         ).sum()
@@ -158,6 +173,29 @@ class Attention(Term):
         if self.distance == "mean_square":
             return F.mse_loss(student, teacher)
         return torch.linalg.vector_norm(student - teacher, dim=1).mean()
+
+
+def _layouts(whose: str, shapes: Shapes, layers: Sequence[str]) -> dict[str, Layout]:
+    """The layout of every layer. Without `LayerShapes`, (C, H, W) is assumed.
+
+    Raises:
+        ValueError: a layer does not exist, or puts out no map.
+    """
+    if isinstance(shapes, LayerShapes):
+        known, others = shapes.layouts, shapes.others
+    else:
+        maps = {name: shape for name, shape in shapes.items() if len(shape) == 3}
+        known = {name: Layout("channels_first", *shape[1:]) for name, shape in maps.items()}
+        others = {}
+    for layer in layers:
+        if layer not in shapes and layer not in others:
+            raise ValueError(f"in the {whose} {unknown_layer(layer, shapes)}")
+        if layer not in known:
+            raise ValueError(
+                f"layer '{layer}' of the {whose} puts out {others.get(layer) or shapes[layer]}, "
+                "but attention needs a map (channels, height, width)"
+            )
+    return {layer: known[layer] for layer in layers}
 
 
 def pair_by_resolution(

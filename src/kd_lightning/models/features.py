@@ -1,10 +1,24 @@
 """Reading features by layer name out of any model, without touching its code."""
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+
+from kd_lightning.errors import RunError
+from kd_lightning.models.outputs import describe, find_logits
+from kd_lightning.models.shapes import LayerShapes, layer_shapes
+from kd_lightning.models.trial import version
+
+__all__ = [
+    "FeatureReader",
+    "LayerShapes",
+    "Output",
+    "count_parameters",
+    "layer_shapes",
+    "unknown_layer",
+]
 
 
 class Output(NamedTuple):
@@ -17,28 +31,61 @@ class Output(NamedTuple):
     features: dict[str, Tensor]
 
 
+class _Mode(NamedTuple):
+    """What decides how a model computes, and so which outputs it modifies in place."""
+
+    training: bool
+    gradients: bool
+    autocast: bool
+
+
+class _Habits(NamedTuple):
+    """What a complete call in one mode has shown.
+
+    Attributes:
+        readings: how often the layers were used.
+        modified: those whose output was modified in place afterwards.
+    """
+
+    readings: int
+    modified: frozenset[str]
+
+
 class FeatureReader:
     """Calls a model and returns the outputs of named layers along with its logits.
 
     The layers are those of `model.named_modules()`. Forward hooks do the reading, so any
     `nn.Module` works. Not a module itself: it adds nothing to a state dict.
 
+    What is returned is exactly what the layer put out, even if the model modifies it in place
+    later (``nn.ReLU(inplace=True)``, ``x += shortcut``). The first call in each mode (training,
+    gradients, autocast) copies every output and finds out which are modified; later calls copy
+    only those. Of a layer that is used several times, the last use is read.
+
     Args:
-        model: any network.
+        model: any network; for its outputs see `find_logits`.
         layers: those to read.
         logits: whether the logits are wanted too; if not, a call ends with the last layer read.
+        num_classes: number of classes, to find the logits by; None: whatever looks like logits.
 
     Raises:
         ValueError: a layer does not exist; the message lists those that do.
     """
 
-    def __init__(self, model: nn.Module, layers: Collection[str] = (), logits: bool = True) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Collection[str] = (),
+        logits: bool = True,
+        num_classes: int | None = None,
+    ) -> None:
         self.model = model
+        self.layers = layers
         self.logits = logits or not layers
-        self._features: dict[str, Tensor] = {}
-        # A complete call counts the readings: a layer may be used more than once.
-        self._readings, self._total, self._enough = 0, 0, 0
-        modules = dict(model.named_modules())
+        self.num_classes = num_classes
+        self._habits: dict[_Mode, _Habits] = {}
+        self._reading: _Reading | None = None
+        modules = dict(model.named_modules(remove_duplicate=False))
         for layer in layers:
             if layer not in modules or not layer:
                 raise ValueError(unknown_layer(layer, modules))
@@ -51,59 +98,106 @@ class FeatureReader:
         for handle in self._handles:
             handle.remove()
 
-    def _keep(self, layer: str) -> Callable[[nn.Module, object, Tensor], None]:
-        def hook(_module: nn.Module, _inputs: object, output: Tensor) -> None:
-            self._features[layer] = output
-            self._readings += 1
-            if self._readings == self._enough:
-                raise _ReadAll
+    def _keep(self, layer: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
+            if self._reading is not None:
+                self._reading.keep(layer, output)
 
         return hook
 
     def __call__(self, images: Tensor, complete: bool = False) -> Output:
-        """Images (B, C, H, W) to `Output`; complete: the logits too, whatever was asked for."""
-        self._readings = 0
-        self._enough = 0 if self.logits or complete else self._total
+        """Images (B, C, H, W) to `Output`; complete: the logits too, whatever was asked for.
+
+        Raises:
+            InputError: the model's output holds no logits.
+            RunError: a layer was not used, or not as in the first call in this mode.
+        """
+        autocast = torch.is_autocast_enabled(images.device.type)
+        mode = _Mode(self.model.training, torch.is_grad_enabled(), autocast)
+        habits = self._habits.get(mode)
+        reading = self._reading = _Reading(habits, early=not (self.logits or complete))
         try:
-            logits = self.model(images)
-            self._total = self._readings
+            logits = find_logits(self.model(images), self.num_classes)
         except _ReadAll:
             logits = images.new_empty(len(images), 0)
-        features, self._features = self._features, {}
-        return Output(logits, features)
+        finally:
+            self._reading = None
+        for layer in self.layers:
+            if layer not in reading.outputs:
+                raise RunError(
+                    f"the layer '{layer}' was not used in a forward pass in "
+                    f"{'training' if mode.training else 'evaluation'} mode"
+                )
+        modified = frozenset(reading.modified())
+        if habits is None:
+            self._habits[mode] = _Habits(reading.count, modified)
+        elif modified - habits.modified:
+            # Too late for what it put out. The next call copies it.
+            self._habits[mode] = _Habits(habits.readings, habits.modified | modified)
+            if mode.training or mode.gradients:
+                raise RunError(
+                    f"the output of the layer '{min(modified - habits.modified)}' was modified in "
+                    "place, but not when it was read for the first time; read another layer"
+                )
+            return self(images, complete)
+        return Output(logits, reading.features(modified))
 
 
-class _ReadAll(Exception):  # noqa: N818, not an error
-    """The last layer that was wanted has been read."""
+class _Reading:
+    """The outputs that are kept during one call.
 
-
-def layer_shapes(model: nn.Module, image_size: int) -> dict[str, tuple[int, ...]]:
-    """Shape without the batch axis of what each layer of `model` puts out, in order of execution.
-
-    The model's own output has the name ``""``, as in `model.named_modules()`.
-    Runs one blank image through the model in evaluation mode; the model is left as it was.
+    Args:
+        habits: what is known of the mode; None in the first call.
+        early: whether to end the call with the last reading.
     """
-    shapes: dict[str, tuple[int, ...]] = {}
-    handles = []
-    for name, module in model.named_modules():
 
-        def hook(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
-            if isinstance(output, Tensor):
-                shapes[name] = tuple(output.shape[1:])
+    def __init__(self, habits: _Habits | None, early: bool) -> None:
+        self.habits, self.count = habits, 0
+        self.end = habits.readings if habits and early else 0
+        self.outputs: dict[str, Tensor] = {}
+        self.copies: dict[str, Tensor] = {}
+        self.versions: dict[str, int] = {}
 
-        handles.append(module.register_forward_hook(hook))
-    training = {module: module.training for module in model.modules()}
-    parameter = next(model.parameters(), torch.empty(0))
-    image = torch.zeros(1, 3, image_size, image_size, device=parameter.device)
-    try:
-        with torch.inference_mode():
-            model.eval()(image)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module, mode in training.items():
-            module.training = mode
-    return shapes
+    def keep(self, layer: str, output: object) -> None:
+        """Keep what a layer put out.
+
+        Raises:
+            RunError: it is not a tensor.
+        """
+        if not isinstance(output, Tensor):
+            raise RunError(
+                f"the layer '{layer}' puts out {describe(output)}, but only the output of a layer "
+                "that puts out a tensor can be read"
+            )
+        self.outputs[layer], self.versions[layer] = output, version(output)
+        self.count += 1
+        if self.count == self.end:
+            raise _ReadAll  # nothing runs any more that could modify the output
+        if self.habits is None or layer in self.habits.modified or output.is_inference():
+            self.copies[layer] = output.clone()
+
+    def modified(self) -> list[str]:
+        """Layers whose output is no longer what they put out."""
+        return [
+            layer
+            for layer, output in self.outputs.items()
+            if version(output) != self.versions[layer]
+            # In the first call by value too: `x.data` and others do not count their versions.
+            or (self.habits is None and not torch.equal(output, self.copies[layer]))
+        ]
+
+    def features(self, modified: Collection[str]) -> dict[str, Tensor]:
+        """Layer name to what the layer put out."""
+        if self.habits is None:  # everything was copied: gradients must flow as in later calls
+            return {
+                layer: self.copies[layer] if layer in modified else output
+                for layer, output in self.outputs.items()
+            }
+        return self.outputs | self.copies
+
+
+class _ReadAll(BaseException):  # not an error, and nothing that a model may catch
+    """The last layer that was wanted has been read."""
 
 
 def unknown_layer(layer: str, layers: Iterable[str]) -> str:
@@ -114,8 +208,3 @@ def unknown_layer(layer: str, layers: Iterable[str]) -> str:
 def count_parameters(model: nn.Module) -> int:
     """Number of trainable and frozen parameters; buffers do not count."""
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def map_sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, int]]:
-    """Height and width of every layer that puts out a map (C, H, W)."""
-    return {name: (s[1], s[2]) for name, s in shapes.items() if len(s) == 3}

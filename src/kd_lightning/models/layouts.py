@@ -1,0 +1,212 @@
+"""Where the channels and the positions are in what a layer puts out."""
+
+from collections.abc import Iterator, Mapping
+from math import isqrt
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.models.trial import blank, record, shapes_at
+
+Shape = tuple[int, ...]
+
+EXTRA_TOKENS = (0, 1, 2, 4, 5, 8, 9)
+"""Class, distillation and register tokens beside a grid that no feature map before it shows."""
+MOST_EXTRA_TOKENS = 16
+
+
+class Layout(NamedTuple):
+    """Where the positions of a feature map are in a layer's output.
+
+    Attributes:
+        kind: ``channels_first`` (B, C, H, W), ``channels_last`` (B, H, W, C), ``tokens`` (B, N, C)
+            or ``tokens_last`` (B, C, N).
+        height, width: of the map.
+        start: the first token of the grid, which runs along rows; others are class or register
+            tokens.
+    """
+
+    kind: str
+    height: int
+    width: int
+    start: int = 0
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        return self.height, self.width
+
+    def to_map(self, output: Tensor) -> Tensor:
+        """A layer's output as a map (B, C, H, W), without a copy."""
+        if self.kind == "channels_first":
+            return output
+        if self.kind == "tokens_last":
+            output = output.transpose(1, 2)
+        if self.kind != "channels_last":
+            output = output[:, self.start : self.start + self.height * self.width]
+            output = output.unflatten(1, self.size)
+        return output.permute(0, 3, 1, 2)
+
+
+def find_layouts(
+    model: nn.Module, shapes: Mapping[str, Shape], image_size: int
+) -> dict[str, Layout]:
+    """The layers that put out a map, or tokens that form a grid, and how.
+
+    The axes of positions are those that grow with the image. Where a model takes only one size, a
+    map is taken to be square, as the images are; what is still unclear is decided by what changes
+    if a corner of an image does.
+
+    Args:
+        model: the model.
+        shapes: layer name to the shape of its output (without the batch axis), in order of
+            execution.
+        image_size: height and width of the images, in pixels.
+    """
+    larger = shapes_at(model, blank(model, 2 * image_size, batch=1))
+    changes = _Changes(model, image_size)
+    layouts: dict[str, Layout] = {}
+    grids: list[_Grid] = []
+    for name, shape in shapes.items():
+        grown = larger.get(name, ())[1:]
+        if len(grown) != len(shape) or grown == shape:
+            grown = ()
+        if len(shape) == 3:
+            found = list(_maps(shape, grown))
+            sure = len(found) == 1
+        elif len(shape) == 2:
+            found = list(_known_grids(shape, grown, grids))
+            sure = len(found) == 1
+            found = found or list(_square_grids(shape, grown))
+            sure = sure or bool(grown)
+        else:
+            continue
+        if not sure:
+            found = [candidate for candidate in found if changes.agree(name, candidate.layout)]
+        if found:
+            grid = found[0]
+            grids.append(grid)
+            layouts[name] = changes.place(name, grid.layout)
+    return layouts
+
+
+class _Grid(NamedTuple):
+    """A layout, the channels, and height and width in images of twice the size if known."""
+
+    layout: Layout
+    channels: int
+    grown: tuple[int, int] | None
+
+
+def _maps(shape: Shape, grown: Shape) -> Iterator[_Grid]:
+    """How three axes may be a map: as they grow, or else as they are square."""
+    for kind, height, width, channels in (
+        ("channels_first", 1, 2, 0),
+        ("channels_last", 0, 1, 2),
+    ):
+        size = shape[height], shape[width]
+        candidate = _Grid(Layout(kind, *size), shape[channels], None)
+        if grown:
+            larger = grown[height], grown[width]
+            moved = {axis for axis in range(3) if shape[axis] != grown[axis]}
+            if moved == {height, width} and all(map(_doubled, size, larger)):
+                yield candidate._replace(grown=larger)
+        elif size[0] == size[1] != shape[channels]:
+            yield candidate
+            return
+        elif set(shape) == {1}:
+            yield candidate  # either reading gives the same
+            return
+    if not grown and (len(set(shape)) in (1, 3)):
+        yield _Grid(Layout("channels_first", shape[1], shape[2]), shape[0], None)
+        yield _Grid(Layout("channels_last", shape[0], shape[1]), shape[2], None)
+
+
+def _doubled(size: int, larger: int) -> bool:
+    """Whether a side has grown as those of maps do in images of twice the size."""
+    return size < larger <= 2 * size + 2
+
+
+def _token_axes(shape: Shape, grown: Shape) -> Iterator[tuple[str, int, int, int]]:
+    """How two axes may be tokens: kind, their number, the same grown (or 0), and channels."""
+    for kind, axis in (("tokens", 0), ("tokens_last", 1)):
+        if not grown or (shape[axis] < grown[axis] and shape[1 - axis] == grown[1 - axis]):
+            yield kind, shape[axis], grown[axis] if grown else 0, shape[1 - axis]
+
+
+def _known_grids(shape: Shape, grown: Shape, grids: list[_Grid]) -> Iterator[_Grid]:
+    """Tokens that are as many as the positions of a map of as many channels before them."""
+    for grid in reversed(grids):
+        found = []
+        for kind, tokens, more, channels in _token_axes(shape, grown):
+            height, width = grid.layout.size
+            extra = tokens - height * width
+            fits = grid.channels == channels and 0 <= extra <= MOST_EXTRA_TOKENS
+            if more and (grid.grown is None or more - extra != grid.grown[0] * grid.grown[1]):
+                fits = False
+            if fits:
+                layout = Layout(kind, height, width, extra)
+                found.append(_Grid(layout, channels, grid.grown))
+        if found:
+            yield from found
+            return
+
+
+def _square_grids(shape: Shape, grown: Shape) -> Iterator[_Grid]:
+    """Tokens that form a square once class and register tokens are taken away."""
+    for kind, tokens, more, channels in _token_axes(shape, grown):
+        for extra in EXTRA_TOKENS:
+            side, larger = isqrt(max(0, tokens - extra)), isqrt(max(0, more - extra))
+            if side == 0 or side**2 != tokens - extra:
+                continue
+            if more and (larger**2 != more - extra or not _doubled(side, larger)):
+                continue
+            layout = Layout(kind, side, side, extra)
+            yield _Grid(layout, channels, (larger, larger) if more else None)
+
+
+class _Changes:
+    """What changes in the layers' outputs if a corner of an image does.
+
+    The forward pass is run when it is first needed.
+    """
+
+    def __init__(self, model: nn.Module, image_size: int) -> None:
+        self._model, self._image_size = model, image_size
+        self._features: dict[str, Tensor] | None = None
+
+    def of(self, name: str) -> Tensor:
+        """Absolute changes (2, ...): for the upper left corner, and for the lower right one."""
+        if self._features is None:
+            size, corner = self._image_size, max(1, self._image_size // 4)
+            generator = torch.Generator().manual_seed(0)
+            image = torch.randn(3, size, size, generator=generator)
+            images = blank(self._model, size, batch=3)
+            images[:] = image.to(images)
+            images[1, :, :corner, :corner] += 2
+            images[2, :, -corner:, -corner:] += 2
+            self._features = record(self._model, images).features
+        feature = self._features[name].double()
+        return (feature[1:] - feature[:1]).abs()
+
+    def agree(self, name: str, layout: Layout) -> bool:
+        """Whether the changes move along height and width, and not along the channels."""
+        change = layout.to_map(self.of(name))
+        moves = []
+        for axis in (1, 2, 3):
+            others = [other for other in (1, 2, 3) if other != axis]
+            profile = change.sum(dim=others)
+            places = torch.arange(profile.shape[1], dtype=profile.dtype) / profile.shape[1]
+            centres = (profile * places).sum(1) / profile.sum(1)
+            moves.append(float(centres[1] - centres[0]))
+        return min(moves[1], moves[2]) > max(0.02, 2 * abs(moves[0]))
+
+    def place(self, name: str, layout: Layout) -> Layout:
+        """The layout of tokens, with the class token last if that is where it is."""
+        if not layout.start:
+            return layout
+        change = self.of(name).sum(dim=2 if layout.kind == "tokens" else 1)
+        change = change / change.amax(dim=1, keepdim=True)
+        at_the_end = change[0, 0] > 2 * change[1, -1]
+        return layout._replace(start=0) if at_the_end else layout
