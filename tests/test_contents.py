@@ -174,7 +174,7 @@ def test_what_a_term_of_ones_own_stored_is_forgotten_when_its_code_changes(train
     for sign in ("", "-", ""):
         write_module(own / "mine.py", TERM.format(sign))
         assert train(*command).code == 0
-        counts.append(len(list(stored.glob("*-logit-*"))))
+        counts.append(sum("evaluation" not in path.name for path in stored.iterdir()))
     assert counts == [1, 2, 2]
 
 
@@ -334,6 +334,30 @@ def test_stored_outputs_are_of_one_kind_of_device(train, monkeypatch):
         monkeypatch.setattr(training, "equip_memory", lambda *a, d=device: equip(*a[:-1], d))
         assert train("method=logit", "trainer.max_epochs=1").code == 0
     assert [key.get("device") for key in keys] == [None, None, "cuda", "cuda"]
+
+
+@pytest.mark.parametrize("layer", ["torch.nn.BatchNorm2d(3, track_running_stats=False)", "Noise()"])
+def test_outputs_that_are_not_the_images_alone_are_not_stored(train, tmp_path, own, layer):
+    write_module(
+        own / "mine.py",
+        f"""
+        import torch
+        from kd_lightning.models import ConvNet
+        class Noise(torch.nn.Module):
+            def forward(self, x):
+                return torch.nn.functional.dropout(x)
+        class Net(ConvNet):
+            def __init__(self, *args, **settings):
+                super().__init__(*args, **settings)
+                self.first = {layer}
+            def forward(self, images):
+                return super().forward(self.first(images))
+        """,
+    )
+    done = train("method=combined", "teacher.model._target_=mine.Net", *SETTING)
+    assert done.code == 0, done.err
+    assert "not stored" in done.err
+    assert not list((tmp_path / "outputs" / "teachers").glob("remembered/*"))
 
 
 def test_the_device_recorded_is_the_one_that_trained(train, monkeypatch):

@@ -17,7 +17,7 @@ from kd_lightning.distillation import DistillationModule
 from kd_lightning.divergence import first_not_finite
 from kd_lightning.errors import InputError
 from kd_lightning.fitting import build_trainer
-from kd_lightning.frozen import FrozenTeacher
+from kd_lightning.frozen import CHECKED_IMAGES, FrozenTeacher
 from kd_lightning.losses import Logit, Term
 from kd_lightning.memory import DTYPES, GIGABYTE, Memory, Rows, folder_name
 from kd_lightning.models import Output, count_parameters
@@ -109,6 +109,11 @@ def equip_memory(
         **({"code": code} if (code := source_sha256(config["teacher"]["model"])) else {}),
         **({"device": device.type} if device.type != "cpu" else {}),
     }
+    index = data.splits["train"][:CHECKED_IMAGES]
+    images = data.render(index, torch.zeros_like(index))["images"].cpu()
+    if len(images) > 1 and (why := module.teacher.why_not_stored(images)):
+        log.warning("the teacher's outputs are not stored: %s", why)
+        return
     # Evaluation is exact: what it reports must not depend on a rounding.
     classes = config["data"]["num_classes"]
     kept = {"logits": rows("evaluation", {}, len(data.labels), (classes,), "float32")}
@@ -120,7 +125,7 @@ def equip_memory(
         if _cache_key(term, classes) is None:
             why = f"the term {name} does not say what it depends on (Term.depends_on)"
     if why:
-        log.warning("what the teacher says in training is not stored: %s", why)
+        log.warning("the teacher's outputs in training are not stored: %s", why)
         return
     code = source_sha256({"_target_": config["data"]["_target_"]})
     views: Node = {
@@ -128,8 +133,7 @@ def equip_memory(
         "augmentation": asdict(data.augmentation),
         **({"code": code} if code else {}),
     }
-    blank = torch.zeros(1, 3, data.image_size, data.image_size)
-    said = module.ask_teacher(blank)
+    said = module.ask_teacher(images)
     kept = {}
     for name, term in terms.items():
         what = _cache_key(term, classes)
