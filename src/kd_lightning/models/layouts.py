@@ -79,7 +79,6 @@ def find_layouts(
             found = list(_known_grids(shape, grown, grids))
             sure = len(found) == 1
             found = found or list(_square_grids(shape, grown))
-            sure = sure or bool(grown)
         else:
             continue
         if not sure:
@@ -92,11 +91,17 @@ def find_layouts(
 
 
 class _Grid(NamedTuple):
-    """A layout, the channels, and height and width in images of twice the size if known."""
+    """A layout, and what another layer of the same grid is recognised by.
+
+    Attributes:
+        grown: height and width in images of twice the size, if known.
+        tokens: their number, with class and register tokens; 0 of a map.
+    """
 
     layout: Layout
     channels: int
     grown: tuple[int, int] | None
+    tokens: int = 0
 
 
 def _maps(shape: Shape, grown: Shape) -> Iterator[_Grid]:
@@ -118,14 +123,15 @@ def _maps(shape: Shape, grown: Shape) -> Iterator[_Grid]:
         elif set(shape) == {1}:
             yield candidate  # either reading gives the same
             return
-    if not grown and (len(set(shape)) in (1, 3)):
+    if not grown and len(set(shape)) == 1:
         yield _Grid(Layout("channels_first", shape[1], shape[2]), shape[0], None)
         yield _Grid(Layout("channels_last", shape[0], shape[1]), shape[2], None)
 
 
 def _doubled(size: int, larger: int) -> bool:
     """Whether a side has grown as those of maps do in images of twice the size."""
-    return size < larger <= 2 * size + 2
+    # Convolutions without padding take as much from a larger image, so that more is left of it.
+    return size < larger <= 2 * size + 4
 
 
 def _token_axes(shape: Shape, grown: Shape) -> Iterator[tuple[str, int, int, int]]:
@@ -136,18 +142,19 @@ def _token_axes(shape: Shape, grown: Shape) -> Iterator[tuple[str, int, int, int
 
 
 def _known_grids(shape: Shape, grown: Shape, grids: list[_Grid]) -> Iterator[_Grid]:
-    """Tokens that are as many as the positions of a map of as many channels before them."""
+    """As many tokens as in a layer before, or as positions in a map of as many channels."""
     for grid in reversed(grids):
         found = []
         for kind, tokens, more, channels in _token_axes(shape, grown):
             height, width = grid.layout.size
             extra = tokens - height * width
-            fits = grid.channels == channels and 0 <= extra <= MOST_EXTRA_TOKENS
+            same = grid.channels == channels or grid.tokens == tokens
+            fits = same and 0 <= extra <= MOST_EXTRA_TOKENS
             if more and (grid.grown is None or more - extra != grid.grown[0] * grid.grown[1]):
                 fits = False
             if fits:
                 layout = Layout(kind, height, width, extra)
-                found.append(_Grid(layout, channels, grid.grown))
+                found.append(_Grid(layout, channels, grid.grown, tokens))
         if found:
             yield from found
             return
@@ -160,10 +167,10 @@ def _square_grids(shape: Shape, grown: Shape) -> Iterator[_Grid]:
             side, larger = isqrt(max(0, tokens - extra)), isqrt(max(0, more - extra))
             if side == 0 or side**2 != tokens - extra:
                 continue
-            if more and (larger**2 != more - extra or not _doubled(side, larger)):
+            if more and (larger**2 != more - extra or not 2 * side - 1 <= larger <= 2 * side + 2):
                 continue
             layout = Layout(kind, side, side, extra)
-            yield _Grid(layout, channels, (larger, larger) if more else None)
+            yield _Grid(layout, channels, (larger, larger) if more else None, tokens)
 
 
 class _Changes:
