@@ -182,6 +182,17 @@ def test_a_checkpoint_of_another_architecture(refused, tmp_path):
     assert "shape (3,)" in refused(f"teacher.checkpoint={path}")
 
 
+def test_a_checkpoint_with_weights_that_are_not_finite(train, tmp_path):
+    from kd_lightning.models import ConvNet
+
+    state = ConvNet([8, 16], hidden=16, num_classes=3, image_size=16).state_dict()
+    state["stage2.0.weight"][0] = float("nan")
+    torch.save(state, tmp_path / "teacher.pt")
+    done = train("method=logit", f"teacher.checkpoint={tmp_path / 'teacher.pt'}")
+    assert done.code == 2
+    assert "the teacher's weights are not finite ('stage2.0.weight' in teacher.ch" in done.err
+
+
 def test_an_output_folder_that_cannot_be_written(refused, tmp_path):
     (tmp_path / "file").write_text("in the way")
     sentence = refused(f"output_dir={tmp_path / 'file'}")

@@ -256,6 +256,7 @@ def test_a_student_is_rebuilt_from_its_folder(run):
     run.write_config(CONFIG)
     run.save_weights(student)
     rebuilt, config = run.load_student()
+    assert not any(module.training for module in rebuilt.modules())
     assert config == CONFIG
     assert type(rebuilt) is ConvNet
     for key, value in student.state_dict().items():

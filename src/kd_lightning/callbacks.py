@@ -8,6 +8,9 @@ from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
 from kd_lightning.config import Node, build
 from kd_lightning.errors import InputError
 
+METRICS = ("val/accuracy", "val/loss", "train/accuracy", "images_per_second")
+"""What a training logs once an epoch, for callbacks that monitor something."""
+
 
 def build_callbacks(nodes: Mapping[str, Node]) -> list[Callback]:
     """Build callbacks from their `_target_` nodes.
@@ -31,6 +34,15 @@ def build_callbacks(nodes: Mapping[str, Node]) -> list[Callback]:
                 "by; search for them with scripts/tune.py"
             )
         callbacks.append(_named(callback, name))
+    # A callback of the user's own may log more.
+    if all(type(callback).__module__.startswith("lightning.") for callback in callbacks):
+        for name, callback in zip(nodes, callbacks, strict=True):
+            monitor = getattr(callback, "monitor", None)
+            if monitor not in (None, *METRICS):
+                raise InputError(
+                    f"callbacks.{name}.monitor: nothing is logged as {monitor}; choose from "
+                    f"{', '.join(METRICS)}"
+                )
     return callbacks
 
 

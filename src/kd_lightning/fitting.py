@@ -157,7 +157,8 @@ def fit(
         log.warning("%s goes on after %s", directory.path, resume.place)
     trainer.fit(module, data, ckpt_path=resume.path if resume else None, weights_only=True)
     module.check_finite()
-    epochs: int = cast(Any, trainer.fit_loop.epoch_progress.current).processed
+    # `StochasticWeightAveraging` goes through one epoch more without training.
+    epochs = min(cast(Any, trainer.fit_loop.epoch_progress.current).processed, trainer.max_epochs)
     has_batchnorm = bool(trained_batchnorms(module.student))
     has_new_statistics = update_bn and has_batchnorm
     if has_new_statistics:
@@ -183,7 +184,7 @@ def fit(
         results |= {"best_val_accuracy": results["val_accuracy"], "best_epoch": epochs}
     else:
         results["best_val_accuracy"] = float(best.best_model_score)
-        results["best_epoch"] = _load(best)["epoch"] + 1
+        results["best_epoch"] = min(_load(best)["epoch"] + 1, epochs)
     return {
         **results,
         "epochs": epochs,

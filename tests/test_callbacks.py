@@ -1,0 +1,184 @@
+"""The user's callbacks, by YAML: early stopping and others, resumed like everything else."""
+
+import copy
+import time
+
+import pytest
+import torch
+from lightning.pytorch import Callback
+from test_resume import Ask, configuration, left
+from test_schedules import PLATEAU, STEP_LR, TORCH
+from test_tensorboard import scalars
+
+from kd_lightning import training
+from kd_lightning.callbacks import build_callbacks
+from kd_lightning.errors import InputError, Stopped
+from kd_lightning.runs import RunDirectory
+
+LIGHTNING = "lightning.pytorch.callbacks"
+STOP = {
+    "_target_": f"{LIGHTNING}.EarlyStopping", "monitor": "val/accuracy", "mode": "max",
+    "patience": 1, "min_delta": 2.0,
+}  # fmt: skip
+OURS = {"_target_": f"{LIGHTNING}.ModelCheckpoint", "monitor": "val/accuracy", "mode": "max"}
+
+
+class Counter(Callback):
+    """A user's own, with a state."""
+
+    def __init__(self, start: int = 0) -> None:
+        self.count = start
+
+    def on_train_epoch_end(self, trainer, module):
+        self.count += 1
+
+    def state_dict(self):
+        return {"count": self.count}
+
+    def load_state_dict(self, state_dict):
+        self.count = state_dict["count"]
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return tmp_path_factory.mktemp("callbacks")
+
+
+def curves(folder):
+    """TensorBoard's curves of the training; it is validated once more after its end."""
+    shown = scalars(folder)
+    return {name: shown[name] for name in shown if name.startswith(("lr", "loss", "train/"))}
+
+
+def setting(root, epochs=6, callbacks=(), **changes):
+    config = configuration(root, "method=none", f"trainer.max_epochs={epochs}")
+    return {**config, "callbacks": dict(callbacks), **changes}
+
+
+def test_early_stopping_ends_a_run_that_is_finished_with_the_epochs_it_had(root, tmp_path):
+    """Nothing is better by 200 points: it stops after the second epoch, and stays stopped."""
+    config = setting(root, callbacks={"stop": STOP})
+    metrics = training.run(copy.deepcopy(config), tmp_path / "run")
+    assert metrics["status"] == "finished"
+    assert metrics["epochs"] == 2
+    assert 1 <= metrics["best_epoch"] <= 2
+    rows = (tmp_path / "run" / "history.csv").read_text().splitlines()
+    assert len(rows) == 1 + 2
+    # The schedule is that of the six epochs that were planned.
+    rates = curves(tmp_path / "run")["lr-AdamW"]
+    assert len(rates) == 10
+    assert rates[-1][1] > 0.5 * max(rate for _, rate in rates)
+
+    # Interrupted after its last step and before it was tested, it is not trained on.
+    (tmp_path / "run" / "metrics.json").write_text(
+        (tmp_path / "run" / "metrics.json").read_text().replace("finished", "running")
+    )
+    before, seen = left(tmp_path / "run"), curves(tmp_path / "run")
+    time.sleep(1.1)  # files are read in the order of the seconds in their names
+    again = training.run(copy.deepcopy(config), tmp_path / "run")
+    assert again["epochs"] == 2
+    assert left(tmp_path / "run")[:2] == before[:2]
+    assert again["test_accuracy"] == metrics["test_accuracy"]
+    assert curves(tmp_path / "run") == seen
+
+
+def test_stopped_in_between_early_stopping_goes_on_waiting(root, tmp_path):
+    config = setting(root, callbacks={"stop": {**STOP, "patience": 2}})
+    whole = training.run(copy.deepcopy(config), tmp_path / "whole")
+    with pytest.raises(Stopped):
+        training.run(copy.deepcopy(config), tmp_path / "run", callbacks=[Ask(7)])
+    resumed = training.run(copy.deepcopy(config), tmp_path / "run")
+    assert whole["epochs"] == resumed["epochs"] == 3
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        STEP_LR,
+        {"_target_": f"{TORCH}.MultiStepLR", "milestones": [1, 2]},
+        {**PLATEAU, "mode": "min", "threshold": 1.0},
+        {"_target_": f"{TORCH}.OneCycleLR", "max_lr": 0.01},
+    ],
+    ids=["StepLR", "MultiStepLR", "ReduceLROnPlateau", "OneCycleLR"],
+)
+def test_a_schedule_is_resumed_bit_by_bit(root, tmp_path, scheduler):
+    """After an epoch, and within one."""
+    config = setting(root, epochs=3, scheduler=scheduler)
+    training.run(copy.deepcopy(config), tmp_path / "whole")
+    for step in (5, 7):
+        with pytest.raises(Stopped):
+            training.run(copy.deepcopy(config), tmp_path / f"{step}", callbacks=[Ask(step)])
+        training.run(copy.deepcopy(config), tmp_path / f"{step}")
+        assert left(tmp_path / f"{step}") == left(tmp_path / "whole")
+
+
+def test_callbacks_that_look_like_ours_do_not_meet_them(root, tmp_path):
+    """Two checkpoints of one state key, two of one class, and a progress bar."""
+    callbacks = {
+        "best": {**OURS, "dirpath": str(tmp_path / "own"), "filename": "mine"},
+        "other": {**OURS, "dirpath": str(tmp_path / "other")},
+        "bar": {"_target_": f"{LIGHTNING}.TQDMProgressBar"},
+        "summary": {"_target_": f"{LIGHTNING}.ModelSummary"},
+        "count": {"_target_": "test_callbacks.Counter", "start": 5},
+    }
+    config = setting(root, epochs=2, callbacks=callbacks)
+    metrics = training.run(copy.deepcopy(config), tmp_path / "run")
+    assert metrics["epochs"] == 2
+    assert (tmp_path / "own" / "mine.ckpt").exists()
+    place = RunDirectory(tmp_path / "run").checkpoint().path
+    state = torch.load(place, weights_only=True)["callbacks"]
+    assert state["callbacks.count"] == {"count": 7}
+    assert state["callbacks.best"]["dirpath"] == str(tmp_path / "own")
+    ours = [value for key, value in state.items() if key.startswith("ModelCheckpoint")]
+    assert len(ours) == 2
+
+
+AVERAGES = {
+    "swa": {
+        "_target_": f"{LIGHTNING}.StochasticWeightAveraging",
+        "swa_lrs": 0.01,
+        "swa_epoch_start": 1,
+    },
+    "ema": {"_target_": f"{LIGHTNING}.EMAWeightAveraging", "decay": 0.9},
+}
+
+
+@pytest.mark.parametrize("name", list(AVERAGES))
+def test_averaged_weights_are_those_that_are_validated_and_kept(root, tmp_path, name):
+    config = setting(root, epochs=3, callbacks={name: AVERAGES[name]})
+    metrics = training.run(copy.deepcopy(config), tmp_path / "run")
+    plain = training.run(setting(root, epochs=3), tmp_path / "plain")
+    assert metrics["epochs"] == plain["epochs"] == 3
+    assert left(tmp_path / "run")[0] != left(tmp_path / "plain")[0]
+    assert metrics["status"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("node", "said"),
+    [
+        ({"_target_": f"{LIGHTNING}.EarlyStoping"}, r"callbacks.x\._target_=.*cannot be imported"),
+        ({**STOP, "patiense": 3}, "did you mean callbacks.x.patience"),
+        ({"_target_": f"{LIGHTNING}.EarlyStopping"}, "callbacks.x.monitor must be given"),
+        ("EarlyStopping", "callbacks.x must be a node with a _target_"),
+        ({"_target_": "torch.nn.ReLU"}, "callbacks.x must be a lightning.pytorch.Callback"),
+        ({**STOP, "mode": "maximum"}, "callbacks.x: .*mode"),
+        ({"_target_": f"{LIGHTNING}.LearningRateFinder"}, r"callbacks.x: .*scripts/tune.py"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_anything_is_trained(root, tmp_path, node, said):
+    with pytest.raises(InputError, match=said):
+        training.run(setting(root, callbacks={"x": node}), tmp_path / "run")
+    assert not list((tmp_path / "run").glob("checkpoints"))
+
+
+def test_a_metric_that_does_not_exist_is_a_sentence_with_those_that_do(root, tmp_path):
+    config = setting(root, callbacks={"stop": {**STOP, "monitor": "val/acc"}})
+    with pytest.raises(InputError, match=r"callbacks\.stop.monitor.*val/acc;.*val/accuracy"):
+        training.run(config, tmp_path / "run")
+
+
+def test_callbacks_are_named_and_keep_their_class():
+    one, two = build_callbacks({"a": STOP, "b": STOP})
+    assert (one.state_key, two.state_key) == ("callbacks.a", "callbacks.b")
+    assert type(one).__name__ == "EarlyStopping"
