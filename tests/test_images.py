@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import write_folder
 from PIL import Image
+from test_faults import Disk
 
 from kd_lightning.data import FolderDataModule, ImageDataModule, Images
 from kd_lightning.data.decoding import SUFFIXES, decode
@@ -332,6 +333,17 @@ def test_a_validation_folder_is_the_validation_set(folder, name):
     assert data.fingerprint() != before.fingerprint()
 
 
+def test_a_run_with_a_validation_folder(train, folder):
+    """All parts of a run agree on it, the teacher and its stored answers too."""
+    for label in range(3):
+        of_colour(folder, "val", f"class{label}", "white", count=2)
+    done = train("method=combined", "trainer.precision=32-true")
+    assert done.code == 0, done.err
+    accuracies = [done.metrics[f"{role}val_accuracy"] for role in ("", "teacher_")]
+    # White images of three classes: whatever is said, a third of it is right.
+    assert accuracies == [pytest.approx(1 / 3), pytest.approx(1 / 3)]
+
+
 def test_which_images_are_for_validation_is_part_of_the_fingerprint():
     class Data(ImageDataModule):
         classes = ("a", "b")
@@ -503,6 +515,20 @@ def test_images_that_cannot_be_stored_are_decoded_all_the_same(
     data.setup()
     assert data.fingerprint() == whole.fingerprint()
     assert "cannot be stored" in caplog.text
+
+
+@pytest.mark.parametrize("how", ["read-only", "full"])
+def test_a_file_system_that_takes_no_decoded_images(folder, tmp_path, caplog, how):
+    disk = Disk(tmp_path / "disk")
+    try:
+        disk.mount("ro") if how == "read-only" else disk.fill()
+        data = folder_data(folder, cache_dir=str(disk.place))
+        assert sizes(data)["train"] == 33
+        assert "cannot be stored" in caplog.text
+        assert not list(disk.place.glob("*safetensors*"))
+        assert not list(disk.place.glob(".*partial"))
+    finally:
+        disk.remove()
 
 
 def test_a_file_where_decoded_images_would_be_stored(folder, tmp_path, caplog):
