@@ -7,13 +7,14 @@ import argparse
 import sys
 
 from kd_lightning.errors import InputError
+from kd_lightning.files import home
 
 
 def main() -> None:
     """Read the command line and print the test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("run", help="folder of the run")
-    parser.add_argument("--data-root", help="where the images are, if they have moved")
+    parser.add_argument("run", type=home, help="folder of the run")
+    parser.add_argument("--data-root", type=home, help="where the images are, if they have moved")
     parser.add_argument(
         "--trust",
         nargs="+",

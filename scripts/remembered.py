@@ -11,6 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from kd_lightning.files import home
 from kd_lightning.memory import GIGABYTE, remove, stored
 
 
@@ -19,7 +20,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--output-dir", default="outputs", help="as the trainings had it")
+    parser.add_argument(
+        "--output-dir", type=home, default="outputs", help="as the trainings had it"
+    )
     parser.add_argument("--remove", nargs="+", metavar="NAME", default=[], help="or: all")
     arguments = parser.parse_args()
     root = Path(arguments.output_dir) / "teachers" / "remembered"

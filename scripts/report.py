@@ -9,12 +9,14 @@ import argparse
 import sys
 from pathlib import Path
 
+from kd_lightning.files import home
+
 
 def main() -> None:
     """Read the command line, write the report, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("sources", nargs="+", help="folders of runs, or a results.csv")
-    parser.add_argument("--out", help="where to write; by default the first folder")
+    parser.add_argument("sources", type=home, nargs="+", help="folders of runs, or a results.csv")
+    parser.add_argument("--out", type=home, help="where to write; by default the first folder")
     arguments = parser.parse_args()
     for source in arguments.sources:
         if not Path(source).exists():

@@ -21,6 +21,7 @@ from kd_lightning import __version__, naming, overrides
 from kd_lightning import config as configuration
 from kd_lightning.commandline import composition_error, prepare
 from kd_lightning.errors import InputError, RunError, Stopped
+from kd_lightning.streams import robust_streams
 from kd_lightning.sweep import exit_codes
 from kd_lightning.terminal import say
 
@@ -38,6 +39,11 @@ def main() -> None:
     """Run what the command line says; exit with 0, 1 (failed while running), 2 (wrong input),
     or 128 and the number of the signal that stopped it.
     """
+    with robust_streams():
+        _main()
+
+
+def _main() -> None:
     # Hydra prints tracebacks and exits by itself unless it is asked not to.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:

@@ -117,11 +117,9 @@ def _missing_sign(words: Sequence[str], number: int) -> str:
                 return f"{word} is no KEY=VALUE; did you mean {path.parent.name}={path.stem}?"
     if re.fullmatch(r"[a-z_.]+:[^/\\].*", word):
         return f"{word} must be written {word.replace(':', '=', 1)}"
-    if number and not KEY.fullmatch(word):
-        return (
-            f"{word} is no KEY=VALUE; if it belongs to what is before it: {_fitting(before, word)}"
-        )
-    if KEY.fullmatch(word) and after and "=" not in after:
+    # The rest of a path with a space in it, or KEY VALUE.
+    part_of_path = number > 0 and ("/" in before or "\\" in before or not KEY.fullmatch(word))
+    if KEY.fullmatch(word) and after and "=" not in after and not part_of_path:
         return f"{word} {after} must be written {word}={after}"
     hint = f"; if it belongs to what is before it: {_fitting(before, word)}" if number else ""
     return f"{word} is no KEY=VALUE{hint}"

@@ -17,6 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from kd_lightning.errors import InputError
+from kd_lightning.files import home
 from kd_lightning.nodes import Node as Node
 from kd_lightning.nodes import build as build
 from kd_lightning.nodes import build_partial as build_partial
@@ -85,8 +86,7 @@ def _expand_home(value: Any) -> Any:
         return {key: _expand_home(part) for key, part in value.items()}
     if isinstance(value, list):
         return [_expand_home(part) for part in value]
-    home = isinstance(value, str) and (value == "~" or value.startswith("~/"))
-    return str(Path(value).expanduser()) if home else value
+    return home(value) if isinstance(value, str) else value
 
 
 def check(config: Node) -> None:

@@ -18,6 +18,11 @@ from kd_lightning.errors import RunError
 log = logging.getLogger(__name__)
 
 
+def home(path: str) -> str:
+    """A path with ``~`` expanded, which shells do not do in ``--option=~/x`` or ``KEY=~/x``."""
+    return str(Path(path).expanduser()) if path == "~" or path.startswith("~/") else path
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it takes its place in one step.

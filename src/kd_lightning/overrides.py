@@ -11,7 +11,6 @@ two methods of its configuration loader. They hold for single runs, sweeps and `
 
 import difflib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
@@ -20,6 +19,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
 from kd_lightning.config import OPTIONAL
 from kd_lightning.errors import InputError
+from kd_lightning.files import home
 
 REPLACED = ("rename_keys",)
 """Dictionaries that are one value: a new one replaces the old instead of being merged into it."""
@@ -128,8 +128,8 @@ def _expand_home(config: DictConfig) -> None:
         node = OmegaConf.to_container(config, resolve=False)
         for part in key.split("."):
             node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, str) and node.startswith("~"):
-            OmegaConf.update(config, key, str(Path(node).expanduser()))
+        if isinstance(node, str):
+            OmegaConf.update(config, key, home(node))
 
 
 def _exists(config: DictConfig, key: str) -> bool:

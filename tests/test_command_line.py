@@ -1,0 +1,329 @@
+"""The command line: what is understood, and for what is not, the spelling that would be."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import REPOSITORY, in_a_new_process
+from hydra import compose, initialize_config_dir
+from hydra.core.override_parser.overrides_parser import OverridesParser
+
+from kd_lightning import config, naming, overrides
+from kd_lightning.commandline import check_overrides, expand_home, prepare
+from kd_lightning.errors import InputError
+
+naming.register()
+overrides.install()
+
+
+def composed(*given):
+    with initialize_config_dir(config.tree_folder(), version_base="1.3"):
+        plain = config.plain(compose("train", check_overrides(given)))
+    config.check_sections(plain)
+    return plain
+
+
+def refusal(*given):
+    with pytest.raises(InputError) as refused:
+        composed(*prepare(given))
+    assert "\n" not in str(refused.value)
+    return str(refused.value)
+
+
+def value_of(override):
+    return OverridesParser.create().parse_overrides([override])[0].value()
+
+
+# --- did you mean --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "meant"),
+    [
+        ("trainer.max_epoch=1", "trainer.max_epochs?"),
+        ("~trainer.max_epoch", "trainer.max_epochs?"),
+        ("teacher.trainer.max_epoch=1", "teacher.trainer.max_epochs?"),
+        ("methd=logit", "method?"),
+        ("optimiser.lr=1", "optimizer.lr?"),
+        ("optimizer.momentun=1", "optimizer.momentum?"),
+        ("scheduler.warmup=0.1", "scheduler.warmup_fraction?"),
+        ("method.terms.logits.weight=1", "method.terms.logit.weight?"),
+        ("method.terms.logit.temprature=1", "method.terms.logit.temperature?"),
+        ("student.model.hiden=1", "student.model.hidden?"),
+        ("data.batchsize=1", "data.batch_size?"),
+        ("teacher.ignore_key=[a]", "teacher.ignore_keys?"),
+        ("lr=0.1", "optimizer.lr?"),
+        ("epochs=3", "trainer.max_epochs?"),
+        ("temperature=3", "method.terms.logit.temperature?"),
+        ("trainer.limit_train_batch=1", "+trainer.limit_train_batches?"),
+        ("hydra/launchr=joblib", "hydra/launcher?"),
+    ],
+)
+def test_a_typing_error_is_answered_at_once(given, meant):
+    sentence = refusal(given)
+    assert f"did you mean {meant}" in sentence
+    assert "add it with" not in sentence
+
+
+@pytest.mark.parametrize("given", ["method=logits", "teacher=resnet90", "experiment=demoo"])
+def test_a_typing_error_in_a_choice_is_answered(given, train):
+    choice = given.partition("=")[2]
+    done = train(given, tiny=False, data=False)
+    assert done.code == 2
+    assert f"{given} does not exist; did you mean {choice[:-1]}? choose from" in done.err
+
+
+def test_a_plus_is_recommended_only_for_what_is_taken():
+    assert "add it with +trainer.limit_val_batches=VALUE" in refusal("trainer.limit_val_batches=3")
+    assert "+" not in refusal("student.model.zzz=3")
+    assert "leave out the +" in refusal("+trainer.max_epochs=3")
+    assert composed("+trainer.limit_val_batches=3")["trainer"]["limit_val_batches"] == 3
+
+
+@pytest.mark.parametrize("given", ["method=5", "trainer=1.5", "data=true"])
+def test_a_group_is_chosen_by_name(given):
+    assert "choose from" in refusal(given)
+
+
+# --- dictionaries and null -----------------------------------------------------------------------
+
+
+def test_a_dictionary_may_have_new_keys():
+    one = composed("teacher.rename_keys={model.: '', fc.: linear.}")
+    assert one["teacher"]["rename_keys"] == {"model.": "", "fc.": "linear."}
+    one = composed("trainer={max_epochs: 3, limit_train_batches: 2}")["trainer"]
+    assert (one["max_epochs"], one["limit_train_batches"], one["precision"]) == (3, 2, "auto")
+    one = composed("method.terms={mine: {_target_: kd_lightning.losses.CrossEntropy, weight: 1}}")
+    assert set(one["method"]["terms"]) == {"cross_entropy", "logit", "attention", "mine"}
+
+
+def test_a_node_with_another_target_is_replaced():
+    node = {"_target_": "torch.optim.Adam", "lr": 0.001, "betas": [0.9, 0.99]}
+    text = "{_target_: torch.optim.Adam, lr: 0.001, betas: [0.9, 0.99]}"
+    assert composed(f"optimizer={text}")["optimizer"] == node
+    assert composed("experiment=demo", f"optimizer={text}")["optimizer"] == node
+    assert composed(f"teacher.optimizer={text}")["teacher"]["optimizer"] == node
+    model = "{name: own, model: {_target_: torchvision.models.resnet18, num_classes: 3}}"
+    student = composed(f"student={model}")["student"]
+    assert student["model"] == {"_target_": "torchvision.models.resnet18", "num_classes": 3}
+    assert student["layers"] == ["stage1", "stage2"]
+    # With the same target, or none, it is merged, as it always was.
+    assert composed("optimizer={lr: 0.3}")["optimizer"]["momentum"] == 0.9
+    same = composed("optimizer={_target_: torch.optim.SGD, lr: 0.3}")["optimizer"]
+    assert (same["lr"], same["momentum"]) == (0.3, 0.9)
+
+
+@pytest.mark.parametrize("given", ["scheduler=null", "scheduler=none", "~scheduler"])
+def test_a_schedule_can_be_left_out(given):
+    assert composed(given)["scheduler"] is None
+    assert composed(given)["teacher"]["scheduler"] is not None
+
+
+@pytest.mark.parametrize(
+    "given",
+    ["teacher.scheduler=null", "teacher.scheduler=none", "~teacher.scheduler",
+     "scheduler@teacher.scheduler=null"],
+)  # fmt: skip
+def test_the_teachers_schedule_can_be_left_out(given):
+    assert composed(given)["teacher"]["scheduler"] is None
+    assert composed(given)["scheduler"] is not None
+
+
+def test_a_run_without_a_schedule_keeps_its_learning_rate(train):
+    import csv
+
+    done = train("method=none", "scheduler=null")
+    assert done.code == 0, done.err
+    assert list(csv.DictReader((done.runs[0] / "history.csv").open()))
+
+
+def test_the_name_of_a_choice_in_place_of_a_node_is_answered():
+    assert "optimizer@teacher.optimizer=adamw" in refusal("teacher.optimizer=adamw")
+    target = composed("optimizer@teacher.optimizer=adamw")["teacher"]["optimizer"]["_target_"]
+    assert target == "torch.optim.AdamW"
+
+
+def test_new_optional_keys_rename_no_run():
+    assert "ignore_keys" not in composed()["teacher"]
+    with_it = composed("teacher.ignore_keys=[aux.*]")
+    assert with_it["teacher"]["ignore_keys"] == ["aux.*"]
+    assert with_it["setting"] != composed()["setting"]
+    assert "list of patterns" in refusal_of_check("teacher.ignore_keys=aux")
+    assert "rename_keys" in refusal_of_check("teacher.rename_keys={a: 1}")
+
+
+def refusal_of_check(*given):
+    with pytest.raises(InputError) as refused:
+        config.check(composed(*given))
+    return str(refused.value)
+
+
+@pytest.mark.parametrize("key", ["seed", "teacher.seed", "data.view_seed", "data.split_seed"])
+@pytest.mark.parametrize("value", ["abc", "-1", "1.5", "4294967296", "1" + 40 * "0", "true"])
+def test_seeds_outside_of_what_generators_take_are_refused(key, value):
+    assert f"{key} must be a whole number from 0" in refusal_of_check(f"{key}={value}")
+
+
+# --- quoting -------------------------------------------------------------------------------------
+
+AWKWARD = [
+    "/tmp/a=b", "/tmp/a(1)", "/tmp/é", "/tmp/日本", "/tmp/a#b", "/tmp/a~b", "/tmp/[x]", "/tmp/{x}",
+    "/tmp/a;b", "/tmp/a&b", "/tmp/it's (1)", '/tmp/a"b=', "C:\\data\\é", "/tmp/a=\\", "/tmp/a,b=",
+    "/tmp/x,", "a b=c",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", AWKWARD)
+def test_the_quoting_that_is_suggested_works(value):
+    sentence = refusal(f"data.root={value}")
+    assert f"data.root={value} cannot be read" in sentence
+    suggestion = sentence.split(": write ")[1].removesuffix(
+        " (quoted for the shell, and within that for Hydra)"
+    )
+    (word,) = shlex.split(suggestion)
+    assert value_of(word) == value
+    echo = subprocess.run(["bash", "-c", f"printf %s {suggestion}"], capture_output=True, text=True)
+    assert echo.stdout == word
+
+
+@pytest.mark.parametrize(
+    ("given", "suggestion"),
+    [
+        (["method", "=", "logit"], "method=logit"),
+        (["method=", "logit"], "method=logit"),
+        (["method", "=logit"], "method=logit"),
+        (["method = logit"], "method=logit"),
+        (["trainer.max_epochs", "5"], "trainer.max_epochs=5"),
+        (["method:logit"], "method=logit"),
+        (["seed==5"], "seed=5"),
+        (["logit"], "method=logit"),
+        (["demo"], "experiment=demo"),
+        (["help"], "--help"),
+        (["--epochs", "5"], "trainer.max_epochs=5"),
+        (["--batch-size=64"], "data.batch_size=64"),
+        (["--method=logit"], "method=logit"),
+        (["seed=1", "-lr", "0.1"], "optimizer.lr=0.1"),
+        (["data.root=/my", "images"], "data.root='/my images'"),
+        (["data.root=/my", "images", "(1)"], "data.root='/my images'"),
+        (["optimizer={_target_:", "a.B,", "lr:", "1}"], "optimizer='{_target_: a.B, lr: 1}'"),
+        (['optimizer={"lr": 0.1}'], "optimizer='{lr: 0.1}'"),
+        (["teacher.layers=[a=b]"], """teacher.layers='["a=b"]'"""),
+        (['data.root="/tmp'], "data.root=/tmp"),
+        (["optimizer={lr: 1"], "lacks a closing }"),
+        (["\u2013m", "seed=1"], "dash"),
+        (["student.layers[0]=x"], "whole list"),
+        (["=5"], "not KEY=VALUE"),
+        (["--cfg"], "--cfg"),
+    ],
+)
+def test_what_is_no_override_is_answered_with_one(given, suggestion):
+    assert suggestion in refusal(*given)
+
+
+def test_several_values_without_m_are_answered(train):
+    done = train("method=none,logit", tiny=False)
+    assert done.code == 2
+    assert "add -m" in done.err
+    assert """method='"none,logit"'""" in done.err
+
+
+# --- options and home ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["-m", "--multirun"])
+@pytest.mark.parametrize("place", [0, 1, 2])
+def test_options_may_stand_anywhere(option, place):
+    words = ["method=none,logit", "seed=0,1"]
+    words.insert(place, option)
+    assert prepare(words) == ["method=none,logit", "seed=0,1", option]
+    assert prepare(["a=1", "--cfg", "job", "b=2", "--config-dir", "x"]) == [
+        "a=1", "b=2", "--cfg", "job", "--config-dir", "x",
+    ]  # fmt: skip
+
+
+def test_a_grid_with_its_option_in_the_middle(train):
+    done = train("method=none", "-m", "seed=0,1", "trainer.max_epochs=1")
+    assert done.code == 0, done.err
+    assert len(done.runs) == 2
+
+
+def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    keys = ("output_dir", "data_dir", "teacher.checkpoint", "data.root", "+data.cache_dir")
+    for override in ("{}=~/x", '{}="~/x"', "{}='~/x'"):
+        one = composed(*(override.format(key) for key in keys))
+        for key in keys:
+            assert config.select(one, key.lstrip("+")) == f"{tmp_path}/x"
+    assert expand_home("hydra.run.dir=~/x") == f"hydra.run.dir={tmp_path}/x"
+    assert expand_home("--config-dir=~/x") == f"--config-dir={tmp_path}/x"
+    assert expand_home("data.root=~/a,~/b") == f"data.root={tmp_path}/a,{tmp_path}/b"
+    assert expand_home("~scheduler") == "~scheduler"
+    monkeypatch.setenv("KD_DATA_DIR", "~/kept")
+    assert composed()["data_dir"] == f"{tmp_path}/kept"
+
+
+def test_a_home_with_awkward_characters(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/josé (1)")
+    assert composed("output_dir=~/x")["output_dir"] == "/home/josé (1)/x"
+
+
+def test_a_run_in_the_home_folder(monkeypatch, tmp_path, train):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    done = train("method=none", "output_dir=~/outputs", "trainer.max_epochs=1")
+    assert done.code == 0, done.err
+    assert len(done.runs) == 1
+    assert not Path("~").exists()
+
+
+# --- environments --------------------------------------------------------------------------------
+
+JOB = (
+    "method=none", "data=digits", "trainer.max_epochs=1", "+trainer.limit_train_batches=2",
+    "trainer.accelerator=cpu", "student.model.channels=[4,8]", "student.model.hidden=8",
+)  # fmt: skip
+
+
+def test_the_module_is_the_command(tmp_path):
+    done = in_a_new_process(
+        "-OO", "-m", "kd_lightning", *JOB, f"output_dir={tmp_path}", cwd=tmp_path
+    )
+    assert done.code == 0, done.err
+    (metrics,) = tmp_path.glob("runs/*/*/metrics.json")
+    assert metrics.parent.name.startswith("none-small-s0")
+    again = in_a_new_process(
+        str(REPOSITORY / "train.py"), *JOB, f"output_dir={tmp_path}", cwd=tmp_path,
+        PYTHONSAFEPATH="1", LC_ALL="C",
+    )  # fmt: skip
+    assert again.code == 0, again.err
+    assert "finished before" in again.out
+
+
+@pytest.mark.parametrize(
+    "redirected", ["| head -n 1", ">&-", "2>&-", "<&-", ">/dev/full", "| true"]
+)
+def test_no_traceback_whatever_becomes_of_the_output(redirected):
+    command = f"{sys.executable} train.py --help {redirected}"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=REPOSITORY, capture_output=True, text=True, timeout=120
+    )
+    assert "Traceback" not in done.stderr
+    assert "Exception" not in done.stderr
+
+
+def test_a_terminal_without_unicode_is_printed_to(tmp_path):
+    done = in_a_new_process(
+        "train.py", "data.root=/é=", f"output_dir={tmp_path}", PYTHONIOENCODING="ascii:strict"
+    )
+    assert done.code == 2
+    assert "Traceback" not in done.err
+
+
+def test_the_version_is_printed(train, capsys, monkeypatch):
+    from kd_lightning import __version__, cli
+
+    monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", "--version"])
+    cli.main()
+    assert re.fullmatch(rf"kd_lightning {__version__}\n", capsys.readouterr().out)
