@@ -3,6 +3,7 @@
 import base64
 import html
 import textwrap
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -65,7 +66,9 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
         cells = summarise(group.runs)
         pictures: dict[str, Path] = {}
         # Names of students and methods are no formulas, whatever dollar signs are in them.
-        with rc_context({"text.parse_math": False}):
+        with rc_context({"text.parse_math": False}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            warnings.filterwarnings("ignore", message="constrained_layout not applied")
             figures = draw(group.runs, cells) if number < MOST_DRAWN else {}
             for name, figure in figures.items():
                 if group.words:
@@ -82,10 +85,14 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
         listed = ", ".join(unreadable)
         texts.append(f"Not readable as runs: {_text(listed)}\n")
         pages.append(f"<p>Not readable as runs: {html.escape(listed)}</p>")
-    write_text(out / "results.csv", runs.to_csv(index=False, lineterminator="\n"))
-    write_text(out / "results.md", "\n".join(texts))
-    if page:
-        write_text(out / "report.html", _PAGE.format(body="\n".join(pages)))
+    documents = {
+        "results.csv": runs.to_csv(index=False, lineterminator="\n"),
+        "results.md": "\n".join(texts),
+        **({"report.html": _PAGE.format(body="\n".join(pages))} if page else {}),
+    }
+    for name, text in documents.items():
+        # Names of folders need not be UTF-8.
+        write_text(out / name, text.encode("utf-8", "replace").decode("utf-8"))
     return runs
 
 

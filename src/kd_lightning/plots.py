@@ -11,6 +11,9 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 
+MOST_PANELS = 12  # students whose learning curves are drawn, the first ones
+
+
 def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
     """Test accuracy against parameters, a line a method, with the spread over seeds.
 
@@ -54,7 +57,7 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="parameters", ylabel="test accuracy (%)")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    _legend(axes)
     seaborn.despine(figure)
     return figure
 
@@ -100,13 +103,13 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
     axes.set(xlabel="student")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False)
+    _legend(axes)
     seaborn.despine(figure)
     return figure
 
 
 def learning_curves(histories: "pd.DataFrame") -> "Figure":
-    """Validation accuracy by epoch, a panel a student, mean and spread over seeds.
+    """Validation accuracy by epoch: mean and spread over seeds, a panel a student.
 
     Args:
         histories: from `report.read_histories`, of one setting.
@@ -115,7 +118,7 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
-    students = list(dict.fromkeys(histories["student"]))
+    students = list(dict.fromkeys(histories["student"]))[:MOST_PANELS]
     columns = min(3, len(students))
     rows = -(-len(students) // columns)
     figure = Figure(figsize=(4.2 * columns + 0.8, 3.6 * rows), layout="constrained")
@@ -138,9 +141,16 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
         axes.set_axis_off()
     first = figure.axes[0]
     first.set_ylabel("validation accuracy (%)")
-    first.legend(frameon=False)
+    _legend(first)
     seaborn.despine(figure)
     return figure
+
+
+def _legend(axes: Any) -> None:
+    """A legend inside the axes; beyond ten lines it becomes smaller and wider."""
+    lines = len(axes.get_legend_handles_labels()[1])
+    size = "medium" if lines <= 10 else "xx-small"
+    axes.legend(frameon=False, fontsize=size, ncols=1 + lines // 16)
 
 
 def _count(parameters: float) -> str:
