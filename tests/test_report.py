@@ -264,7 +264,8 @@ def contents(folder, method, seed, test, images, teacher=None, code=None, **more
 
 
 @pytest.mark.parametrize("what", ["images", "teacher", "code"])
-def test_runs_of_different_contents_share_no_cell_and_it_is_said(tmp_path, what):
+def test_runs_of_different_contents_share_no_cell_and_it_is_said(tmp_path, what, monkeypatch):
+    monkeypatch.setattr(documents, "MOST_DRAWN", 0)
     for name, test in (("a", 0.6), ("b", 0.8)):
         values = {"images": "c", "teacher": "d", "code": "e", what: name}
         contents(tmp_path / name, "logit", int(name == "b"), test, **values)
@@ -320,7 +321,10 @@ def test_a_settings_name_of_ones_own_hides_no_difference(tmp_path):
      "name: {1: {2: 3}}\nstatus: x\n? [1, 2]\n: 4", "\0", "x: !!python/object:os.system y",
      "optimizer:\n  lr: &x 0.1"],
 )  # fmt: skip
-def test_a_config_of_anything_costs_no_more_than_the_words(two_rates, tmp_path, content):
+def test_a_config_of_anything_costs_no_more_than_the_words(
+    two_rates, tmp_path, content, monkeypatch
+):
+    monkeypatch.setattr(documents, "MOST_DRAWN", 0)
     run = write_run(tmp_path / "odd", "none", "small", 0, 0.7, setting="odd")
     (run / "config.yaml").write_text(content)
     words = " ".join(title(two_rates))
@@ -349,3 +353,35 @@ def test_names_with_anything_in_them_do_not_break_a_table_or_a_picture(tmp_path)
     assert [line for line in lines if line.startswith("| $_$ a\\|b <b> |")]
     assert (tmp_path / "out" / "accuracy.png").exists()
     assert "<b>" not in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_folder_in_which_nothing_can_be_read_has_a_report(tmp_path):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "metrics.json").write_text("{")
+    write_report([tmp_path], tmp_path, page=True)
+    assert "Not readable as runs: " in (tmp_path / "results.md").read_text()
+    assert "Not readable as runs: " in (tmp_path / "report.html").read_text()
+
+
+def test_names_that_are_no_utf_8_are_written_all_the_same(tmp_path):
+    folder = tmp_path / "caf\udce9"
+    run = write_run(folder, "none", "small", 0, 0.5)
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "teacher": "\udce9\x1b[31m"}))
+    write_report([folder], tmp_path / "out", page=True)
+    assert (tmp_path / "out" / "curves.png").exists()  # found below that folder
+
+
+def test_a_students_name_may_look_like_a_seed(tmp_path, monkeypatch):
+    monkeypatch.setitem(PARAMETERS, "net-s0", 1)
+    write_run(tmp_path, "none", "net-s0", 0, 0.5)
+    assert read_runs([tmp_path])["variant"].tolist() == [""]
+
+
+def test_a_huge_config_is_read_as_far_as_it_is_useful(tmp_path):
+    for number in range(2):
+        run = write_run(tmp_path / str(number), "none", "small", 0, 0.5, setting=f"x-{number}")
+        keys = "".join(f"key{key}: {number}\n" for key in range(5_000))
+        (run / "config.yaml").write_text(f"{keys}'': 1\n2: 3\n")
+    assert len(read_runs([tmp_path]).columns) < 600
+    assert all("more differences" in words for words in title(tmp_path))

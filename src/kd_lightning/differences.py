@@ -36,9 +36,10 @@ _MACHINE = (
 )  # fmt: skip
 # Told of every run anyway; here only to say which runs can be compared.
 _FACTS = ("setting", "method", "student")
-_LARGEST = 2**20  # bytes; a run's own is about 3,000
+_LARGEST = 2**17  # bytes; a run's own is about 3,000
 _DEEPEST = 50  # levels
-_LONGEST = 60  # characters of a value that are shown
+_MOST = 500  # keys; a run's own are about 60
+_LONGEST = 60  # characters of a key or a value that are shown
 NOT_SET = "not set"
 
 
@@ -111,9 +112,11 @@ def flatten(config: Mapping[Any, Any]) -> Settings:
 
     def walk(node: Mapping[Any, Any], path: str) -> None:
         for name, value in node.items():
+            if not isinstance(name, str) or not name or len(found) >= _MOST:
+                continue
             if (not path and name in _LEFT_OUT) or name in _LEFT_OUT_BELOW.get(path, ()):
                 continue
-            key = f"{path}.{name}" if path else str(name)
+            key = _line(f"{path}.{name}" if path else name)
             if name == "_target_":
                 if path not in NAMED:
                     found[path] = word(str(value).rpartition(".")[2])
@@ -136,7 +139,12 @@ def word(value: Any) -> str:
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
-    text = " ".join("".join(c if c.isprintable() else " " for c in text).split()) or "empty"
+    return _line(text) or "empty"
+
+
+def _line(text: str) -> str:
+    """Text that can be shown on one line."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 

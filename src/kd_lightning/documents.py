@@ -76,10 +76,14 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
         listed = ", ".join(unreadable)
         texts.append(f"Not readable as runs: {_text(listed)}\n")
         pages.append(f"<p>Not readable as runs: {html.escape(listed)}</p>")
-    write_text(out / "results.csv", runs.to_csv(index=False, lineterminator="\n"))
-    write_text(out / "results.md", "\n".join(texts))
-    if page:
-        write_text(out / "report.html", _PAGE.format(body="\n".join(pages)))
+    documents = {
+        "results.csv": runs.to_csv(index=False, lineterminator="\n"),
+        "results.md": "\n".join(texts),
+        **({"report.html": _PAGE.format(body="\n".join(pages))} if page else {}),
+    }
+    for name, text in documents.items():
+        # Names of folders need not be UTF-8.
+        write_text(out / name, text.encode("utf-8", "replace").decode("utf-8"))
     return runs
 
 

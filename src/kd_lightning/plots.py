@@ -46,7 +46,7 @@ def pixels(figure: "Figure", dpi: int = 100) -> npt.NDArray[np.uint8]:
 
     figure.set_dpi(dpi)
     canvas = FigureCanvasAgg(figure)
-    with _without_font_warnings():
+    with _without_warnings():
         canvas.draw()
     return np.asarray(canvas.buffer_rgba())[:, :, :3]
 
@@ -54,15 +54,16 @@ def pixels(figure: "Figure", dpi: int = 100) -> npt.NDArray[np.uint8]:
 def png(figure: "Figure", dpi: int = 150) -> bytes:
     """The drawn figure as the content of a PNG file."""
     file = BytesIO()
-    with _without_font_warnings():
+    with _without_warnings():
         figure.savefig(file, dpi=dpi, format="png")
     return file.getvalue()
 
 
 @contextmanager
-def _without_font_warnings() -> Iterator[None]:
+def _without_warnings() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*Glyph.*missing from.*")
+        warnings.filterwarnings("ignore", message="constrained_layout not applied")
         yield
 
 
@@ -124,7 +125,7 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set(xlabel="parameters", ylabel="test accuracy (%)")
     axes.grid(axis="y", alpha=0.3)
-    axes.legend(frameon=False)
+    _add_legend(axes)
     seaborn.despine(figure)
     return figure
 
@@ -170,7 +171,7 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
     axes.set(xlabel="student")
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
-    axes.legend(frameon=False)
+    _add_legend(axes)
     seaborn.despine(figure)
     return figure
 
@@ -211,11 +212,18 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
         axes.set_axis_off()
     first = figure.axes[0]
     first.set_ylabel("validation accuracy (%)")
-    first.legend(frameon=False)
+    _add_legend(first)
     if left_out:
         figure.supxlabel(f"{left_out} more students are not shown", fontsize="small")
     seaborn.despine(figure)
     return figure
+
+
+def _add_legend(axes: Any) -> None:
+    """A legend inside the axes; beyond ten lines it becomes smaller and wider."""
+    lines = len(axes.get_legend_handles_labels()[1])
+    size = "medium" if lines <= 10 else "xx-small"
+    axes.legend(frameon=False, fontsize=size, ncols=1 + lines // 16)
 
 
 def _count(parameters: float) -> str:
@@ -257,7 +265,7 @@ def confusion_matrix(
     FigureCanvasAgg(figure)  # else Seaborn has a canvas made for every label that it measures
     axes = figure.subplots()
     names = [text(name) for name in classes]
-    with _without_font_warnings():
+    with _without_warnings():
         seaborn.heatmap(
             share,
             ax=axes,

@@ -99,9 +99,9 @@ def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
         metrics = read_json(folder / "metrics.json")
         if _wrong(metrics):
             metrics = {"status": "unreadable", "name": folder.name}
-        suffix = str(metrics.get("name", "")).partition(f"-s{metrics.get('seed')}")[2]
-        rows.append({**metrics, "variant": suffix.lstrip("-"), "folder": str(folder)})
+        rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
         settings.append(reader.read(folder))
+    rows = [{key: _shown(key, value) for key, value in row.items()} for row in rows]
     _tell_runs_of_a_cell_apart(rows, settings)
     runs = pd.DataFrame(rows, columns=list(COLUMNS))
     runs[list(NUMBERS)] = runs[list(NUMBERS)].apply(pd.to_numeric)
@@ -117,17 +117,33 @@ def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
     }
     runs = pd.concat([runs, pd.DataFrame(columns, index=runs.index)], axis=1)
     for column in ("setting", "variant"):
-        runs[column] = runs[column].fillna("")
+        runs[column] = runs[column].astype(object).fillna("")
     order = runs["method"].map({name: rank for rank, name in enumerate(METHODS)})
     runs["rank"] = order.fillna(len(METHODS))
     by = ["setting", "parameters", "student", "rank", "method", "variant", "seed"]
     runs = runs.sort_values(by, ignore_index=True).drop(columns="rank")
     # What to call a run's cell: the variant only where there is more than one to tell apart.
     several = runs.groupby("setting")["variant"].transform("nunique") > 1
-    runs["label"] = runs["method"].where(
-        ~several, (runs["method"] + " " + runs["variant"]).str.strip()
+    methods = runs["method"].astype(object)
+    runs["label"] = methods.where(
+        ~several | methods.isna(), (methods.map(str) + " " + runs["variant"]).str.strip()
     )
     return runs
+
+
+def _suffix(metrics: Mapping[str, Any]) -> str:
+    """What a run's name says beyond method, student and seed."""
+    name, seed = str(metrics.get("name", "")), f"-s{metrics.get('seed')}"
+    usual = f"{metrics.get('method')}-{metrics.get('student')}{seed}"
+    rest = name.removeprefix(usual) if name.startswith(usual) else name.partition(seed)[2]
+    return rest.lstrip("-")
+
+
+def _shown(column: str, value: Any) -> Any:
+    """Text that can be shown and written anywhere; a folder stays as the system calls it."""
+    if not isinstance(value, str) or column == "folder" or value.isprintable():
+        return value
+    return "".join(c if c.isprintable() else " " for c in value)
 
 
 def setting_columns(runs: pd.DataFrame) -> list[str]:
