@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder
+from conftest import in_a_new_process, write_folder
 from PIL import Image
 from test_faults import Disk
 
@@ -479,6 +479,22 @@ def test_a_sentence_about_a_name_of_any_bytes_can_be_printed(folder, content):
         folder_data(folder).setup()
     assert r"\xe9.png" in str(refused.value)
     str(refused.value).encode()
+
+
+def test_an_ascii_locale_reads_and_logs_other_names(folder, tmp_path):
+    root = folder.rename(tmp_path / "été")
+    (root / "dev").mkdir()
+    (root / "train" / "class1" / "é.png").write_bytes(b"")
+    done = in_a_new_process(
+        "train.py", "data=folder", "method=none", "data.image_size=16", "data.batch_size=8",
+        f"data.root='{root}'", f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path}",
+        LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii",
+    )  # fmt: skip
+    assert done.code == 2
+    assert "Traceback" not in done.err
+    assert r"\xe9.png is empty" in done.err
+    (log,) = tmp_path.glob("outputs/runs/*/*/train.log")
+    assert "été/dev" in log.read_text(encoding="utf-8")
 
 
 def test_control_characters_in_names_do_not_reach_the_terminal(folder):
