@@ -1,6 +1,6 @@
 """Reading features by layer name out of any model, without touching its code."""
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Collection, Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kd_lightning.errors import RunError
 from kd_lightning.models.outputs import describe, find_logits
 from kd_lightning.models.shapes import LayerShapes, layer_shapes
-from kd_lightning.models.trial import version
+from kd_lightning.models.trial import Onlooker, version
 
 __all__ = [
     "FeatureReader",
@@ -90,7 +90,7 @@ class FeatureReader:
             if layer not in modules or not layer:
                 raise ValueError(unknown_layer(layer, modules))
         self._handles = [
-            modules[layer].register_forward_hook(self._keep(layer)) for layer in layers
+            modules[layer].register_forward_hook(_Hook(self, layer)) for layer in layers
         ]
 
     def close(self) -> None:
@@ -98,12 +98,10 @@ class FeatureReader:
         for handle in self._handles:
             handle.remove()
 
-    def _keep(self, layer: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(_module: nn.Module, _inputs: object, output: object) -> None:
-            if self._reading is not None:
-                self._reading.keep(layer, output)
-
-        return hook
+    def keep(self, layer: str, output: object) -> None:
+        """Keep what a layer put out, if this reader is calling the model."""
+        if self._reading is not None:
+            self._reading.keep(layer, output)
 
     def __call__(self, images: Tensor, complete: bool = False) -> Output:
         """Images (B, C, H, W) to `Output`; complete: the logits too, whatever was asked for.
@@ -141,6 +139,14 @@ class FeatureReader:
                 )
             return self(images, complete)
         return Output(logits, reading.features(modified))
+
+
+class _Hook(Onlooker):
+    def __init__(self, reader: FeatureReader, layer: str) -> None:
+        self.reader, self.layer = reader, layer
+
+    def __call__(self, _module: nn.Module, _inputs: object, output: object) -> None:
+        self.reader.keep(self.layer, output)
 
 
 class _Reading:

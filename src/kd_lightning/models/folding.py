@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator
 from torch import fx, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from kd_lightning.models.trial import stand_in
+from kd_lightning.models.trial import Onlooker, stand_in
 
 
 def fold_batchnorm(model: nn.Module, keep: Collection[str] = ()) -> int:
@@ -43,8 +43,9 @@ def fold_batchnorm(model: nn.Module, keep: Collection[str] = ()) -> int:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a forward hook, or weight normalisation, pruning and the like, is attached."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
+    """Whether a hook is attached that may change something, as those of pruning do."""
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    return any(not isinstance(hook, Onlooker) for hook in hooks)
 
 
 def _pairs(

@@ -28,6 +28,13 @@ class Record(NamedTuple):
     modified: frozenset[str]
 
 
+class Onlooker:
+    """A forward hook that changes nothing; a copied model has the same one."""
+
+    def __deepcopy__(self, _memo: dict[int, Any]) -> "Onlooker":
+        return self
+
+
 @contextmanager
 def no_gradients() -> Iterator[None]:
     """As `torch.no_grad`, and never in inference mode.
