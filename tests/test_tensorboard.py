@@ -121,7 +121,7 @@ def test_the_page_of_hyperparameters_begins_with_what_tells_runs_apart(tmp_path,
     content = events.PluginTagToContent("hparams")
     page = Context(None).experiment_from_metadata(None, "", True, {"run": content}, [])
     columns = [info.name for info in page.hparam_infos]
-    assert columns[:5] == ["method", "seed", "student", "teacher", "terms"]
+    assert columns[:5] == ["method", "seed", "student", "teacher", "weights, temperature"]
     assert {"lr", "batch_size", "data", "epochs", "logit.temperature"} < set(columns)
     shown = {info.name.tag for info in page.metric_infos}
     assert shown == {"final/val_accuracy", "final/test_accuracy"}
@@ -134,4 +134,4 @@ def test_terms_are_described_with_their_weights_and_temperature():
         "logit": {"_target_": "x", "weight": 1.1, "temperature": 5.0},
         "attention": {"_target_": "x", "weight": 10.0, "student_layers": ["a"]},
     }
-    assert describe_terms(terms) == "0.6 cross_entropy + 1.1 logit (temperature 5) + 10 attention"
+    assert describe_terms(terms) == "0.6 1.1 10 T=5: cross_entropy logit attention"

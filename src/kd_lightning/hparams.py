@@ -19,7 +19,7 @@ def log_hparams(
 
     The page shows five columns at first, those that differ between runs before the others and both
     by alphabet, and takes the columns from any one run. So every run says that these five differ:
-    method, seed, student, teacher, and the terms with all their numbers.
+    method, seed, student, teacher, and the weights of the terms with their temperature.
 
     Args:
         logger: of the run.
@@ -32,7 +32,7 @@ def log_hparams(
         **{part: config[part]["name"] for part in ("method", "student")},
         "seed": config["seed"],
         "teacher": teacher,
-        "terms": describe_terms(config["method"]["terms"]),
+        "weights, temperature": describe_terms(config["method"]["terms"]),
     }
     others = {
         "batch_size": config["data"]["batch_size"],
@@ -61,12 +61,13 @@ def log_hparams(
 
 
 def describe_terms(terms: Mapping[str, Node]) -> str:
-    """Weights and other numbers of a method: `0.6 cross_entropy + 0.6 logit (temperature 4)`."""
-    parts = []
-    for name, term in terms.items():
-        numbers = [f"{k} {v:g}" for k, v in term.items() if _is_number(v) and k != "weight"]
-        parts.append(f"{term['weight']:g} {name}" + (f" ({', '.join(numbers)})" if numbers else ""))
-    return " + ".join(parts)
+    """Weights and temperature of a method: `0.6 1.1 T=5: cross_entropy logit`.
+
+    The page has room for about 15 characters, so the numbers come first.
+    """
+    numbers = [f"{term['weight']:.3g}" for term in terms.values()]
+    numbers += [f"T={term['temperature']:.3g}" for term in terms.values() if "temperature" in term]
+    return f"{' '.join(numbers)}: {' '.join(terms)}"
 
 
 def _is_number(value: Any) -> bool:
