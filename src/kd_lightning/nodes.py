@@ -292,8 +292,6 @@ def _is_container(kind: Any) -> bool:
 
 def _describe(hint: Any) -> str:
     origin = _origin(hint)
-    if _is_enum(hint):
-        return f"one of {', '.join(hint.__members__)}"
     if origin in SCALARS:
         return SCALARS[origin]
     if origin is type(None):
