@@ -217,6 +217,31 @@ def test_what_is_no_checkpoint_is_refused(tmp_path, content, reason, name):
     assert reason in sentence
 
 
+def test_a_backbone_and_a_head_of_other_names_are_put_together(tmp_path):
+    path = tmp_path / "a.pt"
+    parts = {("head.fc" + n[1:] if n[0] == "3" else f"backbone.{n}"): t for n, t in THEIRS.items()}
+    torch.save({"state_dict": parts}, path)
+    assert "'teacher.rename_keys={head.fc.: 3.}'" in refusal(path)
+    assert_theirs(loaded(path, rename_keys={"head.fc.": "3."}))
+
+
+def test_a_model_may_have_a_part_called_module(tmp_path):
+    class Wrapping(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.module = nn.Linear(2, 2)
+
+    first, second = Wrapping(), Wrapping()
+    torch.save(first.state_dict(), tmp_path / "a.pt")
+    load_checkpoint(second, tmp_path / "a.pt", {"module.": ""})
+    assert torch.equal(first.module.weight, second.module.weight)
+
+
+def test_an_archive_of_torchscript_is_named(tmp_path):
+    torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "a.pt"))
+    assert "TorchScript" in refusal(tmp_path / "a.pt")
+
+
 @pytest.mark.parametrize("cut", [100, 400])
 def test_a_truncated_safetensors_file_is_refused(tmp_path, cut):
     save_file(THEIRS, tmp_path / "a.safetensors")

@@ -14,6 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from kd_lightning import config, naming, overrides
 from kd_lightning.commandline import check_overrides, expand_home, prepare
 from kd_lightning.errors import InputError
+from kd_lightning.files import home
 
 naming.register()
 overrides.install()
@@ -263,6 +264,8 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
     assert expand_home("~scheduler") == "~scheduler"
     monkeypatch.setenv("KD_DATA_DIR", "~/kept")
     assert composed()["data_dir"] == f"{tmp_path}/kept"
+    assert home("~/x") == f"{tmp_path}/x"  # as the scripts read their paths
+    assert home("a/~/x") == "a/~/x"
 
 
 def test_a_home_with_awkward_characters(monkeypatch):

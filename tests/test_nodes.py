@@ -33,6 +33,7 @@ def take(
     steps: list[int] = 3,  # type: ignore[assignment]  # annotations can be wrong
     parts: Sequence[Any] = (),
     table: dict[str, int] | None = None,
+    block: type[nn.Module] | None = None,
     count: int = 1,
 ) -> dict[str, Any]:
     return dict(locals())
@@ -86,6 +87,7 @@ def test_what_fits_is_taken(arguments):
         ({"scale": "hot"}, ["it.scale", "a number"]),
         ({"root": 3}, ["it.root", "a path"]),
         ({"layer": "torch.nn.SiLU"}, ["{_target_: torch.nn.SiLU, _partial_: true}"]),
+        ({"block": "torch.nn.SiLU"}, ["{_target_: hydra.utils.get_class, path: torch.nn.SiLU}"]),
         ({"table": 3}, ["it.table", "a dictionary"]),
         ({"count": True}, ["it.count", "a whole number"]),
         ({"count": 1.5}, ["it.count", "a whole number"]),
@@ -123,6 +125,8 @@ def test_a_name_becomes_the_member_of_the_enum():
                                             "eps": 1e-3}}),
         ("MobileNetV2", {"width_mult": 0.5, "inverted_residual_setting": [[1, 16, 1, 1]]}),
         ("swin_t", {"dropout": 0}),
+        ("alexnet", {"dropout": 0.1}),  # of the same name as its module
+        ("googlenet", {"weights": "DEFAULT"}),
         ("regnet_y_400mf", {"activation": {"_target_": "torch.nn.SiLU", "_partial_": True}}),
     ],
 )  # fmt: skip

@@ -63,8 +63,11 @@ def load_checkpoint(
         InputError: the file cannot be read safely or does not fit; naming the first difference.
     """
     origin = f"teacher.checkpoint={path}"
-    state = rename(read_checkpoint(path, key), rename_keys or {})
-    own = model.state_dict()
+    own, state = model.state_dict(), read_checkpoint(path, key)
+    renamed = rename(state, rename_keys or {})
+    # A model may have a part called `module` itself.
+    if own.keys() <= renamed.keys() or not own.keys() <= state.keys():
+        state = renamed
     for name in list(state):
         patterns = ignore_keys if name in own else (*ignore_keys, *COUNTERS)
         if any(fnmatchcase(name, pattern) for pattern in patterns):
@@ -124,8 +127,10 @@ def _read(path: Path, origin: str) -> Any:
     except InputError:
         raise
     except Exception as error:  # torch raises many kinds
-        damaged = "; it is damaged or incomplete" if head[:2] == b"PK" else ""
-        raise InputError(f"{unreadable}{damaged}") from error
+        reason = ": it is an archive of another kind, or incomplete" if head[:2] == b"PK" else ""
+        if "torchscript" in str(error).lower():
+            reason = ": it is a TorchScript archive; save the state_dict() of torch.jit.load"
+        raise InputError(f"{unreadable}{reason}") from error
 
 
 def _what_else(head: bytes) -> str:
@@ -230,12 +235,13 @@ def _without_prefix(state: State, own: Mapping[str, Tensor], origin: str) -> Sta
             f"{origin} holds several networks that fit, {' and '.join(whole)}; leave out the "
             f"others with teacher.ignore_keys=[{','.join(f'{name}*' for name in whole[1:])}]"
         )
-    # If none is whole, the nearest: its first difference is what has to be said.
+    # If none is whole, the most of it: others may have been renamed, or are said to be missing.
     prefix = whole[0] if whole else max(sorted(found), key=lambda prefix: hits[prefix])
     if 2 * hits[prefix] < len(needed):
         return state
     log.info("%s: the network is what begins with '%s'", origin, prefix)
-    return {
+    others = {} if whole else {n: part for n, part in state.items() if not n.startswith(prefix)}
+    return others | {
         name.removeprefix(prefix): tensor
         for name, tensor in state.items()
         if name.startswith(prefix)
@@ -259,7 +265,8 @@ def _advice(state: State, own: Mapping[str, Tensor]) -> str:
     theirs, ours = near[0].split("."), missing[0].split(".")
     while len(theirs) > 1 and len(ours) > 1 and theirs[-1] == ours[-1]:
         theirs, ours = theirs[:-1], ours[:-1]
-    pair = f"{'.'.join(theirs)}.: {'.'.join(ours)}."
+    dot = "." if len(theirs) <= near[0].count(".") else ""
+    pair = f"{'.'.join(theirs)}{dot}: {'.'.join(ours)}{dot}"
     return f"; if that is its '{near[0]}': 'teacher.rename_keys={{{pair}}}'"
 
 

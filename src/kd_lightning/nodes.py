@@ -93,7 +93,12 @@ def find_target(target: Any, path: str) -> Any:
         InputError: it cannot be imported.
     """
     try:
-        return pkgutil.resolve_name(target)
+        found = pkgutil.resolve_name(target)
+        if isinstance(found, types.ModuleType):
+            # `torchvision.models.alexnet` is a module, and a function of the package around it.
+            package, _, name = target.rpartition(".")
+            found = getattr(pkgutil.resolve_name(package), name) if package else found
+        return found
     except Exception as error:  # whatever importing a module may raise
         raise InputError(
             f"{path}._target_={target} cannot be imported: {_reason(error)}"
@@ -215,10 +220,16 @@ def check_value(value: Any, hint: Any, path: str) -> None:
         opaque = inspect.isclass(_origin(part)) and not (_describe(part) or _choices(part))
         if not (opaque and scalars and isinstance(value, str | int | float)) and _fits(value, part):
             return
-    if isinstance(value, str) and any(_origin(part) is collections.abc.Callable for part in parts):
+    origins = [_origin(part) for part in parts]
+    if isinstance(value, str) and collections.abc.Callable in origins:
         raise InputError(
             f"{path} must be something that can be called, not text: "
             f"write {{_target_: {value}, _partial_: true}}"
+        )
+    if isinstance(value, str) and type in origins:
+        raise InputError(
+            f"{path} must be a class, not its name: "
+            f"write {{_target_: hydra.utils.get_class, path: {value}}}"
         )
     choices = [str(choice) for part in parts for choice in _choices(part)]
     allowed = sorted({_describe(part) for part in parts} - {""})
@@ -290,10 +301,6 @@ def _is_container(kind: Any) -> bool:
 
 def _describe(hint: Any) -> str:
     origin = _origin(hint)
-    if typing.get_origin(hint) is Literal:
-        return f"one of {', '.join(map(str, typing.get_args(hint)))}"
-    if _is_enum(hint):
-        return f"one of {', '.join(hint.__members__)}"
     if origin in SCALARS:
         return SCALARS[origin]
     if origin is type(None):
