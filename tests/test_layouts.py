@@ -241,3 +241,14 @@ def test_an_output_whose_first_axis_is_not_the_images_is_no_map():
     shapes = layer_shapes(Windows(), 8)
     assert "windows" not in shapes
     assert "images" in shapes.others["windows"]
+
+
+def test_tokens_in_another_order_than_along_rows_are_no_map():
+    class Scattered(Patches):
+        def forward(self, images):
+            x = self.embed(images).unflatten(2, (2, 2)).unflatten(4, (2, 2))
+            x = x.permute(0, 2, 4, 3, 5, 1).flatten(1, 4)  # 2x2 windows one after the other
+            return self.tail(self.tokens(x).flatten(1))
+
+    torch.manual_seed(0)
+    assert "tokens" not in layer_shapes(Scattered(), 32).layouts

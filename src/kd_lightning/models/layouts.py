@@ -81,12 +81,12 @@ def find_layouts(
             found = found or list(_square_grids(shape, grown))
         else:
             continue
-        if not sure:
-            found = [candidate for candidate in found if changes.agree(name, candidate.layout)]
+        if not sure or len(shape) == 2:
+            found = [grid._replace(layout=changes.place(name, grid.layout)) for grid in found]
+            found = [grid for grid in found if changes.agree(name, grid.layout, sure)]
         if found:
-            grid = found[0]
-            grids.append(grid)
-            layouts[name] = changes.place(name, grid.layout)
+            grids.append(found[0])
+            layouts[name] = found[0].layout
     return layouts
 
 
@@ -184,36 +184,46 @@ class _Changes:
         self._features: dict[str, Tensor] | None = None
 
     def of(self, name: str) -> Tensor:
-        """Absolute changes (2, ...): for the upper left corner, and for the lower right one."""
+        """Absolute changes (3, ...): for the upper left, upper right and lower right corner."""
         if self._features is None:
             size, corner = self._image_size, max(1, self._image_size // 4)
             generator = torch.Generator().manual_seed(0)
             image = torch.randn(3, size, size, generator=generator)
-            images = blank(self._model, size, batch=3)
+            images = blank(self._model, size, batch=4)
             images[:] = image.to(images)
             images[1, :, :corner, :corner] += 2
-            images[2, :, -corner:, -corner:] += 2
+            images[2, :, :corner, -corner:] += 2
+            images[3, :, -corner:, -corner:] += 2
             self._features = record(self._model, images).features
         feature = self._features[name].double()
         return (feature[1:] - feature[:1]).abs()
 
-    def agree(self, name: str, layout: Layout) -> bool:
-        """Whether the changes move along height and width, and not along the channels."""
+    def agree(self, name: str, layout: Layout, likely: bool) -> bool:
+        """Whether the changes move along the width, then along the height, as the corners do.
+
+        Args:
+            name: the layer.
+            layout: a possible one.
+            likely: whether the layout is to be believed if hardly anything moves.
+        """
         change = layout.to_map(self.of(name))
-        moves = []
+        centres = []
         for axis in (1, 2, 3):
-            others = [other for other in (1, 2, 3) if other != axis]
-            profile = change.sum(dim=others)
-            places = torch.arange(profile.shape[1], dtype=profile.dtype) / profile.shape[1]
-            centres = (profile * places).sum(1) / profile.sum(1)
-            moves.append(float(centres[1] - centres[0]))
-        return min(moves[1], moves[2]) > max(0.02, 2 * abs(moves[0]))
+            profile = change.sum(dim=[other for other in (1, 2, 3) if other != axis])
+            places = torch.arange(profile.shape[1], device=profile.device) / profile.shape[1]
+            centres.append((profile * places).sum(1) / profile.sum(1))
+        channel, down, right = (centre.diff().tolist() for centre in centres)
+        in_order = right[0] > abs(down[0]) and down[1] > abs(right[1])
+        if likely:
+            return in_order or not max(map(abs, right + down)) > 0.02
+        least = max(0.02, 2 * abs(channel[0]), 2 * abs(channel[1]))
+        return in_order and right[0] > least and down[1] > least
 
     def place(self, name: str, layout: Layout) -> Layout:
         """The layout of tokens, with the class token last if that is where it is."""
-        if not layout.start:
+        if not (layout.kind.startswith("tokens") and layout.start):
             return layout
         change = self.of(name).sum(dim=2 if layout.kind == "tokens" else 1)
         change = change / change.amax(dim=1, keepdim=True)
-        at_the_end = change[0, 0] > 2 * change[1, -1]
+        at_the_end = bool(change[0, 0] > 2 * change[2, -1])
         return layout._replace(start=0) if at_the_end else layout
