@@ -140,7 +140,7 @@ def _distil(
     module = build_module(config, teacher, precision)
     for role in ("", "teacher.") if teacher else ("",):
         try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
-    own = build_callbacks(config.get("callbacks", {}))
+    own = build_callbacks(config.get("callbacks") or {})
     trainer = build_trainer(
         trainer_node(config), precision, directory.path, config["name"], resume, [*callbacks, *own]
     )
