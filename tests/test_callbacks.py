@@ -12,7 +12,7 @@ from test_tensorboard import scalars
 
 from kd_lightning import training
 from kd_lightning.callbacks import build_callbacks
-from kd_lightning.errors import InputError, Stopped
+from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.runs import RunDirectory
 
 LIGHTNING = "lightning.pytorch.callbacks"
@@ -170,6 +170,12 @@ def test_what_is_no_callback_is_refused_before_anything_is_trained(root, tmp_pat
     with pytest.raises(InputError, match=said):
         training.run(setting(root, callbacks={"x": node}), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints"))
+
+
+def test_a_training_of_no_steps_is_not_finished(root, tmp_path):
+    timer = {"_target_": f"{LIGHTNING}.Timer", "duration": "00:00:00:00"}
+    with pytest.raises(RunError, match="stopped the training before its first step"):
+        training.run(setting(root, callbacks={"timer": timer}), tmp_path / "run")
 
 
 def test_a_metric_that_does_not_exist_is_a_sentence_with_those_that_do(root, tmp_path):

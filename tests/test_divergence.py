@@ -91,19 +91,19 @@ def test_the_losses_of_many_steps_are_looked_at_together():
     watch = LossWatch()
     assert watch.look() == []
     for value in (1.0, math.inf, 2.0):
-        watch.note({"a": torch.tensor(1.0), "b": torch.tensor(value)})
+        watch.note("ab", torch.tensor([1.0, value]))
     assert watch.look() == ["b"]
-    watch.note({"a": torch.tensor(1.0), "b": torch.tensor(1.0)})
+    watch.note("ab", torch.tensor([1.0, 1.0]))
     assert watch.look() == []
 
 
 def test_steps_that_a_gradient_scaler_skips_are_not_a_divergence():
     watch = LossWatch(scaled=True)
     for value in (NAN, 1.0, math.inf):
-        watch.note({"a": torch.tensor(value)})
+        watch.note("a", torch.tensor([value]))
     assert watch.look() == []
     for value in (NAN, math.inf):
-        watch.note({"a": torch.tensor(value)})
+        watch.note("a", torch.tensor([value]))
     assert watch.look() == ["a"]
 
 

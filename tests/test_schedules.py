@@ -102,6 +102,7 @@ def test_total_steps_of_ones_own_are_kept():
             {"_target_": f"{TORCH}.ChainedScheduler", "schedulers": [{**LINEAR, "gama": 1}]},
             r"scheduler.schedulers\[0\].*gama",
         ),
+        ({"_target_": "torch.nn.Identity"}, "scheduler must be a learning-rate scheduler"),
         ({**ONE_CYCLE_LR, "pct_start": 3.0}, "scheduler: .*pct_start"),
     ],
 )

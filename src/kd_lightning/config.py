@@ -137,7 +137,7 @@ def check(config: Node) -> None:
         check_node(select(config, path), path)
     if not isinstance(config.get("update_bn", False), bool):
         raise InputError(f"update_bn must be true or false, not {config['update_bn']}")
-    callbacks = config.get("callbacks", {})
+    callbacks = config.get("callbacks") or {}
     if not isinstance(callbacks, dict):
         raise InputError(f"callbacks must be names with a _target_ node each, not {callbacks!r}")
     for name, callback in callbacks.items():

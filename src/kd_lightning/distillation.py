@@ -38,7 +38,6 @@ from kd_lightning.schedules import build_schedule, step_on_plateau
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 VALIDATION = ("val_accuracy", "val_loss")
 PROGRESS = ("images_trained", "training_seconds", "fit_seconds", "history", "validated")
-SUM = "their sum"
 
 
 class DistillationModule(LightningModule):
@@ -213,28 +212,30 @@ class DistillationModule(LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """One step of the weighted sum of all terms: ``loss``, and ``losses`` for `Curves`."""
         losses, logits = self.losses(batch)
-        loss = torch.stack([self.weights[name] * losses[name] for name in losses]).sum()
+        weighted = {name: self.weights[name] * value for name, value in losses.items()}
+        stacked = torch.stack([*weighted.values()])
+        loss = stacked.sum()
         if batch["share"]:
             self.train_accuracy.update(logits, batch["labels"])
         self._clock_images += len(logits)
-        self._watch_losses({SUM: loss, **losses}, batch)
+        self._watch_losses(losses, stacked.detach(), batch)
         shown = {"loss/total": loss.detach()}
         for name, value in losses.items():
             shown[f"loss/{name}"] = value.detach()
-            shown[f"loss_weighted/{name}"] = self.weights[name] * value.detach()
+            shown[f"loss_weighted/{name}"] = weighted[name].detach()
         return {
             "loss": loss * batch["share"] if self.trainer.world_size > 1 else loss,
             "losses": shown,
         }
 
-    def _watch_losses(self, losses: Mapping[str, Tensor], batch: Batch) -> None:
+    def _watch_losses(self, names: Iterable[str], values: Tensor, batch: Batch) -> None:
         """Raise an error if a loss is not finite; on an accelerator, not in every step.
 
         What is not finite in one of several processes is so in all a step later; rank 0 reports it.
         """
         if self.global_rank:
             return
-        self._watch.note(losses)
+        self._watch.note(names, values)
         due = self.global_step % self.trainer.log_every_n_steps == 0  # type: ignore[attr-defined]
         if (due or self._look_every_step) and not self._watch.scaled:
             self._report(self._watch.look(), batch)
@@ -250,9 +251,8 @@ class DistillationModule(LightningModule):
                         f"the teacher's answers are not finite {place} (term: {name}): check "
                         "teacher.checkpoint, teacher.mean and teacher.std"
                     )
-        terms = [name for name in bad if name != SUM] or bad
         raise RunError(
-            f"the loss is not finite {place} (term: {', '.join(terms)}); "
+            f"the loss is not finite {place} (term: {', '.join(bad)}); "
             "lower the learning rate or its weight"
         )
 

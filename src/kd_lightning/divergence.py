@@ -1,6 +1,6 @@
 """Notice a training that has diverged: losses or weights that are not finite."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +22,12 @@ class LossWatch:
         self._names: tuple[str, ...] = ()
         self._kept: Tensor | None = None
 
-    def note(self, losses: Mapping[str, Tensor]) -> None:
-        """Remember the losses of a step: name to scalar, the same names in every step."""
-        self._names = tuple(losses)
-        values = torch.stack([value.detach() for value in losses.values()])
+    def note(self, names: Iterable[str], values: Tensor) -> None:
+        """Remember the losses of a step (N,), detached; N names, the same in every step."""
+        self._names = tuple(names)
         if self.scaled:
-            finite = values.isfinite()
-            self._kept = finite if self._kept is None else self._kept | finite
+            values = values.isfinite()
+            self._kept = values if self._kept is None else self._kept | values
         else:
             self._kept = values if self._kept is None else self._kept + values
 

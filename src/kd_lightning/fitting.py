@@ -157,6 +157,8 @@ def fit(
         log.warning("%s goes on after %s", directory.path, resume.place)
     trainer.fit(module, data, ckpt_path=resume.path if resume else None, weights_only=True)
     module.check_finite()
+    if not module.images_trained:
+        raise RunError("a callback stopped the training before its first step")
     # `StochasticWeightAveraging` goes through one epoch more without training.
     epochs = min(cast(Any, trainer.fit_loop.epoch_progress.current).processed, trainer.max_epochs)
     has_batchnorm = bool(trained_batchnorms(module.student))

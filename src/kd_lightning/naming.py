@@ -28,9 +28,14 @@ AXES = ("method", "student", "seed")
 # Where things lie, what they are called and whether pictures are drawn: no result depends on it.
 ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures")
 
-# Keys that are younger than the first runs, with the value that means what these runs did. They
-# are left out of every hash while they have it, so that a new feature renames no run.
-SINCE: dict[str, Any] = {"update_bn": False, "callbacks": {}, "teacher.ignore_keys": []}
+# Keys that are younger than the first runs, with the values that mean what these runs did. They
+# are left out of every hash while they have one, so that a new feature renames no run.
+SINCE: dict[str, Any] = {
+    "update_bn": (False, None),
+    "callbacks": ({}, None),
+    "teacher.ignore_keys": ([], None),
+    "teacher.checkpoint_key": (None,),
+}
 
 
 def register() -> None:
@@ -92,12 +97,12 @@ def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
     """The part of a configuration that a result depends on, less some sections."""
     parts = {key: value for key, value in config.items() if key not in (*ELSEWHERE, *without)}
     parts["remember"] = {"dtype": parts["remember"]["dtype"]}
-    for path, default in SINCE.items():
+    for path, defaults in SINCE.items():
         section, _, key = path.rpartition(".")
         if section in parts:
             parts[section] = dict(parts[section])
         node = parts.get(section, {}) if section else parts
-        if key in node and node[key] == default:
+        if key in node and node[key] in defaults:
             del node[key]
     return parts
 

@@ -62,6 +62,8 @@ def build_schedule(
         key: built(value, f"{path}.{key}") for key, value in node.items() if _holds(value, path)
     }
     scheduler = build_partial(without(node, "total_steps", *inner), path)(**given, **inner)
+    if not all(hasattr(scheduler, name) for name in ("optimizer", "step", "state_dict")):
+        raise InputError(f"{path} must be a learning-rate scheduler, not {node['_target_']}")
     by_step = by_step or isinstance(scheduler, CyclicLR)
     return Schedule(scheduler, "step" if by_step else "epoch")
 

@@ -130,7 +130,7 @@ def prepare(config: Node) -> Job:
     module = build_module(config, teacher, precision)
     for role in ("", "teacher.") if teacher else ("",):
         try_optimizer(select(config, f"{role}optimizer"), select(config, f"{role}scheduler"), role)
-    build_callbacks(config.get("callbacks", {}))
+    build_callbacks(config.get("callbacks") or {})
     try_trainer(trainer_node(config), precision)
     data.check_batch_size(module.images_needed)
     data.setup()
@@ -248,7 +248,7 @@ def _distil(
     meet: Meet,
 ) -> dict[str, Any]:
     config, precision, data, teacher, module, _, _ = job
-    own = build_callbacks(config.get("callbacks", {}))
+    own = build_callbacks(config.get("callbacks") or {})
     trainer = build_trainer(
         trainer_node(config), precision, directory.path, config["name"], resume,
         [*callbacks, *own], config.get("pictures", True),
