@@ -208,8 +208,9 @@ def test_a_teacher_store_that_cannot_be_written(train, tmp_path):
     assert "teacher store" in done.err
 
 
-def test_a_refused_run_is_recorded_as_failed(train):
-    done = train("optimizer.lr=-1")
+def test_a_refused_cell_of_a_grid_is_recorded_as_failed(train):
+    done = train("-m", "optimizer.lr=-1")
+    assert done.code == 2
     assert done.metrics["status"] == "failed"
     assert "optimizer" in done.metrics["error"]
 

@@ -131,22 +131,25 @@ def _file_sha256(path: Path, *_: int) -> str:
 
 
 def _stamp(path: Path) -> str:
-    def walk(folder: Path) -> Iterator[tuple[Any, ...]]:
-        with os.scandir(folder) as entries:
-            for entry in sorted(entries, key=lambda e: os.fsencode(e.name)):
-                if entry.is_dir():
-                    yield from walk(Path(entry.path))
+    def walk(folder: str) -> Iterator[tuple[Any, ...]]:
+        with contextlib.suppress(OSError), os.scandir(folder) as entries:
+            for entry in sorted(entries, key=lambda entry: entry.name):
+                if entry.is_dir(follow_symlinks=False):  # links may go round in circles
+                    yield from walk(entry.path)
                 else:
-                    yield _status(entry.path, entry.stat())
+                    yield _status(entry)
 
-    found = walk(path) if path.is_dir() else iter([_status(path, path.stat())])
-    return _digest(list(found))
+    return _digest(list(walk(str(path)) if path.is_dir() else [_status(path)]))
 
 
-def _status(path: str | Path, status: os.stat_result) -> tuple[Any, ...]:
+def _status(file: os.DirEntry[str] | Path) -> tuple[Any, ...]:
+    try:
+        status = file.stat()
+    except OSError:  # a link that leads nowhere, for those to complain of who need it
+        status = os.lstat(file)
     # The time of the last change to the inode cannot be set: a copy that preserves times differs.
     times = status.st_mtime_ns, status.st_ctime_ns
-    return (os.fsencode(path).hex(), status.st_ino, status.st_size, *times)
+    return (os.fspath(file), status.st_ino, status.st_size, *times)
 
 
 def _digest(value: Any) -> str:

@@ -32,6 +32,7 @@ from kd_lightning.fitting import build_trainer, metric, try_trainer
 from kd_lightning.frozen import FrozenTeacher
 from kd_lightning.hparams import log_hparams
 from kd_lightning.models import count_parameters
+from kd_lightning.models.preparing import materialize
 from kd_lightning.naming import config_key, finished, twin, unchanged
 from kd_lightning.ranks import Meet, together
 from kd_lightning.runs import Checkpoint, RunDirectory, device_name, versions
@@ -313,7 +314,9 @@ def _teacher_parameters(config: Node, teacher: FrozenTeacher | None) -> int | No
     except Exception:  # its constructor needs numbers
         pass
     try:
-        return count_parameters(build(config["teacher"]["model"], "teacher.model"))
+        model = build(config["teacher"]["model"], "teacher.model")
+        materialize(model, config["data"]["image_size"], "teacher.model")
+        return count_parameters(model)
     except Exception as error:  # a missing package, a download: no reason to refuse the student
         log.warning("the teacher's parameters are not counted: %s", error)
         return None
