@@ -11,7 +11,7 @@ demo: $(VENV)/installed ## teacher trained, student distilled, results printed: 
 	$(RUN) train.py experiment=demo
 
 test: $(VENV)/installed ## the tests
-	$(RUN) -m pytest
+	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(VENV)/installed ## format, lint and types
 	$(RUN) -m ruff format --check .

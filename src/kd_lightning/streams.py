@@ -12,7 +12,7 @@ from typing import Any
 def robust_streams() -> Iterator[None]:
     """Within it, printing never raises.
 
-    Characters that the terminal cannot show become question marks. What is printed after the reader
+    Characters that the terminal cannot show are escaped. What is printed after the reader
     of a pipe has left (``| head``) is dropped, and so is everything if a stream was closed from the
     start (``>&-``).
     """
@@ -31,7 +31,7 @@ def _robust(stream: Any) -> Any:
     if stream is None:
         return io.StringIO()
     if isinstance(stream, io.TextIOWrapper):
-        stream.reconfigure(errors="replace")
+        stream.reconfigure(errors="backslashreplace")
     return _Stream(stream)
 
 

@@ -43,7 +43,7 @@ def console(error: bool = False) -> Console:
     """Standard output, or standard error, for tables and bars."""
     stream = sys.stderr if error else sys.stdout
     if hasattr(stream, "reconfigure"):
-        stream.reconfigure(errors=_ERRORS)
+        stream.reconfigure(errors="backslashreplace")
     on_terminal = watched(error)
     return Console(
         file=stream,
@@ -68,6 +68,9 @@ def watched(error: bool = False) -> bool:
 def say(what: str | Table, error: bool = False) -> None:
     """Print a line or a table to standard output, or to standard error.
 
+    Characters that it cannot show are escaped, so that a path in a message stays that path; the
+    names in a table become the nearest that can be shown (`printable`).
+
     A reader that has gone away (`| head`) is no reason to fail.
     """
     stream = sys.stderr if error else sys.stdout
@@ -75,7 +78,7 @@ def say(what: str | Table, error: bool = False) -> None:
         return
     out = console(error)
     if isinstance(what, str):
-        text = f"{what}\n"
+        text = f"{what}\n".replace("±", printable("±", error))
     else:
         with out.capture() as captured:
             out.print(what)
