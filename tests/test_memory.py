@@ -300,7 +300,7 @@ def asked(monkeypatch):
     return counts
 
 
-SHAPES = 1  # images that are asked about to know the shape of an answer
+SHAPES = 8  # images that are asked about to know the shape of an output
 
 
 def test_a_second_training_asks_nothing_and_ends_with_the_same_student(train, tmp_path, asked):

