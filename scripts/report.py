@@ -41,7 +41,8 @@ def main() -> None:
     if runs.empty:
         print(f"error: there is no run in {', '.join(arguments.sources)}", file=sys.stderr)
         sys.exit(2)
-    print(f"{len(runs)} runs: {out / 'results.md'}, {out / 'report.html'}")
+    count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
+    print(f"{count}: {out / 'results.md'}, {out / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -58,6 +58,7 @@ def value_of(override):
         ("teacher.ignore_key=[a]", "teacher.ignore_keys?"),
         ("lr=0.1", "optimizer.lr?"),
         ("epochs=3", "trainer.max_epochs?"),
+        ("trainer.epochs=3", "trainer.max_epochs?"),
         ("temperature=3", "method.terms.logit.temperature?"),
         ("trainer.limit_train_batch=1", "+trainer.limit_train_batches?"),
         ("hydra/launchr=joblib", "hydra/launcher?"),
@@ -82,6 +83,11 @@ def test_a_plus_is_recommended_only_for_what_is_taken():
     assert "+" not in refusal("student.model.zzz=3")
     assert "leave out the +" in refusal("+trainer.max_epochs=3")
     assert composed("+trainer.limit_val_batches=3")["trainer"]["limit_val_batches"] == 3
+
+
+def test_of_choices_that_are_equally_near_the_one_that_begins_alike_is_meant():
+    sentence = overrides.no_such_choice("teacher", "resnet21", ["resnet32", "resnet20", "resnet9"])
+    assert "did you mean resnet20?" in sentence
 
 
 @pytest.mark.parametrize("given", ["method=5", "trainer=1.5", "data=true"])
@@ -290,9 +296,7 @@ JOB = (
 
 
 def test_the_module_is_the_command(tmp_path):
-    done = in_a_new_process(
-        "-OO", "-m", "kd_lightning", *JOB, f"output_dir={tmp_path}", cwd=tmp_path
-    )
+    done = in_a_new_process("-m", "kd_lightning", *JOB, f"output_dir={tmp_path}", cwd=tmp_path)
     assert done.code == 0, done.err
     (metrics,) = tmp_path.glob("runs/*/*/metrics.json")
     assert metrics.parent.name.startswith("none-small-s0")
@@ -302,6 +306,12 @@ def test_the_module_is_the_command(tmp_path):
     )  # fmt: skip
     assert again.code == 0, again.err
     assert "finished before" in again.out
+
+
+@pytest.mark.slow  # Python compiles every package anew
+def test_a_run_without_assertions_and_docstrings(tmp_path):
+    done = in_a_new_process("-OO", "train.py", *JOB, f"output_dir={tmp_path}")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize(

@@ -203,7 +203,8 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
         assert process.returncode == 128 + signal.Signals[how]
         name = "Ctrl-C" if how == "SIGINT" else how
         last = said.splitlines()[-1]
-        assert last.startswith(f"stopped by {name}: {cell}-small-s0 is saved at ")
+        assert last.startswith(f"stopped by {name}: {cell}-small-s0")
+        assert " is saved at " in last
         assert last.endswith("run the same command again to resume")
         assert "error" not in said
         assert "Traceback" not in said

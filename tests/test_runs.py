@@ -446,7 +446,7 @@ def test_a_checkout_that_was_changed_is_called_dirty(monkeypatch, tmp_path):
 
 def test_the_device_is_called_what_people_call_it(monkeypatch):
     name = device_name(torch.device("cpu"))
-    assert name.endswith(f", {torch.get_num_threads()} threads")
+    assert f", {torch.get_num_threads()} thread" in name
     info = Path("/proc/cpuinfo")
     if info.exists() and "model name" in info.read_text():
         models = [line for line in info.read_text().splitlines() if line.startswith("model name")]

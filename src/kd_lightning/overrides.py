@@ -10,6 +10,7 @@ two methods of its configuration loader. They hold for single runs, sweeps and `
 """
 
 import difflib
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -60,7 +61,9 @@ def _check_choice(override: Override, options: list[str]) -> None:
 
 def no_such_choice(group: str, choice: str, options: Sequence[str]) -> str:
     """The sentence for `GROUP=CHOICE` where there is no such choice."""
-    near = difflib.get_close_matches(choice, options, n=1)
+    near = difflib.get_close_matches(choice, options, n=5)
+    # Of those that are equally like it, the one that begins like it: resnet20 for resnet21.
+    near.sort(key=lambda option: -len(os.path.commonprefix([choice, option])))
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{group}={choice} does not exist; {hint}choose from {', '.join(options)}"
 
@@ -177,7 +180,11 @@ def no_such_key(config: DictConfig, key: str) -> str:
     if wrong in taken:
         return f"{key} is not set in the configuration: add it with +{key}=VALUE"
     names = sorted(name for name in taken | present if not name.startswith("_"))
-    near = difflib.get_close_matches(wrong, names, n=1) or [n for n in names if wrong in n]
+    near = (
+        difflib.get_close_matches(wrong, sorted(present), n=1)  # before what would be added
+        or difflib.get_close_matches(wrong, names, n=1)
+        or [name for name in names if wrong in name]
+    )
     if near:
         found = ".".join([prefix + near[0], *rest])
         if not _exists(config, found):
