@@ -85,7 +85,7 @@ def test_a_plus_is_recommended_only_for_what_is_taken():
     assert composed("+trainer.limit_val_batches=3")["trainer"]["limit_val_batches"] == 3
 
 
-def test_of_choices_that_are_equally_near_the_one_that_begins_alike_is_meant():
+def test_of_choices_that_are_equally_near_one_that_differs_in_the_last_letter_is_meant():
     sentence = overrides.no_such_choice("teacher", "resnet21", ["resnet32", "resnet20", "resnet9"])
     assert "did you mean resnet20?" in sentence
 

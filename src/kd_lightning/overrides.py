@@ -10,7 +10,6 @@ two methods of its configuration loader. They hold for single runs, sweeps and `
 """
 
 import difflib
-import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -62,8 +61,8 @@ def _check_choice(override: Override, options: list[str]) -> None:
 def no_such_choice(group: str, choice: str, options: Sequence[str]) -> str:
     """The sentence for `GROUP=CHOICE` where there is no such choice."""
     near = difflib.get_close_matches(choice, options, n=5)
-    # Of those that are equally like it, the one that begins like it: resnet20 for resnet21.
-    near.sort(key=lambda option: -len(os.path.commonprefix([choice, option])))
+    # First those that differ in the last letter: resnet20 for resnet21.
+    near.sort(key=lambda option: choice[:-1] not in option)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{group}={choice} does not exist; {hint}choose from {', '.join(options)}"
 
