@@ -61,6 +61,10 @@ def refusal(path, **settings):
         {"state_dict": THEIRS, "hyper_parameters": {"lr": 0.1}},
         {"model": {"name": "a"}, "net": THEIRS},
         {"epoch": 1, "unheard_of": THEIRS},
+        {
+            "unheard_of": THEIRS,
+            "optimizer": {"state": {0: {"step": torch.ones(1)}}, "param_groups": []},
+        },
         {"model": {"state_dict": THEIRS}},
         {"state_dict_ema": THEIRS, "state_dict": RAW},
         {"model": RAW, "model_ema": THEIRS},
@@ -106,6 +110,22 @@ def test_half_precision_weights_become_the_models(tmp_path):
     state = loaded(tmp_path / "a.pt")
     assert state["0.weight"].dtype == torch.float32
     assert torch.equal(state["0.weight"], THEIRS["0.weight"].half().float())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda weight: weight.to(torch.int8),
+        lambda weight: weight.to(torch.complex64),
+        lambda weight: weight.to_sparse(),
+        lambda weight: weight.to("meta"),
+    ],
+    ids=["int8", "complex", "sparse", "meta"],
+)
+def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, change):
+    """Whole numbers of a quantised network, for one, mean others."""
+    torch.save({**THEIRS, "0.weight": change(THEIRS["0.weight"])}, tmp_path / "a.pt")
+    assert "'0.weight' is a" in refusal(tmp_path / "a.pt")
 
 
 def test_keys_are_renamed_in_order(tmp_path):

@@ -1,7 +1,9 @@
 """Contents decide, not paths: what changes behind a name invalidates what was computed from it."""
 
+import importlib
 import json
 import os
+import pkgutil
 import shutil
 import sys
 import textwrap
@@ -265,6 +267,41 @@ def test_code_is_what_is_computed_and_not_how_it_is_written(own):
     assert digest(own, commented) == first
     assert digest(own, NET_TEXT.replace("x *", "x +")) != first
     assert digest(own, NET_TEXT, helper="VALUE = 2\n") != first  # what it imports counts
+
+
+def test_code_counts_as_it_was_loaded(own):
+    write_module(own / "helpers.py", "VALUE = 1\n")
+    write_module(own / "mine.py", textwrap.dedent(NET_TEXT))
+    first = contents.source_sha256({"_target_": "mine.Net"})
+    # The runs of a grid that has begun go on with what they have imported.
+    (own / "mine.py").write_text(textwrap.dedent(NET_TEXT.replace("x *", "x +")))
+    assert contents.source_sha256({"_target_": "mine.Net"}) == first
+    importlib.reload(sys.modules["mine"])
+    assert contents.source_sha256({"_target_": "mine.Net"}) != first
+
+
+@pytest.mark.parametrize("file", ["__init__.py", "patches.py", "late.py"])
+def test_everything_counts_that_a_package_runs(own, file):
+    package = own / "helpers"
+    package.mkdir()
+    texts = {
+        "__init__.py": "from . import patches\nSCALE = 1\n",
+        "patches.py": "VALUE = 1\n",
+        "late.py": "VALUE = 1\n",  # imported by a call, which may come after the question
+        "net.py": "class Net:\n    def forward(self, x):\n        from . import late\n",
+    }
+    for name, text in texts.items():
+        (package / name).write_text(text)
+    node = {"_target_": "helpers.net.Net"}
+    first = contents.source_sha256(node)
+    assert "helpers.late" not in sys.modules
+    pkgutil.resolve_name("helpers.late")
+    assert contents.source_sha256(node) == first
+    for name in [name for name in sys.modules if name.split(".")[0] == "helpers"]:
+        del sys.modules[name]
+    (package / file).write_text(texts[file].replace("1", "2"))
+    shutil.rmtree(package / "__pycache__", ignore_errors=True)
+    assert contents.source_sha256(node) != first
 
 
 def test_packages_of_others_count_by_name():

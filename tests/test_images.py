@@ -200,6 +200,14 @@ def test_a_transparent_colour(tmp_path, mode, colour, key):
     assert (decoded(tmp_path, image, transparency=key) == 255).all()
 
 
+def test_a_transparent_colour_of_16_bits(tmp_path):
+    colours = [0x1234, 0x5678, 0x9ABC], [0x3400, 0x7800, 0xBC00]
+    rows = [struct.pack(">6H", *colours[0], *colours[1])] * 2
+    (tmp_path / "a.png").write_bytes(png(2, 2, 16, 2, rows, tRNS=struct.pack(">3H", *colours[0])))
+    got = decode(tmp_path / "a.png", 2)
+    assert got[0].tolist() == [[255, 255, 255], [0x34, 0x78, 0xBC]]
+
+
 # --- colours, orientation, frames ---------------------------------------------------------------
 
 

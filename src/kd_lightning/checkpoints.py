@@ -195,9 +195,9 @@ def _is_state(value: Any) -> bool:
 
 
 def _holds_state(value: Any) -> bool:
-    return _is_state(value) or (
-        isinstance(value, dict) and any(_holds_state(part) for part in value.values())
-    )
+    if not isinstance(value, dict) or "param_groups" in value:  # no dict, or an optimizer's state
+        return False
+    return _is_state(value) or any(_holds_state(part) for part in value.values())
 
 
 def rename(state: Mapping[str, Tensor], rename_keys: Mapping[str, str]) -> State:
@@ -292,9 +292,27 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
                 f"{other}'{key}' has the shape {tuple(state[key].shape)} there and "
                 f"{tuple(own[key].shape)} here"
             )
+        if own[key].is_floating_point() and not _is_plain(state[key]):
+            raise InputError(
+                f"{origin}: '{key}' is a {_kind(state[key])} tensor, and not one of plain "
+                "floating-point numbers; write it as such"
+            )
     if extra := [key for key in state if key not in own]:
         raise InputError(f"{other}its '{extra[0]}' has no place here")
     model.load_state_dict(state)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether its numbers can be taken as they are: quantised ones mean others."""
+    plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
+    return plain and (tensor.is_floating_point() or tensor.numel() == 1)
+
+
+def _kind(tensor: Tensor) -> str:
+    words = (tensor.dtype, *([tensor.layout] if tensor.layout != torch.strided else []))
+    return ("meta " if tensor.is_meta else "") + " ".join(
+        str(word).removeprefix("torch.") for word in words
+    )
 
 
 def convert(source: str | Path, target: str | Path | None = None) -> Path:

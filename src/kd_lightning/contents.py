@@ -13,12 +13,14 @@ import contextlib
 import functools
 import hashlib
 import importlib.util
+import itertools
 import json
 import os
 import site
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator, Mapping
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -32,6 +34,9 @@ KNOWN = frozenset(
      "omegaconf", "torchmetrics", "builtins"}
 )  # fmt: skip
 PLACES = ("output_dir", "data_dir", "cache_dir", "name", "setting", "_target_")
+
+_loaded: dict[str, tuple[ModuleType, ModuleSpec | None, str, list[str]]] = {}
+"""What `_code` found of the modules that are loaded."""
 
 
 class Contents(NamedTuple):
@@ -193,20 +198,55 @@ def _package(name: str) -> str:
 
 def _collect(name: str | None, own: Iterable[str], found: dict[str, str]) -> None:
     """Add a module's code, and that of the user's modules which it imports, to `found`."""
-    if name is None or name in found:
+    if name is None or name in found or _is_known(name):
         return
-    module = sys.modules.get(name)
+    # What a function imports when it is called may not have been loaded yet.
+    module = sys.modules.get(name) or _unloaded(name)
     file = getattr(module, "__file__", None)
     if module is None or file is None or not _is_users(name, file, own):
         return
-    path = Path(file)
-    if path.suffix != ".py":
-        found[name] = file_sha256(path)  # compiled
-        return
-    tree = ast.parse(path.read_bytes())
-    found[name] = hashlib.sha256(ast.unparse(_WithoutDocstrings().visit(tree)).encode()).hexdigest()
-    for imported in _imports(tree, module):
+    found[name], imports = _code(module, Path(file))
+    for imported in imports:
         _collect(imported, own, found)
+
+
+def _unloaded(name: str) -> ModuleType | None:
+    """A module, empty, that could be loaded from a file; nothing is run to find it."""
+    parent = name.rpartition(".")[0]
+    if parent and parent not in sys.modules:
+        return None
+    try:
+        spec = importlib.util.find_spec(name)
+    except (ImportError, ValueError, AttributeError):  # no package, or a module of its own making
+        return None
+    if spec is None or not spec.has_location or spec.origin is None:
+        return None
+    module = ModuleType(name)
+    module.__file__, module.__package__ = spec.origin, spec.parent
+    return module
+
+
+def _code(module: ModuleType, path: Path) -> tuple[str, list[str]]:
+    """SHA-256 of a module's code, in hex, and what it imports, its parent packages included.
+
+    As they were when first asked for: if the file is edited while a grid runs, what has been
+    imported goes on to be used. A module that is loaded again is another object, or has another
+    specification.
+    """
+    known = _loaded.get(module.__name__)
+    if known is not None and known[0] is module and known[1] is module.__spec__:
+        return known[2:]
+    if path.suffix != ".py":  # compiled
+        digest, imports = file_sha256(path), []
+    else:
+        tree = ast.parse(path.read_bytes())
+        text = ast.unparse(_WithoutDocstrings().visit(tree))
+        digest, imports = hashlib.sha256(text.encode()).hexdigest(), list(_imports(tree, module))
+    # Importing a module runs the packages that it is in.
+    imports += itertools.accumulate(module.__name__.split(".")[:-1], "{}.{}".format)
+    if sys.modules.get(module.__name__) is module:
+        _loaded[module.__name__] = (module, module.__spec__, digest, imports)
+    return digest, imports
 
 
 def _imports(tree: ast.AST, module: ModuleType) -> Iterator[str]:
@@ -223,12 +263,13 @@ def _imports(tree: ast.AST, module: ModuleType) -> Iterator[str]:
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
+def _is_known(name: str) -> bool:
+    return _package(name) in KNOWN or _package(name) in sys.stdlib_module_names
+
+
 def _is_users(name: str, file: str, own: Iterable[str]) -> bool:
-    package = _package(name)
-    if package in KNOWN or package in sys.stdlib_module_names:
-        return False
     place = Path(file).resolve()
-    return package in own or not any(place.is_relative_to(folder) for folder in _installed())
+    return _package(name) in own or not any(place.is_relative_to(folder) for folder in _installed())
 
 
 @functools.cache

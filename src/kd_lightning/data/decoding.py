@@ -58,6 +58,8 @@ def decode(path: Path, size: int) -> npt.NDArray[np.uint8]:
         file.load()
         if raw_mode in LOW_DEPTHS and "transparency" in file.info:
             file.info["transparency"] *= LOW_DEPTHS[raw_mode]
+        if raw_mode == "RGB;16B" and "transparency" in file.info:  # the upper halves were read
+            file.info["transparency"] = tuple(value >> 8 for value in file.info["transparency"])
         image = to_rgb(file)
         turn = UPRIGHT.get(_orientation(file))
     if turn is not None:
