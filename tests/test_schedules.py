@@ -87,9 +87,36 @@ def test_total_steps_of_ones_own_are_kept():
     assert build_schedule(node, optimizer, 10).scheduler.total_steps == 99
 
 
+def as_in_transformers(optimizer, num_training_steps, num_warmup_steps=0):
+    return torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: step / num_training_steps)
+
+
+class LikeTimms:
+    """Stepped by the number of the epoch, and no scheduler of torch's."""
+
+    def __init__(self, optimizer):
+        self.optimizer = optimizer
+
+    def step(self, epoch):
+        pass
+
+    def state_dict(self):
+        return {}
+
+
+def test_training_steps_are_given_by_the_name_that_transformers_use():
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    schedule = build_schedule({"_target_": f"{__name__}.as_in_transformers"}, optimizer, 10)
+    assert schedule.interval == "step"
+    optimizer.step()
+    schedule.scheduler.step()
+    assert optimizer.param_groups[0]["lr"] == 0.1
+
+
 @pytest.mark.parametrize(
     ("node", "said"),
     [
+        ({"_target_": f"{__name__}.LikeTimms"}, "scheduler must be a learning-rate scheduler"),
         (
             {
                 "_target_": f"{TORCH}.SequentialLR",

@@ -46,6 +46,9 @@ OPTIONAL: dict[str, set[str]] = {
 """Keys that a section may have besides: those of older runs lack them, and some are left out of the
 configuration tree."""
 
+TOTAL_STEPS = ("total_steps", "num_training_steps")
+"""What torch and transformers call the optimizer steps of a whole training."""
+
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 ROUNDINGS = ("float16", "bfloat16", "float32")
 STRATEGIES = ("auto", "ddp")
@@ -150,7 +153,7 @@ def check(config: Node) -> None:
         check_node(select(config, f"{prefix}optimizer"), f"{prefix}optimizer", {"params"})
         scheduler = select(config, f"{prefix}scheduler")
         if scheduler is not None:
-            check_node(scheduler, f"{prefix}scheduler", {"optimizer", "total_steps"})
+            check_node(scheduler, f"{prefix}scheduler", {"optimizer", *TOTAL_STEPS})
 
 
 def _check_teacher_keys(teacher: Node) -> None:

@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, ReduceLROnPlateau
 
-from kd_lightning.config import Node, build_partial, without
+from kd_lightning.config import TOTAL_STEPS, Node, build_partial, without
 from kd_lightning.errors import InputError
 from kd_lightning.nodes import takes
 
@@ -27,8 +27,8 @@ def build_schedule(
 ) -> Schedule:
     """Build a scheduler from its `_target_` node.
 
-    A scheduler that takes ``total_steps`` is given the optimizer steps of the whole training,
-    unless the node sets it. It is stepped after every optimizer step, and so is `CyclicLR`; any
+    A scheduler that takes ``total_steps`` (or ``num_training_steps``, as in transformers) is given
+    the optimizer steps of the whole training, unless the node sets it. It is stepped after every optimizer step, and so is `CyclicLR`; any
     other is stepped after every epoch. A scheduler that is made of others (`SequentialLR`,
     `ChainedScheduler`) is stepped after every optimizer step if one of these is.
 
@@ -41,10 +41,10 @@ def build_schedule(
     Raises:
         InputError: the scheduler objects to its arguments.
     """
-    by_step = takes(node, "total_steps", path)
+    steps = [name for name in TOTAL_STEPS if takes(node, name, path)]
     given: dict[str, Any] = {"optimizer": optimizer}
-    if by_step:
-        given["total_steps"] = node.get("total_steps", total_steps)
+    given |= {name: node.get(name, total_steps) for name in steps}
+    by_step = bool(steps)
 
     def built(value: Any, place: str) -> Any:
         nonlocal by_step
@@ -61,8 +61,8 @@ def build_schedule(
     inner = {
         key: built(value, f"{path}.{key}") for key, value in node.items() if _holds(value, path)
     }
-    scheduler = build_partial(without(node, "total_steps", *inner), path)(**given, **inner)
-    if not all(hasattr(scheduler, name) for name in ("optimizer", "step", "state_dict")):
+    scheduler = build_partial(without(node, *TOTAL_STEPS, *inner), path)(**given, **inner)
+    if not isinstance(scheduler, LRScheduler):
         raise InputError(f"{path} must be a learning-rate scheduler, not {node['_target_']}")
     by_step = by_step or isinstance(scheduler, CyclicLR)
     return Schedule(scheduler, "step" if by_step else "epoch")
