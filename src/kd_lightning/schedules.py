@@ -28,9 +28,10 @@ def build_schedule(
     """Build a scheduler from its `_target_` node.
 
     A scheduler that takes ``total_steps`` (or ``num_training_steps``, as in transformers) is given
-    the optimizer steps of the whole training, unless the node sets it. It is stepped after every optimizer step, and so is `CyclicLR`; any
-    other is stepped after every epoch. A scheduler that is made of others (`SequentialLR`,
-    `ChainedScheduler`) is stepped after every optimizer step if one of these is.
+    the optimizer steps of the whole training, unless the node sets it. It is stepped after every
+    optimizer step, and so is `CyclicLR`; any other is stepped after every epoch. A scheduler that
+    is made of others (`SequentialLR`, `ChainedScheduler`) is stepped after every optimizer step if
+    one of these is.
 
     Args:
         node: its `_target_` node; the optimizer is left out, also in nodes within it.
