@@ -217,6 +217,7 @@ def test_stopped_is_not_an_error(monkeypatch, capsys):
     def interrupted():
         raise KeyboardInterrupt
 
+    monkeypatch.setattr(sys, "argv", ["train.py"])
     monkeypatch.setattr(cli, "_app", interrupted)
     with pytest.raises(SystemExit) as stop:
         cli.main()
