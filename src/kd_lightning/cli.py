@@ -122,6 +122,13 @@ def _record_failure(composed: DictConfig, run_dir: Path, error: InputError) -> N
 
 def _remove_unused(run_dir: Path) -> None:
     """Remove what Hydra made for a run that never started: empty folders, and their log."""
+    root = logging.getLogger()
+    for handler in list(root.handlers):
+        if isinstance(handler, logging.FileHandler) and (
+            Path(handler.baseFilename).parent == run_dir.absolute()
+        ):  # it would open its file with the next record
+            root.removeHandler(handler)
+            handler.close()
     with contextlib.suppress(OSError):
         if [path.name for path in run_dir.iterdir()] == ["train.log"]:
             (run_dir / "train.log").unlink()
