@@ -67,7 +67,7 @@ def choose_precision(accelerator: str = "auto", model: nn.Module | None = None) 
     that have only those (Turing, such as a free Colab's T4), float32 elsewhere, and on a CPU for
     any model with grouped convolutions. A depthwise convolution has nothing for the bfloat16
     instructions to multiply, so that there only the conversions remain: a step of MobileNetV3-small
-    takes 1.8 times as long as in float32. A rule and not a measurement: the precision is part of a
+    is slower than in float32. A rule and not a measurement: the precision is part of a
     run's identity and must be the same on a busy machine.
 
     Args:
