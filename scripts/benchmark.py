@@ -31,6 +31,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +41,22 @@ from plain_distillation import plain_loop
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_lightning.building import build_module, build_teacher, needs_teacher, resolve_precision
-from kd_lightning.cli import quiet_lightning
-from kd_lightning.config import build_partial, plain, trainer_node, tree
+from kd_lightning.config.checks import check_sections
+from kd_lightning.config.nodes import build_partial
+from kd_lightning.config.plan import CachePlan, Plan
+from kd_lightning.config.resolve import SUPERVISED, resolve
+from kd_lightning.config.tree import plain, tree
 from kd_lightning.data.loading import Batch
 from kd_lightning.data.module import ImageDataModule, Images
-from kd_lightning.distillation import AUTOCAST
-from kd_lightning.fitting import build_trainer
+from kd_lightning.distill.caching import open_caches
+from kd_lightning.distill.module import AUTOCAST
+from kd_lightning.distill.optimizers import build_optimizer
+from kd_lightning.engine.launch import quiet_lightning
+from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
-from kd_lightning.optimizers import build_optimizer
-from kd_lightning.runs import device_name
-from kd_lightning.teaching import equip_memory
+from kd_lightning.storage.provenance import device_name
+from kd_lightning.workflows.assembly import build_module, build_teacher
 
 METHODS = ("none", "logit", "attention", "combined")
 STUDENTS = ("small", "medium", "large")
@@ -89,58 +94,62 @@ def random_batches(count: int, batch_size: int) -> RandomImages:
     return data
 
 
-def whole_loop(
-    config: dict[str, Any], precision: str, steps: int, memory: Path | None = None, epochs: int = 2
-) -> float:
+def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 2) -> float:
     """Images per second of the last epoch of a training.
 
     Args:
-        config: the run's configuration.
-        precision: as Lightning calls it.
+        plan: of the run.
         steps: in an epoch.
-        memory: the `output_dir` where the teacher is remembered; None: it computes.
+        cache: the folder of the teacher-output cache; None: the teacher computes.
         epochs: how many.
     """
-    data = random_batches(steps, config["data"]["batch_size"])
-    torch.manual_seed(0)  # the same teacher every time, else nothing of it would be remembered
-    teacher = build_teacher(config) if needs_teacher(config) else None
-    module = build_module(config, teacher, precision)
-    settings = {**trainer_node(config), "max_epochs": epochs}
-    if memory is not None:
+    data = random_batches(steps, plan.data.node["batch_size"])
+    torch.manual_seed(0)  # the same teacher every time, else none of its outputs would be found
+    teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
+    module = build_module(plan.student, plan.data, teacher)
+    arguments = {**plan.student.trainer.arguments, "max_epochs": epochs}
+    if cache is not None:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        equip_memory(module, {**config, "output_dir": memory}, data, precision, device)
+        assert plan.cache is not None
+        plan = replace(plan, cache=CachePlan(cache, plan.cache.limit, plan.cache.dtype))
+        open_caches(module, plan, data, device)
     with tempfile.TemporaryDirectory() as folder:
-        trainer = build_trainer(settings, precision, Path(folder), "benchmark")
+        trainer_plan = replace(plan.student.trainer, arguments=arguments)
+        trainer = build_trainer(trainer_plan, Path(folder), "benchmark")
         trainer.fit(module, data)
     return float(trainer.callback_metrics["images_per_second"])
 
 
-def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
+def bare_loop(plan: Plan, steps: int) -> float:
     """Images per second of nothing but the mathematics, on ready-made batches."""
-    module = build_module(config, build_teacher(config), precision)
-    terms = config["method"]["terms"]
+    precision, batch_size = plan.student.trainer.precision, plan.data.node["batch_size"]
+    teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
+    module = build_module(plan.student, plan.data, teacher)
+    terms = plan.student.terms
     weights = {name: float(term["weight"]) for name, term in terms.items()}
-    student, teacher = module.student.train(), module.teacher
+    student = module.student.train()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = AUTOCAST.get(precision)
-    assert teacher is not None
     student.to(device)
-    layers = ["stage3"] if "attention" in terms else []
-    teacher.read(layers, logits="logit" in terms)
-    teacher.prepare(device, module.memory_format, dtype)
-    optimizer = build_optimizer(config["optimizer"], student.parameters(), precision)
-    schedule = build_partial(config["scheduler"], "scheduler")(optimizer, total_steps=steps + 3)
+    if teacher is not None:
+        layers = ["stage3"] if "attention" in terms else []
+        teacher.read(layers, logits="logit" in terms)
+        teacher.prepare(device, module.memory_format, dtype)
+    optimizer = build_optimizer(plan.student.optimizer, student.parameters(), precision)
+    assert plan.student.scheduler is not None
+    schedule = build_partial(plan.student.scheduler, "scheduler")(optimizer, total_steps=steps + 3)
+    clip = plan.student.trainer.arguments["gradient_clip_val"]
     features: dict[str, Tensor] = {}
     student.get_submodule("stage2").register_forward_hook(
         lambda _module, _inputs, output: features.update(stage2=output)
     )
-    batches = ready_made(4, config["data"]["batch_size"], device)
+    batches = ready_made(4, batch_size, device)
 
     def step(batch: Batch) -> None:
         images, labels = batch["images"], batch["labels"]
         optimizer.zero_grad()
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            if len(weights) > 1:
+            if teacher is not None:
                 said = teacher.answer(images)
             logits = student(images)
             loss = weights["cross_entropy"] * torch.nn.functional.cross_entropy(
@@ -155,7 +164,7 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
                 difference = torch.nn.functional.mse_loss(attention_map(features["stage2"]), map_)
                 loss = loss + weights["attention"] * difference
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(student.parameters(), config["trainer"]["gradient_clip_val"])
+        torch.nn.utils.clip_grad_norm_(student.parameters(), clip)
         optimizer.step()
         schedule.step()
 
@@ -166,7 +175,7 @@ def bare_loop(config: dict[str, Any], precision: str, steps: int) -> float:
     for number in range(steps):
         step(batches[number % 4])
     synchronize(device)
-    return steps * config["data"]["batch_size"] / (time.perf_counter() - began)
+    return steps * batch_size / (time.perf_counter() - began)
 
 
 def ready_made(count: int, batch_size: int, device: torch.device) -> list[Batch]:
@@ -198,58 +207,46 @@ class Peak:
             rates.append(2 * 4096**3 / (time.perf_counter() - began))
         self.rate = max(rates)
 
-    def share(self, config: dict[str, Any], images_per_second: float) -> float:
+    def share(self, plan: Plan, images_per_second: float) -> float:
         """Of the student's forward and backward pass at this speed."""
-        student = build_module({**config, "method": SUPERVISED}, None, "32-true").student
+        student = build_module(replace(plan.student, terms=SUPERVISED), plan.data).student
         images = torch.randn(2, 3, 32, 32)
         with FlopCounterMode(display=False) as counter:
             student(images).sum().backward()
         return counter.get_total_flops() / 2 * images_per_second / self.rate
 
 
-SUPERVISED = {
-    "name": "none",
-    "terms": {"cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", "weight": 1.0}},
-}
-
-
-def configuration(method: str, student: str, overrides: list[str]) -> dict[str, Any]:
-    """What `train.py` would be given."""
+def configuration(method: str, student: str, overrides: list[str]) -> Plan:
+    """The plan that `train.py` would follow."""
     with initialize_config_dir(tree(), version_base="1.3"):
         config = plain(compose("train", [f"method={method}", f"student={student}", *overrides]))
-    config.setdefault("scheduler", None)
-    return config
-
-
-def student_precision(config: dict[str, Any]) -> str:
-    """The precision that `train.py` would train this student in."""
-    return resolve_precision(trainer_node(config), config["student"]["model"])
+    check_sections(config)
+    return resolve(config, RandomImages(name="random"))
 
 
 def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
     """Measure one student with every method, and print a line for each."""
     methods = ["none", *(method for method in arguments.methods if method != "none")]
-    configs = {m: configuration(m, student, arguments.overrides) for m in methods}
-    precision = student_precision(configs["none"])
+    plans = {m: configuration(m, student, arguments.overrides) for m in methods}
     # Short first, to know how many steps fill the time.
-    batch = configs["none"]["data"]["batch_size"]
+    batch = plans["none"].data.node["batch_size"]
     steps = {}
-    for method, config in configs.items():
-        speed = bare_loop(config, precision, steps=3)
+    for method, plan in plans.items():
+        speed = bare_loop(plan, steps=3)
         steps[method] = max(5, round(SECONDS * speed / batch))
     rounds: list[dict[tuple[str, str], float]] = []
     memory: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         remembered_in = Path(folder)
         for method in reversed(methods[1:]):  # `combined` asks for all that the others need
-            whole_loop(configs[method], precision, steps["none"], remembered_in, epochs=1)
+            whole_loop(plans[method], steps["none"], remembered_in, epochs=1)
         for turn in range(arguments.repetitions):
             found: dict[tuple[str, str], float] = {}
-            for method, config in configs.items():
-                found[method, "bare"] = bare_loop(config, precision, steps[method])
+            for method, plan in plans.items():
+                found[method, "bare"] = bare_loop(plan, steps[method])
                 gc.collect()  # trainers refer to themselves: what came before would stay
                 forget_peak_memory()
-                found[method, "live"] = whole_loop(config, precision, steps[method])
+                found[method, "live"] = whole_loop(plan, steps[method])
                 memory[method] = peak_memory()
                 if method == "none":
                     continue
@@ -257,10 +254,10 @@ def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
                 # machine's speed drifts by more than what is missing.
                 pair = [("none", None), ("remembered", remembered_in)]
                 for what, where in pair if turn % 2 else reversed(pair):
-                    chosen = config if where else configs["none"]
-                    found[method, what] = whole_loop(chosen, precision, steps["none"], where)
+                    chosen = plan if where else plans["none"]
+                    found[method, what] = whole_loop(chosen, steps["none"], where)
                 if arguments.plain:
-                    found[method, "plain"] = plain_loop(config, steps=4)
+                    found[method, "plain"] = plain_loop(plan, steps=4)
             rounds.append(found)
 
     def middle(method: str, what: str, per: str | None = None) -> float | None:
@@ -268,7 +265,7 @@ def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
             return None
         return statistics.median(r[method, what] / (r[method, per] if per else 1) for r in rounds)
 
-    for method, config in configs.items():
+    for method, plan in plans.items():
         if method not in arguments.methods:
             continue
         remembered = middle(method, "remembered")
@@ -280,7 +277,7 @@ def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
             number(middle(method, "live", "bare"), 3),
             number(remembered),
             number(middle(method, "remembered", "none"), 3),
-            f"{100 * peak.share(config, best):.0f} %",
+            f"{100 * peak.share(plan, best):.0f} %",
             f"{memory[method]:.2f} GB",
         ]
         if arguments.plain:
@@ -331,14 +328,13 @@ def estimate(methods: list[str], overrides: list[str], epochs: int) -> dict[str,
     images = 45_000 * epochs
     alone = live = remembered = first_pass = 0.0
     for student in STUDENTS:
-        config = configuration("none", student, overrides)
-        precision = student_precision(config)
-        alone += 3 * images / whole_loop(config, precision, steps=40)
+        plan = configuration("none", student, overrides)
+        alone += 3 * images / whole_loop(plan, steps=40)
         with tempfile.TemporaryDirectory() as folder:
             for method in methods:
-                config = configuration(method, student, overrides)
-                slow = images / whole_loop(config, precision, steps=8)
-                fast = images / whole_loop(config, precision, 40, Path(folder))
+                plan = configuration(method, student, overrides)
+                slow = images / whole_loop(plan, steps=8)
+                fast = images / whole_loop(plan, 40, Path(folder))
                 live, remembered = live + slow, remembered + fast
                 first_pass = first_pass or slow - fast
     return {
@@ -405,7 +401,7 @@ def main() -> None:
     quiet_lightning()
     logging.getLogger("lightning").setLevel(logging.WARNING)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = student_precision(configuration("none", "small", []))
+    precision = configuration("none", "small", []).student.trainer.precision
     peak = Peak(device, precision)
     print(
         f"{device_name(device)}, torch {torch.__version__}, {precision}, "

@@ -24,9 +24,9 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from kd_lightning.cli import quiet_lightning
-    from kd_lightning.evaluation import evaluate
-    from kd_lightning.summary import percent
+    from kd_lightning.engine.launch import quiet_lightning
+    from kd_lightning.reports.summary import percent
+    from kd_lightning.workflows.evaluate import evaluate
 
     quiet_lightning()
     try:

@@ -5,7 +5,6 @@ teacher asked in every step.
 """
 
 import time
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,7 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
-from kd_lightning.config import build, build_partial
+from kd_lightning.config.nodes import build, build_partial
+from kd_lightning.config.plan import Plan
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -47,18 +47,18 @@ def attention(feature_map: Tensor) -> Tensor:
     return F.normalize(feature_map.pow(2).mean(1).view(feature_map.size(0), -1))
 
 
-def plain_loop(config: dict[str, Any], steps: int) -> float:
+def plain_loop(plan: Plan, steps: int) -> float:
     """Images per second."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    terms, batch_size = config["method"]["terms"], config["data"]["batch_size"]
-    student: nn.Module = build(config["student"]["model"], "student.model").to(device)
-    teacher: nn.Module = build(config["teacher"]["model"], "teacher.model").to(device).eval()
+    terms, batch_size = plan.student.terms, plan.data.node["batch_size"]
+    student: nn.Module = build(plan.student.model, "student.model").to(device)
+    teacher: nn.Module = build(plan.teacher_model, "teacher.model").to(device).eval()
     features: dict[str, Tensor] = {}
     for name, layer in (("student", student.stage2), ("teacher", teacher.stage3)):
         layer.register_forward_hook(lambda _m, _i, output, n=name: features.update({n: output}))
-    optimizer = build_partial(config["optimizer"], "optimizer")(student.parameters())
+    optimizer = build_partial(plan.student.optimizer, "optimizer")(student.parameters())
     loader = DataLoader(
-        Pictures((steps + 1) * batch_size, config["data"]["image_size"]),
+        Pictures((steps + 1) * batch_size, plan.data.image_size),
         batch_size, shuffle=True, num_workers=1,
     )  # fmt: skip
     began = 0.0

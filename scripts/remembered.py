@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from kd_lightning.files import home
-from kd_lightning.memory import GIGABYTE, remove, stored
+from kd_lightning.storage.teacher_cache import GIGABYTE, remove, stored
 
 
 def main() -> None:

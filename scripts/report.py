@@ -26,8 +26,8 @@ def main() -> None:
         print("error: say with --out where to write", file=sys.stderr)
         sys.exit(2)
 
-    from kd_lightning.documents import write_report
     from kd_lightning.errors import InputError
+    from kd_lightning.reports.documents import write_report
 
     out = Path(arguments.out or arguments.sources[0])
     try:

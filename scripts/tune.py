@@ -21,16 +21,16 @@ def main() -> None:
     parser.add_argument("--study", help="name; by default from method, student and setting")
     arguments = parser.parse_intermixed_args()
     try:
-        from kd_lightning.tuning import parse_range, tune
+        from kd_lightning.workflows.tune import parse_range, tune
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing: pip install -e '.[tune]'", file=sys.stderr)
         sys.exit(2)
     from hydra.errors import HydraException
 
-    from kd_lightning.cli import quiet_lightning
-    from kd_lightning.commandline import composition_error
+    from kd_lightning.config.commandline import composition_error
+    from kd_lightning.engine.launch import quiet_lightning
     from kd_lightning.errors import InputError
-    from kd_lightning.summary import percent
+    from kd_lightning.reports.summary import percent
 
     quiet_lightning()
     try:

@@ -13,6 +13,7 @@ from hypothesis import Phase, settings
 from PIL import Image
 
 from kd_lightning import cli
+from kd_lightning.config.plan import TrainerPlan
 
 # For mutation testing: that an example fails is enough, however large it is.
 settings.register_profile("first-failure", phases=(Phase.explicit, Phase.generate))
@@ -111,6 +112,11 @@ def train(
 def run_directories(root: Path) -> list[Path]:
     """Folders below `root` that hold a `metrics.json`."""
     return [path.parent for path in root.glob("outputs/*/**/metrics.json")]
+
+
+def trainer_plan(settings: dict[str, Any], precision: str = "32-true") -> TrainerPlan:
+    """The plan of a trainer that is one process on a CPU."""
+    return TrainerPlan(settings, precision, channels_last=True, processes=1)
 
 
 def in_a_new_process(*command: str, cwd: Path = REPOSITORY, **env: str) -> Finished:

@@ -8,9 +8,9 @@ from lightning.pytorch import Trainer, seed_everything
 from torch import nn
 from torch.utils.data import DataLoader
 
-from kd_lightning.config import build
-from kd_lightning.distillation import DistillationModule
-from kd_lightning.frozen import FrozenTeacher, Normalization
+from kd_lightning.config.nodes import build
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.teacher import FrozenTeacher, Normalization
 from kd_lightning.models.preparing import materialize
 
 HALF = Normalization((0.5,) * 3, (0.5,) * 3)

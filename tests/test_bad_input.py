@@ -247,7 +247,7 @@ def test_the_exit_code_and_the_sentence_reach_the_shell(tmp_path):
 )
 def test_evaluate_refuses_what_is_no_run(train, break_it, message):
     from kd_lightning.errors import InputError
-    from kd_lightning.evaluation import evaluate
+    from kd_lightning.workflows.evaluate import evaluate
 
     (run,) = train("method=none", "trainer.max_epochs=1").runs
     break_it(run)
@@ -271,7 +271,7 @@ def test_a_strangers_run_cannot_name_any_code(train, target):
     import yaml
 
     from kd_lightning.errors import InputError
-    from kd_lightning.evaluation import evaluate
+    from kd_lightning.workflows.evaluate import evaluate
 
     (run,) = train("method=none", "trainer.max_epochs=1").runs
     config = yaml.safe_load((run / "config.yaml").read_text())

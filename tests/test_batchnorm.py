@@ -4,19 +4,22 @@ import copy
 
 import pytest
 import torch
+from conftest import trainer_plan
 from lightning.pytorch import seed_everything
 from test_distillation import CROSS_ENTROPY, SGD, make_data, make_module
 from test_resume import Ask, configuration, left
 from test_tensorboard import CPU
 from torch import nn
 
-from kd_lightning import training
-from kd_lightning.batchnorm import Lag, batch_statistics, images_needed, update_bn
 from kd_lightning.data.loading import ViewSampler
+from kd_lightning.distill.batchnorm import Lag, batch_statistics, images_needed, update_bn
+from kd_lightning.engine.fitting import fit, test
+from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import InputError, Stopped
-from kd_lightning.fitting import build_trainer, fit, test
 from kd_lightning.models.features import layer_shapes
-from kd_lightning.runs import RunDirectory, load_weights
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.storage.weights import load_weights
+from kd_lightning.workflows import student as training
 
 test.__test__ = False
 
@@ -38,7 +41,7 @@ STUDENT = {"_target_": "test_batchnorm.Lagging", "num_classes": 3}
 
 def trained(folder, path, update=False, epochs=6, **student):
     directory = RunDirectory(path)
-    trainer = build_trainer({**CPU, "max_epochs": epochs}, "32-true", path, "x")
+    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": epochs}), path, "x")
     terms = {"cross_entropy": CROSS_ENTROPY}
     module = make_module(terms=terms, student={**STUDENT, **student}, optimizer={**SGD, "lr": 0.2})
     data = make_data(folder)
@@ -78,7 +81,7 @@ def test_statistics_that_do_not_lag_are_not_complained_of(folder, tmp_path, capl
 
 def test_the_best_epoch_is_tested_with_statistics_of_its_own(folder, tmp_path):
     directory, data = RunDirectory(tmp_path), make_data(folder)
-    trainer = build_trainer({**CPU, "max_epochs": 4}, "32-true", tmp_path, "x")
+    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 4}), tmp_path, "x")
     terms = {"cross_entropy": CROSS_ENTROPY}
     module = make_module(terms=terms, student=STUDENT, optimizer={**SGD, "lr": 0.2})
     results = fit(trainer, module, data, directory, "student", update_bn=True)
@@ -205,7 +208,7 @@ def test_two_images_are_needed_where_a_layer_sees_one_value_of_each():
 def test_a_student_with_batchnorm_trains_whatever_is_left_over(folder, tmp_path, batch_size):
     """33 images: one is left over from batches of 4 and 32."""
     data = make_data(folder).variant(batch_size=batch_size)
-    trainer = build_trainer({**CPU, "max_epochs": 1}, "32-true", tmp_path, "x")
+    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 1}), tmp_path, "x")
     module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, student=STUDENT)
     fit(trainer, module, data, RunDirectory(tmp_path), "student")
     assert trainer.global_step == {4: 8, 31: 2, 32: 1}[batch_size]
@@ -213,7 +216,7 @@ def test_a_student_with_batchnorm_trains_whatever_is_left_over(folder, tmp_path,
 
 def test_a_batch_size_of_one_is_refused(folder, tmp_path):
     data = make_data(folder).variant(batch_size=1)
-    trainer = build_trainer({**CPU, "max_epochs": 1}, "32-true", tmp_path, "x")
+    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 1}), tmp_path, "x")
     module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, student=STUDENT)
     with pytest.raises(InputError, match=r"data\.batch_size=1 is too small: .* at least 2"):
         fit(trainer, module, data, RunDirectory(tmp_path), "student")

@@ -10,10 +10,10 @@ from test_resume import Ask, configuration, left
 from test_schedules import PLATEAU, STEP_LR, TORCH
 from test_tensorboard import scalars
 
-from kd_lightning import training
-from kd_lightning.callbacks import build_callbacks
+from kd_lightning.engine.callbacks.users import build_callbacks
 from kd_lightning.errors import InputError, RunError, Stopped
-from kd_lightning.runs import RunDirectory
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import student as training
 
 LIGHTNING = "lightning.pytorch.callbacks"
 STOP = {

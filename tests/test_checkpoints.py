@@ -13,9 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from kd_lightning import checkpoints
-from kd_lightning.checkpoints import convert, load_checkpoint, read_checkpoint
 from kd_lightning.errors import InputError
+from kd_lightning.storage import checkpoints
+from kd_lightning.storage.checkpoints import convert, load_checkpoint, read_checkpoint
 
 
 def network(seed=0):

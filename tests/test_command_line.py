@@ -11,8 +11,11 @@ from conftest import REPOSITORY, in_a_new_process
 from hydra import compose, initialize_config_dir
 from hydra.core.override_parser.overrides_parser import OverridesParser
 
-from kd_lightning import config, naming, overrides
-from kd_lightning.commandline import check_overrides, expand_home, prepare
+from kd_lightning.config import naming, overrides
+from kd_lightning.config.checks import check, check_sections
+from kd_lightning.config.commandline import check_overrides, expand_home, prepare
+from kd_lightning.config.nodes import select
+from kd_lightning.config.tree import plain, tree_folder
 from kd_lightning.errors import InputError
 from kd_lightning.files import home
 
@@ -21,10 +24,10 @@ overrides.install()
 
 
 def composed(*given):
-    with initialize_config_dir(config.tree_folder(), version_base="1.3"):
-        plain = config.plain(compose("train", check_overrides(given)))
-    config.check_sections(plain)
-    return plain
+    with initialize_config_dir(tree_folder(), version_base="1.3"):
+        config = plain(compose("train", check_overrides(given)))
+    check_sections(config)
+    return config
 
 
 def refusal(*given):
@@ -164,7 +167,7 @@ def test_new_optional_keys_rename_no_run():
 
 def refusal_of_check(*given):
     with pytest.raises(InputError) as refused:
-        config.check(composed(*given))
+        check(composed(*given))
     return str(refused.value)
 
 
@@ -263,7 +266,7 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
     for override in ("{}=~/x", '{}="~/x"', "{}='~/x'"):
         one = composed(*(override.format(key) for key in keys))
         for key in keys:
-            assert config.select(one, key.lstrip("+")) == f"{tmp_path}/x"
+            assert select(one, key.lstrip("+")) == f"{tmp_path}/x"
     assert expand_home("hydra.run.dir=~/x") == f"hydra.run.dir={tmp_path}/x"
     assert expand_home("--config-dir=~/x") == f"--config-dir={tmp_path}/x"
     assert expand_home("data.root=~/a,~/b") == f"data.root={tmp_path}/a,{tmp_path}/b"

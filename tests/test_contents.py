@@ -13,10 +13,12 @@ import pytest
 import torch
 from conftest import in_a_new_process
 
-from kd_lightning import contents, naming, training
-from kd_lightning.evaluation import evaluate
+from kd_lightning.config import naming
 from kd_lightning.models import ConvNet, count_parameters
-from kd_lightning.runs import RunDirectory
+from kd_lightning.storage import identity as contents
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import student as training
+from kd_lightning.workflows.evaluate import evaluate
 
 SETTING = ("setting=here", "trainer.precision=32-true")
 TEACHER = ("teacher.model.channels=[4,8]", "teacher.model.hidden=8")
@@ -187,12 +189,12 @@ def test_a_term_that_only_compares_in_another_way_shares_the_stored_logits(train
         """
         from kd_lightning.losses import Logit, Term
         class Derived(Logit):
-            def forward(self, student, remembered, labels):
+            def forward(self, student, remembered, batch):
                 return (student.logits - remembered).square().mean()
         class Independent(Term):
             def remember(self, teacher):
                 return teacher.logits.float()
-            def forward(self, student, remembered, labels):
+            def forward(self, student, remembered, batch):
                 return (student.logits - remembered).abs().mean()
         class Clamped(Independent):
             def remember(self, teacher):
@@ -361,7 +363,7 @@ def test_keys_that_are_new_rename_no_run():
 
 
 def test_stored_outputs_are_of_one_kind_of_device(train, monkeypatch):
-    from kd_lightning import teaching
+    from kd_lightning.workflows import teacher as teaching
 
     keys = []
     original = teaching.folder_name

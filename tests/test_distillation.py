@@ -8,11 +8,12 @@ import torch
 from lightning.pytorch import Trainer, seed_everything
 
 from kd_lightning.data import FolderDataModule
-from kd_lightning.distillation import DistillationModule
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.optimizers import build_optimizer
+from kd_lightning.distill.teacher import FrozenTeacher, Normalization
+from kd_lightning.engine.callbacks.divergence import StopWhenDiverged
 from kd_lightning.errors import InputError, RunError
-from kd_lightning.frozen import FrozenTeacher, Normalization
 from kd_lightning.models import CifarResNet
-from kd_lightning.optimizers import build_optimizer
 
 HALF = Normalization((0.5,) * 3, (0.5,) * 3)
 STUDENT = {
@@ -199,7 +200,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(folder, tmp_
     module = make_module(frozen())
     module.terms["logit"].forward = lambda *_: torch.tensor(float("nan"))
     with pytest.raises(RunError, match=r"step 0 \(term: logit\)"):
-        make_trainer(tmp_path).fit(module, make_data(folder))
+        make_trainer(tmp_path, callbacks=[StopWhenDiverged()]).fit(module, make_data(folder))
 
 
 @pytest.mark.parametrize("scheduler", [None, COSINE, ONE_CYCLE])

@@ -4,15 +4,18 @@ import math
 
 import pytest
 import torch
+from conftest import trainer_plan
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 from test_distillation import CROSS_ENTROPY, frozen, make_data, make_module
 from test_tensorboard import CPU
 
-from kd_lightning.divergence import LossWatch, first_not_finite
+from kd_lightning.distill.divergence import LossWatch, first_not_finite
+from kd_lightning.engine.callbacks.divergence import StopWhenDiverged
+from kd_lightning.engine.fitting import fit
+from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import RunError
-from kd_lightning.fitting import build_trainer, fit
-from kd_lightning.runs import RunDirectory
+from kd_lightning.storage.run_directory import RunDirectory
 
 NAN = float("nan")
 EPOCH = 5  # batches in an epoch
@@ -22,7 +25,8 @@ class Accelerator(Callback):
     """The module behaves as on a device whose numbers nobody waits for."""
 
     def on_train_start(self, trainer, module):
-        module._look_every_step = False
+        (watch,) = [c for c in trainer.callbacks if isinstance(c, StopWhenDiverged)]
+        watch._look_every_step = False
 
 
 class Spoil(Callback):
@@ -51,7 +55,7 @@ class Spoil(Callback):
 def run(folder, path, *callbacks, teacher=None, settings=(), **module_settings):
     directory = RunDirectory(path / "run")
     settings = {**CPU, "gradient_clip_val": None, **dict(settings)}
-    trainer = build_trainer(settings, "32-true", directory.path, "x", callbacks=callbacks)
+    trainer = build_trainer(trainer_plan(settings), directory.path, "x", callbacks=callbacks)
     if teacher is None:
         module_settings = {"terms": {"cross_entropy": CROSS_ENTROPY}, **module_settings}
     module = make_module(teacher, **module_settings)

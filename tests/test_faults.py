@@ -13,8 +13,9 @@ import pytest
 from conftest import REPOSITORY, TINY
 from filelock import FileLock
 
-from kd_lightning import memory, sweep
-from kd_lightning.runs import RunDirectory
+from kd_lightning.storage import teacher_cache as memory
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import grid as sweep
 
 COMMAND = (
     "train.py", *TINY, "method=none", "student=small", "data=digits", "trainer.max_epochs=3",
@@ -90,7 +91,7 @@ def test_a_checkpoint_cut_off_anywhere_is_not_gone_on_with(tmp_path, whole, tent
 def test_metrics_of_garbage_are_no_finished_run(tmp_path, garbage):
     (tmp_path / "metrics.json").write_bytes(garbage)
     from kd_lightning.errors import InputError
-    from kd_lightning.naming import finished
+    from kd_lightning.storage.identity import finished
 
     config = {"remember": {"dtype": "float16"}, "seed": 0}
     if b"finished" in garbage:  # somebody's finished run is not written over
@@ -235,7 +236,7 @@ def test_a_full_disk_where_a_grid_writes_its_table(train, disk, monkeypatch):
     """No run is lost, and the table is written by the same command."""
     grid = ("-m", "method=none", "seed=0,1", "setting=grid")
     with monkeypatch.context() as patch:
-        from kd_lightning import documents
+        from kd_lightning.reports import documents
 
         before(patch, disk, documents, "write_text")
         patch.setattr(sweep, "update", once_full(disk, sweep.update))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from kd_lightning.frozen import FrozenTeacher, Normalization
+from kd_lightning.distill.teacher import FrozenTeacher, Normalization
 from kd_lightning.models import ResNet9
 from kd_lightning.models.features import FeatureReader
 from kd_lightning.models.folding import fold_batchnorm
@@ -178,7 +178,7 @@ def test_a_copy_that_answers_otherwise_is_not_used(monkeypatch):
         model.bn.bias.data.add_(0.5)
         return 1
 
-    monkeypatch.setattr("kd_lightning.frozen.fold_batchnorm", fold_wrongly)
+    monkeypatch.setattr("kd_lightning.distill.teacher.fold_batchnorm", fold_wrongly)
     model, images = build("plain"), torch.randn(8, 3, 9, 9)
     expected = model(images).detach()
     teacher = FrozenTeacher(model, HALF, HALF)
@@ -190,7 +190,7 @@ def test_a_copy_that_fails_is_not_used(monkeypatch):
     def fail(*_arguments, **_keywords):
         raise RuntimeError("not foldable")
 
-    monkeypatch.setattr("kd_lightning.frozen.fold_batchnorm", fail)
+    monkeypatch.setattr("kd_lightning.distill.teacher.fold_batchnorm", fail)
     model, images = build("plain"), torch.randn(8, 3, 9, 9)
     teacher = FrozenTeacher(model, HALF, HALF)
     teacher.prepare(CPU, torch.contiguous_format, None)

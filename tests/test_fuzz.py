@@ -12,15 +12,16 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from kd_lightning import memory
 from kd_lightning.data.folder import FolderDataModule
-from kd_lightning.documents import markdown, write_report
 from kd_lightning.errors import InputError
 from kd_lightning.models import ConvNet
-from kd_lightning.report import COLUMNS, read_histories, read_runs, summarise
-from kd_lightning.runs import Checkpoint, RunDirectory, load_weights
-from kd_lightning.sweep import update
-from kd_lightning.teachers import TeacherStore
+from kd_lightning.reports.documents import markdown, write_report
+from kd_lightning.reports.runs import COLUMNS, read_histories, read_runs, summarise
+from kd_lightning.storage import teacher_cache as memory
+from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
+from kd_lightning.storage.teacher_store import TeacherStore
+from kd_lightning.storage.weights import load_weights
+from kd_lightning.workflows.grid import update
 
 fuzz = settings(
     max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

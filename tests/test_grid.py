@@ -1,5 +1,6 @@
 """A grid: every cell, results as they come, and after an interruption it goes on."""
 
+import csv
 import json
 import os
 import re
@@ -13,9 +14,10 @@ import pytest
 import torch
 from conftest import REPOSITORY, TINY, in_a_new_process
 
-from kd_lightning import training
 from kd_lightning.errors import RunError
-from kd_lightning.runs import RunDirectory
+from kd_lightning.reports.runs import read_runs, summarise
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import student as training
 
 GRID = ("-m", "setting=grid", "method=none,logit", "seed=0,1")
 
@@ -86,22 +88,26 @@ def test_each_of_several_teachers_has_a_table_and_none_is_trained_for_the_first(
     assert len(tables) == 2
     for teacher in ("resnet20", "resnet32"):
         assert f"\nteacher {teacher} (" in done.out  # in words, above its table
-    metrics = [RunDirectory(run).read_metrics() for run in done.runs]
-    assert sorted("copied_from" in m for m in metrics) == [False, False, False, True]
-    assert {(m["method"], m["teacher"]) for m in metrics if "copied_from" in m} == {
-        ("none", "resnet32")
-    }
+    # The baseline is trained once; the second table looks it up.
+    assert sorted(run.name.partition("-s0")[0] for run in done.runs) == [
+        "logit-small", "logit-small", "none-small",
+    ]  # fmt: skip
+    for table in tables:
+        assert "| none |" in table.read_text()
+        rows = csv.DictReader((table.parent / "results.csv").open())
+        accuracies = {row["method"]: float(row["test_accuracy"]) for row in rows}
+        assert accuracies.keys() == {"none", "logit"}
 
 
 def test_one_bad_cell_stops_no_other_and_is_tried_again(train, tmp_path, monkeypatch):
-    original = training._distil
+    original = training.train_student
 
     def fails(job, *rest):
-        if job.config["method"]["name"] == "none":
+        if job.plan.method == "none":
             raise RunError("the loss is not finite at step 3")
         return original(job, *rest)
 
-    monkeypatch.setattr(training, "_distil", fails)
+    monkeypatch.setattr(training, "train_student", fails)
     done = train(*GRID)
     assert done.code == 1
     assert done.err.count("the loss is not finite at step 3") == 2
@@ -109,7 +115,7 @@ def test_one_bad_cell_stops_no_other_and_is_tried_again(train, tmp_path, monkeyp
     assert sorted(statuses(folder).values()) == ["failed", "failed", "finished", "finished"]
     assert "failed: the loss is not finite" in (folder / "results.md").read_text()
 
-    monkeypatch.setattr(training, "_distil", original)
+    monkeypatch.setattr(training, "train_student", original)
     again = train(*GRID)
     assert again.code == 0, again.err
     assert set(statuses(folder).values()) == {"finished"}
@@ -129,27 +135,36 @@ def test_a_cell_that_another_process_works_on_is_passed_over(train, tmp_path):
 def test_without_a_teacher_a_run_is_trained_once_for_all_teachers(train, tmp_path):
     other = ("teacher.model.hidden=24", "setting=another")
     (first,) = train("method=none", "setting=grid").runs
-    metrics = json.loads((first / "metrics.json").read_text())
-    (copy,) = train("method=none", *other).runs
-    copied = json.loads((copy / "metrics.json").read_text())
-    assert copied["copied_from"] == str(first)
-    assert copied["train_seconds"] == metrics["train_seconds"]  # it was not trained
-    assert (copied["setting"], copied["status"]) == ("another", "finished")
-    assert copied["teacher_parameters"] > metrics["teacher_parameters"]
-    assert copied["compression_ratio"] == copied["teacher_parameters"] / copied["parameters"]
-    assert RunDirectory(copy).read_config()["teacher"]["model"]["hidden"] == 24
-    for name in ("student.safetensors", "history.csv", "confusion.csv", "checkpoints/last.ckpt"):
-        assert (copy / name).read_bytes() == (first / name).read_bytes()
-    # It is the same because training it says so, too.
-    shutil.rmtree(first)
-    shutil.rmtree(copy)
-    (trained,) = train("method=none", *other).runs
-    assert RunDirectory(trained).read_metrics()["test_accuracy"] == metrics["test_accuracy"]
+    files = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
+    again = train("method=none", *other)
+    assert again.code == 0
+    assert not again.runs
+    assert str(first) in again.out
+    assert not (tmp_path / "outputs" / "runs" / "another").exists()  # nothing is left for it
+    in_a_grid = train("-m", "method=none", *other)
+    assert f"was finished before, in {first}" in in_a_grid.out
+    assert {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()} == files
     # What does depend on the teacher, or differs in more, is trained.
-    (distilled,) = train("method=logit", "setting=grid").runs
+    (distilled,) = train("method=logit", *other).runs
     (more,) = train("method=none", "setting=longer", "trainer.max_epochs=3").runs
-    for run in (distilled, more):
-        assert "copied_from" not in RunDirectory(run).read_metrics()
+    # The table of the other setting has the baseline that belongs to it, and its gain.
+    runs = read_runs([distilled.parent])
+    assert list(runs["method"]) == ["none", "logit"]
+    assert list(runs["folder"]) == [str(first), str(distilled)]
+    cells = summarise(runs).set_index("method")
+    assert cells.loc["logit", "pairs"] == 1
+    expected = runs["test_accuracy"][1] - runs["test_accuracy"][0]
+    assert cells.loc["logit", "gain"] == pytest.approx(expected)
+    # Its compression is that of the teacher that the table is about.
+    metrics = RunDirectory(distilled).read_metrics()
+    assert runs["teacher_parameters"][0] == metrics["teacher_parameters"]
+    assert runs["compression_ratio"][0] == pytest.approx(metrics["compression_ratio"])
+    # Training the baseline there, too, ends with the same student.
+    weights = (first / "student.safetensors").read_bytes()
+    shutil.rmtree(first)
+    shutil.rmtree(more)
+    (trained,) = train("method=none", *other).runs
+    assert (trained / "student.safetensors").read_bytes() == weights
 
 
 COMMAND = [
@@ -211,7 +226,7 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
         assert statuses(tmp_path / "runs" / "grid")[f"{cell}-small-s0"] == "running"
     done = in_a_new_process(*command[1:])
     assert done.code == 0, done.err
-    assert "goes on after " in done.err
+    assert "resuming " in done.err
     assert results(tmp_path) == uninterrupted
 
 
@@ -246,10 +261,10 @@ def test_interrupted_after_its_last_epoch_it_is_only_tested(train):
 
 
 def test_a_checkpoint_is_replaced_when_the_next_is_whole(tmp_path, monkeypatch):
-    from kd_lightning.fitting import WholeCheckpoints
+    from kd_lightning.engine.trainer import AtomicCheckpoints
 
     path = tmp_path / "last.ckpt"
-    WholeCheckpoints().save_checkpoint({"epoch": 1}, path)
+    AtomicCheckpoints().save_checkpoint({"epoch": 1}, path)
 
     def dies(content, file):
         file.write(b"half")
@@ -257,7 +272,7 @@ def test_a_checkpoint_is_replaced_when_the_next_is_whole(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", dies)
     with pytest.raises(OSError, match="No space"):
-        WholeCheckpoints().save_checkpoint({"epoch": 2}, path)
+        AtomicCheckpoints().save_checkpoint({"epoch": 2}, path)
     assert torch.load(path, weights_only=True) == {"epoch": 1}
     assert list(tmp_path.iterdir()) == [path]
 

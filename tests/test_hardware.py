@@ -4,10 +4,10 @@ import pytest
 import torch
 import torchvision
 
-from kd_lightning import building, hardware
+from kd_lightning.config import hardware
+from kd_lightning.config.resolve import resolve_trainer
 from kd_lightning.errors import InputError
 from kd_lightning.models import CifarResNet, ConvNet, ResNet9
-from kd_lightning.nodes import build
 
 
 @pytest.fixture
@@ -57,10 +57,11 @@ def test_the_cpu_can_be_asked_for_on_a_machine_with_a_gpu(machine, best):
     # The accelerator that trains decides, not the best one that there is.
     assert hardware.choose_memory_format("32-true", "cpu") == torch.channels_last
     assert hardware.choose_memory_format("32-true", "gpu") == torch.contiguous_format
-    trainer = {"memory_format": "auto", "accelerator": "cpu"}
-    assert building.channels_last(trainer, "32-true")
+    trainer = {"accelerator": "cpu", "devices": 1, "precision": "auto", "memory_format": "auto"}
+    assert resolve_trainer(trainer, {}).channels_last
 
 
+AUTO = {"accelerator": "auto", "devices": 1, "precision": "auto", "memory_format": "auto"}
 GROUPED = {
     "mobilenet_v3_small": True,
     "mobilenet_v2": True,
@@ -101,18 +102,15 @@ def test_a_model_with_grouped_convolutions_is_trained_in_float32_on_a_cpu(
 ):
     machine(**what)
     node = {"_target_": f"torchvision.models.{student}", "num_classes": 3}
-    trainer = {"accelerator": "auto", "precision": "auto", **trainer}
     state = torch.get_rng_state()
-    assert building.resolve_precision(trainer, node) == precision
+    assert resolve_trainer({**AUTO, **trainer}, node).precision == precision
     assert torch.equal(torch.get_rng_state(), state)  # looking at a model draws nothing
-    assert building.resolve_precision(trainer, build(node, "student.model")) == precision
 
 
 def test_every_published_network_keeps_its_precision(machine):
     machine(cpu=["avx512_bf16"])
-    trainer = {"accelerator": "auto", "precision": "auto"}
     for model in (ConvNet([4], 8), ResNet9(), CifarResNet(depth=20)):
-        assert building.resolve_precision(trainer, model) == "bf16-mixed"
+        assert hardware.choose_precision("auto", model) == "bf16-mixed"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from kd_lightning.losses import Attention
+from kd_lightning.losses import Attention, Context
 from kd_lightning.models import ConvNet
 from kd_lightning.models.features import FeatureReader, LayerShapes, layer_shapes
 from kd_lightning.models.layouts import Layout
@@ -108,7 +108,9 @@ def test_tokens_that_form_no_grid_are_refused_in_a_sentence(rows):
     shapes = layer_shapes(Sequence(rows), 32)
     assert "embed" not in shapes.layouts
     with pytest.raises(ValueError, match=rf"puts out \({32 // rows}, 24\), but attention needs"):
-        Attention(pairs=[["stage1", "embed"]]).connect(layer_shapes(ConvNet([4, 8], 8), 32), shapes)
+        Attention(pairs=[["stage1", "embed"]]).setup(
+            Context(layer_shapes(ConvNet([4, 8], 8), 32), shapes)
+        )
 
 
 @pytest.mark.parametrize(
@@ -172,12 +174,12 @@ def test_attention_looks_at_the_map_of_a_transformer(build, layer, true_map, rol
     other = {"map": (4, 4, 4)}
     term = Attention(pairs=[["map", layer] if role == "teacher" else [layer, "map"]])
     shapes = layer_shapes(model, 32)
-    term.connect(*((other, shapes) if role == "teacher" else (shapes, other)))
+    term.setup(Context(*((other, shapes) if role == "teacher" else (shapes, other))))
     assert term.sizes == [(4, 4)]
     read = FeatureReader(model, [layer])(images)
     truth = read._replace(features={"map": true_map(read.features[layer])})
     plain = Attention(pairs=[["map", "map"]])
-    plain.connect(other, other)
+    plain.setup(Context(other, other))
     labels = torch.zeros(4)
     if role == "teacher":
         torch.testing.assert_close(term.remember(read), plain.remember(truth))
@@ -196,7 +198,7 @@ def test_what_is_stored_of_an_ordinary_map_keeps_its_key():
     models = pytest.importorskip("torchvision").models
     student = layer_shapes(ConvNet([4, 8], 8), 32)
     term = Attention(pairs=[["stage1", "layer1"], ["stage1", "layer1.0.bn1"]])
-    term.connect(student, layer_shapes(models.resnet18(num_classes=10), 32))
+    term.setup(Context(student, layer_shapes(models.resnet18(num_classes=10), 32)))
     ordinary, modified = term.depends_on()["maps"]
     assert ordinary == ["layer1", 8, 8]
     # Read after an in-place ReLU until now: what is stored of that must not be believed.
@@ -224,7 +226,7 @@ def test_a_layer_that_puts_out_no_tensor_is_named_as_such():
         ("nowhere", "in the teacher there is no layer"),
     ):
         with pytest.raises(ValueError, match=message):
-            Attention(pairs=[["stage1", layer]]).connect(student, shapes)
+            Attention(pairs=[["stage1", layer]]).setup(Context(student, shapes))
 
 
 def test_an_output_whose_first_axis_is_not_the_images_is_no_map():

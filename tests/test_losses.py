@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_lightning.losses import Attention, CrossEntropy, Logit, Term
+from kd_lightning.losses import Attention, Context, CrossEntropy, Logit, Reads, Term, TermBatch
 from kd_lightning.losses.attention import attention_map, pair_by_resolution
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.models.features import Output
@@ -84,15 +84,20 @@ def test_logit_remembers_logits_so_that_every_temperature_shares_them():
 # --- cross-entropy -------------------------------------------------------------------------------
 
 
+def labelled(*labels):
+    labels = torch.tensor(labels)
+    return TermBatch(labels, torch.arange(len(labels)), torch.zeros_like(labels))
+
+
 def test_cross_entropy_by_hand():
-    loss = CrossEntropy()(output(torch.tensor([[0.0, 0.0]])), None, torch.tensor([1]))
+    loss = CrossEntropy()(output(torch.tensor([[0.0, 0.0]])), None, labelled(1))
     assert float(loss) == pytest.approx(math.log(2))
 
 
 def test_label_smoothing_by_hand():
     # Targets (0.9, 0.1) of two classes with a smoothing of 0.2.
     logits = torch.tensor([[math.log(3), 0.0]])
-    loss = CrossEntropy(label_smoothing=0.2)(output(logits), None, torch.tensor([0]))
+    loss = CrossEntropy(label_smoothing=0.2)(output(logits), None, labelled(0))
     assert float(loss) == pytest.approx(-0.9 * math.log(0.75) - 0.1 * math.log(0.25))
     assert CrossEntropy().label_smoothing == 0
 
@@ -107,7 +112,7 @@ def test_label_smoothing_is_a_share_below_one(smoothing):
 
 def test_cross_entropy_is_computed_in_float32():
     logits = torch.tensor([[20.0, 0.0]], dtype=torch.bfloat16)
-    loss = CrossEntropy()(output(logits), None, torch.tensor([0]))
+    loss = CrossEntropy()(output(logits), None, labelled(0))
     assert loss.dtype == torch.float32
 
 
@@ -166,7 +171,7 @@ def test_attention_gradient_passes_gradcheck():
 def connected(**arguments):
     term = Attention(**arguments)
     shapes = {"a": (4, 8, 8), "b": (8, 4, 4)}
-    term.connect(shapes, {"x": (2, 8, 8), "y": (6, 8, 8), "z": (16, 2, 2)})
+    term.setup(Context(shapes, {"x": (2, 8, 8), "y": (6, 8, 8), "z": (16, 2, 2)}))
     return term
 
 
@@ -223,22 +228,20 @@ SHAPES = {"a": (4, 8, 6), "b": (8, 4, 3), "c": (8, 4, 3), "fc": (10,)}
 def test_attention_pairs_the_layers_it_may_read():
     term = Attention(["a", "c"], ["x", "y", "z"])
     assert term.sizes == []
-    assert (term.student_reads, term.teacher_reads) == ((), ())
-    term.connect(SHAPES, {"x": (2, 8, 6), "y": (6, 8, 6), "z": (16, 4, 3), "w": (16, 4, 3)})
+    reads = term.setup(
+        Context(SHAPES, {"x": (2, 8, 6), "y": (6, 8, 6), "z": (16, 4, 3), "w": (16, 4, 3)})
+    )
     assert term.pairs == [("a", "y"), ("c", "z")]
     assert term.sizes == [(8, 6), (4, 3)]
-    assert term.student_reads == ("a", "c")
-    assert term.teacher_reads == ("y", "z")
+    assert reads == Reads(("a", "c"), ("y", "z"), teacher_logits=False)
     assert term.depends_on() == {"maps": [["y", 8, 6], ["z", 4, 3]]}
-    assert not term.needs_logits
 
 
 def test_attention_compares_at_the_smaller_height_and_width():
     term = Attention(pairs=[["a", "x"], ["a", "y"], ["b", "x"]])
-    term.connect(SHAPES, {"x": (2, 5, 9), "y": (2, 9, 5)})
+    reads = term.setup(Context(SHAPES, {"x": (2, 5, 9), "y": (2, 9, 5)}))
     assert term.sizes == [(5, 6), (8, 5), (4, 3)]
-    assert term.student_reads == ("a", "b")  # once each, in order
-    assert term.teacher_reads == ("x", "y")
+    assert (reads.student, reads.teacher) == (("a", "b"), ("x", "y"))  # once each, in order
     term.sizes.pop()  # never another number of maps than of pairs
     with pytest.raises(ValueError, match="zip"):
         term.remember(output(x=torch.ones(1, 2, 5, 9), y=torch.ones(1, 2, 9, 5)))
@@ -288,9 +291,9 @@ def test_attention_refuses_a_layer_without_a_map():
     term = Attention(pairs=[["a", "x"]])
     needs = r"puts out \(10,\), but attention needs a map \(channels, height, width\)$"
     with pytest.raises(ValueError, match=f"^layer 'a' of the student {needs}"):
-        term.connect({"a": (10,)}, {"x": (2, 8, 8)})
+        term.setup(Context({"a": (10,)}, {"x": (2, 8, 8)}))
     with pytest.raises(ValueError, match=f"^layer 'x' of the teacher {needs}"):
-        term.connect({"a": (2, 8, 8)}, {"x": (10,)})
+        term.setup(Context({"a": (2, 8, 8)}, {"x": (10,)}))
 
 
 # --- every term ----------------------------------------------------------------------------------
@@ -301,7 +304,8 @@ def test_a_term_is_what_it_says_it_needs():
     assert Logit().temperature == 4
     assert Logit().depends_on() == {}  # the temperature comes later
     assert Term().depends_on() is None  # until a term says better, nothing is stored
-    assert (Term().student_reads, Term().teacher_reads) == ((), ())
+    assert Term().setup(Context({})) == Reads()
+    assert not Term().relational
     for method in (lambda: Term().remember(output()), lambda: Term()(output(), None, None)):
         with pytest.raises(NotImplementedError):
             method()

@@ -13,12 +13,12 @@ import yaml
 from conftest import in_a_new_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from kd_lightning.config import build
-from kd_lightning.evaluation import evaluate
-from kd_lightning.runs import RunDirectory
+from kd_lightning.config.nodes import build
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows.evaluate import evaluate
 
 KEYS = {
-    "status", "name", "setting", "config_key",
+    "status", "name", "setting", "config_key", "baseline_key",
     "method", "student", "teacher", "data", "seed", "parameters", "teacher_parameters",
     "compression_ratio", "val_accuracy", "test_accuracy", "best_val_accuracy", "best_epoch",
     "test_accuracy_at_best", "teacher_val_accuracy", "teacher_test_accuracy", "agreement",

@@ -3,14 +3,15 @@
 import pytest
 from hydra import compose, initialize_config_dir
 
-from kd_lightning import config, naming
+from kd_lightning.config import naming
+from kd_lightning.config.tree import plain, tree
 
 naming.register()
 
 
 def composed(*overrides):
-    with initialize_config_dir(config.tree(), version_base="1.3"):
-        return config.plain(compose("train", list(overrides)))
+    with initialize_config_dir(tree(), version_base="1.3"):
+        return plain(compose("train", list(overrides)))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.config.nodes import build, build_partial, check_node
 from kd_lightning.errors import InputError
-from kd_lightning.nodes import build, build_partial, check_node
 
 
 class Mode(enum.Enum):

@@ -11,13 +11,13 @@ import torch
 from PIL import Image
 from test_report import write_run
 
-from kd_lightning import plots
 from kd_lightning.data import ImageDataModule, Images
-from kd_lightning.documents import write_report
-from kd_lightning.fitting import _columns
-from kd_lightning.pictures import LARGEST_VIEW, page_of_views
-from kd_lightning.report import read_numbers
-from kd_lightning.runs import RunDirectory
+from kd_lightning.engine.callbacks.pictures import LARGEST_VIEW, page_of_views
+from kd_lightning.engine.fitting import _columns
+from kd_lightning.reports import plots
+from kd_lightning.reports.documents import write_report
+from kd_lightning.reports.runs import read_numbers
+from kd_lightning.storage.run_directory import RunDirectory
 
 NAMES = [
     "$_$", "a_b^c", "\\frac{", "$$", r"\$", "$", "x" * 200, "😀👩‍👩‍👧",
@@ -172,7 +172,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_warning(train, monkeypatch, erro
         raise error
 
     monkeypatch.setattr(plots, "confusion_matrix", fail)
-    monkeypatch.setattr("kd_lightning.pictures.page_of_views", fail)
+    monkeypatch.setattr("kd_lightning.engine.callbacks.pictures.page_of_views", fail)
     done = train("method=none", "trainer.max_epochs=1")
     assert done.code == 0, done.err
     assert done.metrics["status"] == "finished"
@@ -188,7 +188,7 @@ def test_pictures_can_be_switched_off(train, monkeypatch):
 
     (drawn,) = train("method=none", "trainer.max_epochs=1").runs
     monkeypatch.setattr(plots, "confusion_matrix", fail)
-    monkeypatch.setattr("kd_lightning.pictures.page_of_views", fail)
+    monkeypatch.setattr("kd_lightning.engine.callbacks.pictures.page_of_views", fail)
     done = train("method=none", "trainer.max_epochs=1", "pictures=false")
     assert done.code == 0
     # It is the same run by its name and its key.

@@ -13,10 +13,12 @@ import pytest
 from conftest import REPOSITORY, TINY, in_a_new_process
 from omegaconf import OmegaConf
 
-from kd_lightning import cli, progress, sweep, terminal
-from kd_lightning.progress import ProgressBar
-from kd_lightning.summary import about, print_summary
-from kd_lightning.sweep import Job, cells_of, time_left
+from kd_lightning import cli, terminal
+from kd_lightning.engine.callbacks import progress
+from kd_lightning.engine.callbacks.progress import ProgressBar
+from kd_lightning.reports.summary import about, print_summary
+from kd_lightning.workflows import grid as sweep
+from kd_lightning.workflows.grid import Job, cells_of, time_left
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
-from kd_lightning import documents
-from kd_lightning.documents import write_report
-from kd_lightning.report import groups, interval, read_runs, summarise
+from kd_lightning.reports import documents
+from kd_lightning.reports.documents import write_report
+from kd_lightning.reports.runs import groups, interval, read_runs, summarise
 
 PARAMETERS = {"small": 530_090, "medium": 2_117_962}
 

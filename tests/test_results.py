@@ -3,8 +3,8 @@
 import pytest
 from conftest import REPOSITORY
 
-from kd_lightning.documents import write_report
-from kd_lightning.report import read_runs, summarise
+from kd_lightning.reports.documents import write_report
+from kd_lightning.reports.runs import read_runs, summarise
 
 RUNS = REPOSITORY / "docs" / "results" / "runs.csv"
 

@@ -17,11 +17,11 @@ from lightning.pytorch import Callback
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
-from kd_lightning import training
-from kd_lightning.config import plain, tree
+from kd_lightning.config.naming import register
+from kd_lightning.config.tree import plain, tree
 from kd_lightning.errors import RunError, Stopped
-from kd_lightning.naming import register
-from kd_lightning.runs import RunDirectory
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import student as training
 
 register()
 

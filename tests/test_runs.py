@@ -14,18 +14,14 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from kd_lightning import runs
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.models import ConvNet
-from kd_lightning.runs import (
-    Checkpoint,
-    RunDirectory,
-    check_trusted,
-    device_name,
-    fit_state,
-    load_weights,
-    versions,
-)
+from kd_lightning.storage import provenance, weights
+from kd_lightning.storage import run_directory as runs
+from kd_lightning.storage.provenance import device_name, versions
+from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
+from kd_lightning.storage.trust import TRUSTED, check_trusted
+from kd_lightning.storage.weights import fit_state, load_weights
 
 MODEL = {
     "_target_": "kd_lightning.models.ConvNet", "channels": [4], "hidden": 4, "num_classes": 3,
@@ -160,25 +156,6 @@ def test_by_default_a_run_is_waited_for(run, caplog):
     assert caplog.messages == ["another process is working on run; waiting for it"]
 
 
-def test_results_are_taken_over_and_what_a_run_says_of_itself_is_not(run, tmp_path):
-    other = RunDirectory(tmp_path / "other")
-    other.write_config(CONFIG)
-    other.write_metrics({"status": "finished"})
-    other.save_weights(model())
-    other.write_table("history", [{"epoch": 1}])
-    for name in ("train.log", ".lock", "checkpoints/deep/last.ckpt"):
-        path = other.path / name
-        path.parent.mkdir(exist_ok=True, parents=True)
-        path.write_text("x")
-    (run.path / "checkpoints").mkdir(parents=True)
-    (run.path / "history.csv").write_text("an older one")
-    run.copy_results(other.path)
-    copied = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.is_file()}
-    assert copied == {"history.csv", "student.safetensors", "checkpoints/deep/last.ckpt"}
-    for name in copied:
-        assert (run.path / name).read_bytes() == (other.path / name).read_bytes()
-
-
 # --- checkpoints -------------------------------------------------------------------------------
 
 
@@ -273,7 +250,7 @@ def test_weights_replace_weights_in_one_step(run, monkeypatch):
         Path(path).write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(runs, "save_file", dies)
+    monkeypatch.setattr(weights, "save_file", dies)
     with pytest.raises(OSError, match="No space"):
         run.save_weights(model())
     assert (run.path / "student.safetensors").read_bytes() == before
@@ -340,7 +317,7 @@ def test_code_that_is_not_trusted_is_refused_wherever_it_hides(target, nest):
     with pytest.raises(InputError, match=r"student\.model") as refused:
         check_trusted(node, "student.model")
     assert str(refused.value) == (
-        f"student.model._target_={target} is not in {', '.join(runs.TRUSTED)}: refused, because "
+        f"student.model._target_={target} is not in {', '.join(TRUSTED)}: refused, because "
         "code named in a file from elsewhere could do anything; if it is yours, say so (trust)"
     )
 
@@ -401,7 +378,7 @@ def test_versions_name_the_commit(monkeypatch):
     assert found["torch"] == torch.__version__
     assert found["lightning"][0].isdigit()
     assert found["python"].startswith("3.")
-    root = Path(runs.__file__).resolve().parents[2]
+    root = Path(provenance.__file__).resolve().parents[3]
     if (root / ".git").exists():
         command = ["git", "-C", str(root), "rev-parse", "HEAD"]
         head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
@@ -414,7 +391,7 @@ def test_versions_name_the_commit(monkeypatch):
 @pytest.mark.parametrize("error", [OSError("no git"), subprocess.TimeoutExpired("git", 10)])
 def test_without_git_there_is_no_commit(monkeypatch, error, tmp_path):
     (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "a" / "b" / "runs.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "a" / "b" / "c" / "x.py"))
 
     def fails(*_, timeout, **__):
         assert 1 <= timeout <= 60  # nobody waits for ever for a name
@@ -437,7 +414,7 @@ def test_a_checkout_that_was_changed_is_called_dirty(monkeypatch, tmp_path):
     git("init", "--quiet")
     git("add", "file")
     git("commit", "--quiet", "--message", "first")
-    monkeypatch.setattr(runs, "__file__", str(tmp_path / "a" / "b" / "runs.py"))
+    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "a" / "b" / "c" / "x.py"))
     clean = versions()["git_commit"]
     assert len(clean) == 12
     (tmp_path / "file").write_text("2")
@@ -462,8 +439,8 @@ def test_a_device_without_proc_has_the_name_that_python_knows(monkeypatch):
 
     monkeypatch.setattr(Path, "open", absent)
     for processor, machine, expected in (("chip", "arch", "chip"), ("", "arch", "arch")):
-        monkeypatch.setattr(runs.platform, "processor", lambda p=processor: p)
-        monkeypatch.setattr(runs.platform, "machine", lambda m=machine: m)
+        monkeypatch.setattr(provenance.platform, "processor", lambda p=processor: p)
+        monkeypatch.setattr(provenance.platform, "machine", lambda m=machine: m)
         assert device_name(torch.device("cpu")).startswith(f"{expected}, ")
 
 

@@ -7,10 +7,12 @@ from hypothesis import strategies as st
 from lightning.pytorch import Callback
 from test_distillation import CROSS_ENTROPY, make_data, make_module, make_trainer
 
-from kd_lightning.building import try_optimizer
-from kd_lightning.config import check_node
+from kd_lightning.config.nodes import check_node
+from kd_lightning.distill.schedulers import build_schedule
+from kd_lightning.engine.callbacks.plateau import StepOnPlateau
 from kd_lightning.errors import InputError
-from kd_lightning.schedules import build_schedule, cosine, one_cycle
+from kd_lightning.schedules import cosine, one_cycle
+from kd_lightning.workflows.assembly import try_optimizer
 
 
 @pytest.mark.parametrize("schedule", [one_cycle, cosine])
@@ -159,6 +161,8 @@ class Rates(Callback):
 def test_by_epoch_the_learning_rate_stays_within_one(folder, tmp_path, scheduler, expected):
     rates = Rates()
     module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, scheduler=scheduler)
-    module.accuracy.compute = lambda: torch.tensor(1.0)
-    make_trainer(tmp_path, epochs=3, callbacks=[rates]).fit(module, make_data(folder))
+    module.val_metrics["val/accuracy"].compute = lambda: torch.tensor(1.0)
+    make_trainer(tmp_path, epochs=3, callbacks=[rates, StepOnPlateau()]).fit(
+        module, make_data(folder)
+    )
     assert rates.seen == pytest.approx([rate for rate in expected for _ in range(5)])

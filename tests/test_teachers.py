@@ -6,15 +6,18 @@ import json
 import multiprocessing
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kd_lightning.config.resolve import teacher_recipe
 from kd_lightning.data import FolderDataModule
 from kd_lightning.errors import InputError
-from kd_lightning.teachers import TeacherStore, teacher_key, weights_sha256
+from kd_lightning.storage.teacher_store import TeacherStore, teacher_key
+from kd_lightning.storage.weights import weights_sha256
 
 KEY = "0123456789abcdef" * 4
 
@@ -206,6 +209,14 @@ def data(tmp_path_factory):
     return module
 
 
+def key_of(config, images, precision="32-true"):
+    teacher = config["teacher"]
+    training = SimpleNamespace(optimizer=teacher["optimizer"], scheduler=teacher["scheduler"])
+    recipe = teacher_recipe(config, precision)
+    plan = SimpleNamespace(recipe=recipe, model=teacher["model"], training=training)
+    return teacher_key(plan, images)
+
+
 def changed(path, value):
     config = copy.deepcopy(CONFIG)
     *parents, last = path.split(".")
@@ -234,28 +245,23 @@ def changed(path, value):
     ],
 )
 def test_whatever_changes_the_weights_changes_the_key(data, path, value):
-    key = teacher_key(CONFIG, data, "32-true")
-    assert teacher_key(changed(path, value), data, "32-true") != key
+    key = key_of(CONFIG, data.fingerprint())
+    assert key_of(changed(path, value), data.fingerprint()) != key
 
 
 def test_a_key_stays_what_it_was():
     """Every teacher that was ever stored is found by it. Another one needs another FORMAT."""
-
-    class Data:
-        def fingerprint(self):
-            return "the images"
-
-    assert teacher_key(CONFIG, Data(), "32-true") == (
+    assert key_of(CONFIG, "the images") == (
         "3a9f9d318f9936d0e9e4c41313c469b5299fbb31dc2ba09d0d07c8fe8b4e4902"
     )
 
 
 def test_precision_and_images_are_in_the_key(data):
-    key = teacher_key(CONFIG, data, "32-true")
-    assert teacher_key(CONFIG, data, "bf16-mixed") != key
+    key = key_of(CONFIG, data.fingerprint())
+    assert key_of(CONFIG, data.fingerprint(), "bf16-mixed") != key
     other = data.variant(_pixels=data._pixels.clone(), _fingerprint="")
     other._pixels[0, 0, 0, 0] ^= 1
-    assert teacher_key(CONFIG, other, "32-true") != key
+    assert key_of(CONFIG, other.fingerprint()) != key
 
 
 @pytest.mark.parametrize(
@@ -270,8 +276,8 @@ def test_precision_and_images_are_in_the_key(data):
     ],
 )
 def test_what_does_not_change_the_weights_does_not_change_the_key(data, path, value):
-    expected = teacher_key(CONFIG, data, "32-true")
-    assert teacher_key(changed(path, value), data, "32-true") == expected
+    expected = key_of(CONFIG, data.fingerprint())
+    assert key_of(changed(path, value), data.fingerprint()) == expected
 
 
 def test_a_digest_is_that_of_names_types_shapes_and_numbers():

@@ -1,15 +1,18 @@
 """TensorBoard: values stand at the steps they belong to, and runs can be compared at a glance."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+from conftest import trainer_plan
 from lightning.pytorch import Callback
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.backend_context import Context
 from test_distillation import frozen, make_data, make_module
 
-from kd_lightning.fitting import build_trainer
-from kd_lightning.hparams import describe_terms, log_hparams
+from kd_lightning.engine.trainer import build_trainer
+from kd_lightning.reports.hparams import describe_terms, log_hparams
 
 CPU = {
     "_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "devices": 1, "max_epochs": 2,
@@ -57,7 +60,9 @@ def scalars(folder):
 )
 def test_a_loss_stands_at_its_own_step(folder, tmp_path, settings, steps):
     spy = Spy()
-    trainer = build_trainer({**CPU, **settings}, "32-true", tmp_path / "run", "x", callbacks=[spy])
+    trainer = build_trainer(
+        trainer_plan({**CPU, **settings}), tmp_path / "run", "x", callbacks=[spy]
+    )
     trainer.fit(make_module(frozen()), make_data(folder))
     shown = scalars(tmp_path / "run")
     assert [step for step, _ in shown["loss/total"]] == steps
@@ -91,7 +96,7 @@ class TwoOfThem:
 
 
 def test_the_loss_of_several_processes_is_that_of_the_whole_batch():
-    from kd_lightning.curves import Curves
+    from kd_lightning.engine.callbacks.curves import Curves
 
     trainer, curves = TwoOfThem(), Curves()
     # Three images: two here, one there.
@@ -103,11 +108,17 @@ def test_the_loss_of_several_processes_is_that_of_the_whole_batch():
     assert trainer.logged == {0: {"loss/a": pytest.approx((6 + 6 + 3) / 3)}}
 
 
-CONFIG = {
-    "method": {"name": "logit", "terms": {"logit": {"weight": 0.5, "temperature": 4.0}}},
-    "student": {"name": "small"}, "data": {"name": "digits", "batch_size": 64},
-    "optimizer": {"lr": 0.1}, "seed": 1,
-}  # fmt: skip
+PLAN = SimpleNamespace(
+    method="logit",
+    teacher=None,
+    data=SimpleNamespace(name="digits", node={"batch_size": 64}),
+    student=SimpleNamespace(
+        name="small",
+        seed=1,
+        optimizer={"lr": 0.1},
+        terms={"logit": {"weight": 0.5, "temperature": 4.0}},
+    ),
+)
 
 
 @pytest.mark.parametrize("method", ["none", "logit"])
@@ -115,7 +126,7 @@ def test_the_page_of_hyperparameters_begins_with_what_tells_runs_apart(tmp_path,
     """Five columns are shown at first, in the order in which TensorBoard's server sends them."""
     logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
     results = {"epochs": 2, "val_accuracy": 0.5, "test_accuracy": 0.25}
-    log_hparams(logger, {**CONFIG, "method": {**CONFIG["method"], "name": method}}, "x", results, 9)
+    log_hparams(logger, SimpleNamespace(**{**vars(PLAN), "method": method}), results, 9)
     events = EventAccumulator(str(tmp_path))
     events.Reload()
     content = events.PluginTagToContent("hparams")

@@ -7,7 +7,7 @@ from conftest import TINY, write_folder
 
 from kd_lightning.errors import InputError
 
-tuning = pytest.importorskip("kd_lightning.tuning")
+tuning = pytest.importorskip("kd_lightning.workflows.tune")
 
 
 @pytest.fixture

@@ -5,10 +5,8 @@ import errno
 import logging
 import os
 import sys
-import threading
-import warnings
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import hydra
 from hydra.core.hydra_config import HydraConfig
@@ -17,13 +15,16 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from kd_lightning import __version__, naming, overrides
-from kd_lightning import config as configuration
-from kd_lightning.commandline import composition_error, prepare
+from kd_lightning import __version__
+from kd_lightning.config import naming, overrides
+from kd_lightning.config.checks import check_sections
+from kd_lightning.config.commandline import composition_error, prepare
+from kd_lightning.config.tree import plain, tree
 from kd_lightning.errors import InputError, RunError, Stopped
+from kd_lightning.storage.identity import finished, finished_elsewhere, unchanged
 from kd_lightning.streams import robust_streams
-from kd_lightning.sweep import exit_codes
 from kd_lightning.terminal import say
+from kd_lightning.workflows.grid import exit_codes
 
 log = logging.getLogger(__name__)
 naming.register()
@@ -68,31 +69,31 @@ def _main() -> None:
         sys.exit(max(exit_codes))
 
 
-@hydra.main(version_base="1.3", config_path=configuration.tree(), config_name="train")
+@hydra.main(version_base="1.3", config_path=tree(), config_name="train")
 def _app(composed: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     in_a_grid = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        config = configuration.plain(composed)
-        configuration.check_sections(config)
-        from kd_lightning.summary import print_summary
-
-        metrics = naming.finished(run_dir, config)
-        if metrics and not naming.unchanged(metrics, config, stamped if in_a_grid else None):
+        config = plain(composed)
+        check_sections(config)
+        metrics = finished(run_dir, config) or finished_elsewhere(run_dir, config)
+        if metrics and not unchanged(metrics, config, stamped if in_a_grid else None):
             metrics = None
-        if metrics and in_a_grid:
-            say(f"{metrics['name']} was finished before")
-        elif metrics:
-            print_summary(metrics, run_dir)
-            say("(finished before; to train it again, remove that folder)")
+        if metrics:
+            _show_finished(metrics, run_dir, in_a_grid)
         else:
             # Torch and Lightning take seconds to import: not before there is something to run.
-            from kd_lightning.training import run
+            from kd_lightning.engine.launch import quiet_lightning
+            from kd_lightning.reports.summary import print_summary
+            from kd_lightning.workflows.student import run
 
             quiet_lightning()
             metrics = run(config, run_dir, wait=not in_a_grid)
-            print_summary(metrics, run_dir)
-        return float(metrics["val_accuracy"])
+            if "folder" in metrics:
+                _show_finished(metrics, run_dir, in_a_grid)
+            elif metrics:  # in rank 0
+                print_summary(metrics, run_dir)
+        return float(metrics["val_accuracy"]) if metrics else None
     except InputError as error:
         _report(str(error), 2)
         if in_a_grid:
@@ -112,12 +113,27 @@ def _app(composed: DictConfig) -> float | None:
     return None
 
 
+def _show_finished(metrics: dict[str, Any], run_dir: Path, in_a_grid: bool) -> None:
+    """Say that there is nothing to train, and where the results are."""
+    from kd_lightning.reports.summary import print_summary
+
+    folder = metrics.get("folder", run_dir)
+    if in_a_grid:
+        where = f", in {folder}" if "folder" in metrics else ""
+        say(f"{metrics['name']} was finished before{where}")
+    else:
+        print_summary(metrics, folder)
+        say("(finished before; to train it again, remove that folder)")
+    if "folder" in metrics:
+        _remove_unused(run_dir)
+
+
 def _record_failure(composed: DictConfig, run_dir: Path, error: InputError) -> None:
     """Let the grid's table show a cell that could not begin."""
-    from kd_lightning.training import record_failure
+    from kd_lightning.workflows.student import record_failure
 
     with contextlib.suppress(InputError, OSError, KeyError, TypeError):
-        record_failure(configuration.plain(composed), run_dir, error)
+        record_failure(plain(composed), run_dir, error)
 
 
 def _remove_unused(run_dir: Path) -> None:
@@ -149,23 +165,3 @@ def _stop(message: str, code: int) -> NoReturn:
 def _fail(message: str, code: int) -> NoReturn:
     _report(message, code)
     sys.exit(code)
-
-
-def quiet_lightning() -> None:
-    """Leave out what Lightning says about every training whatever its outcome."""
-    # TensorBoard writes in a thread. What that fails of, its next caller hears too.
-    threading.excepthook = lambda failed: log.info(
-        "failed in %s", failed.thread, exc_info=failed.exc_value
-    )
-    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    logging.getLogger("lightning.fabric.utilities.seed").setLevel(logging.WARNING)
-    # Workers would only pass indices on: pixels are made where the model is.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning's own use of a torch function, of no concern to whoever runs this.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # Short epochs log every step of theirs that there is.
-    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    # What goes on after an interruption finds its own checkpoints.
-    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    # Epochs without a validation leave the best one unknown; `fitting.fit` validates at the end.
-    warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")

@@ -1,6 +1,7 @@
 """The ways a run can end badly, told apart because scripts read the exit code."""
 
 import signal
+from typing import Any
 
 
 class InputError(Exception):
@@ -34,3 +35,8 @@ class Stopped(BaseException):
             f"stopped by {name}: {what} is {saved}; run the same command again to {then}"
         )
         self.exit_code = 128 + number
+        self._given = (number, what, place)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """As it was made, so that it can go to another process."""
+        return type(self), self._given

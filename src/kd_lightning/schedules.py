@@ -1,94 +1,10 @@
-"""Learning-rate schedules: two of our own, and how any scheduler of torch's is built.
-
-Ours warm up linearly to the optimizer's learning rate and then decay to zero.
-"""
+"""Learning-rate schedules: linear warm-up to the optimizer's learning rate, then decay to zero."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, Literal, NamedTuple
+from collections.abc import Callable
 
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import CyclicLR, LambdaLR, LRScheduler, ReduceLROnPlateau
-
-from kd_lightning.config import TOTAL_STEPS, Node, build_partial, without
-from kd_lightning.errors import InputError
-from kd_lightning.nodes import takes
-
-
-class Schedule(NamedTuple):
-    """A scheduler, and how often it is stepped."""
-
-    scheduler: LRScheduler
-    interval: Literal["step", "epoch"]
-
-
-def build_schedule(
-    node: Node, optimizer: Optimizer, total_steps: int, path: str = "scheduler"
-) -> Schedule:
-    """Build a scheduler from its `_target_` node.
-
-    A scheduler that takes ``total_steps`` (or ``num_training_steps``, as in transformers) is given
-    the optimizer steps of the whole training, unless the node sets it. It is stepped after every
-    optimizer step, and so is `CyclicLR`; any other is stepped after every epoch. A scheduler that
-    is made of others (`SequentialLR`, `ChainedScheduler`) is stepped after every optimizer step if
-    one of these is.
-
-    Args:
-        node: its `_target_` node; the optimizer is left out, also in nodes within it.
-        optimizer: whose learning rate it sets.
-        total_steps: optimizer steps of the training.
-        path: the node's place in the configuration, for messages.
-
-    Raises:
-        InputError: the scheduler objects to its arguments.
-    """
-    steps = [name for name in TOTAL_STEPS if takes(node, name, path)]
-    given: dict[str, Any] = {"optimizer": optimizer}
-    given |= {name: node.get(name, total_steps) for name in steps}
-    by_step = bool(steps)
-
-    def built(value: Any, place: str) -> Any:
-        nonlocal by_step
-        if isinstance(value, list):
-            return [built(part, f"{place}[{number}]") for number, part in enumerate(value)]
-        if not _is_scheduler(value, place):
-            return value
-        inner = build_schedule(value, optimizer, total_steps, place)
-        if isinstance(inner.scheduler, ReduceLROnPlateau):
-            raise InputError(f"{place}: ReduceLROnPlateau cannot be a part of another scheduler")
-        by_step = by_step or inner.interval == "step"
-        return inner.scheduler
-
-    inner = {
-        key: built(value, f"{path}.{key}") for key, value in node.items() if _holds(value, path)
-    }
-    scheduler = build_partial(without(node, *TOTAL_STEPS, *inner), path)(**given, **inner)
-    if not isinstance(scheduler, LRScheduler):
-        raise InputError(f"{path} must be a learning-rate scheduler, not {node['_target_']}")
-    by_step = by_step or isinstance(scheduler, CyclicLR)
-    return Schedule(scheduler, "step" if by_step else "epoch")
-
-
-def step_on_plateau(scheduler: Any, validated: Mapping[str, float]) -> None:
-    """Step `ReduceLROnPlateau` with the validation's loss, or its accuracy if the mode is ``max``.
-
-    Args:
-        scheduler: of the training; any other is left alone.
-        validated: ``val/loss`` and ``val/accuracy``.
-    """
-    if isinstance(scheduler, ReduceLROnPlateau):
-        scheduler.step(validated["val/accuracy" if scheduler.mode == "max" else "val/loss"])
-
-
-def _is_scheduler(value: Any, path: str) -> bool:
-    return isinstance(value, dict) and "_target_" in value and takes(value, "optimizer", path)
-
-
-def _holds(value: Any, path: str) -> bool:
-    """Whether a value of a node is a scheduler, or a list with one in it."""
-    if isinstance(value, list):
-        return any(_is_scheduler(part, path) for part in value)
-    return _is_scheduler(value, path)
+from torch.optim.lr_scheduler import LambdaLR
 
 
 def one_cycle(optimizer: Optimizer, total_steps: int, warmup_fraction: float = 0.2) -> LambdaLR:

@@ -16,6 +16,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.files import readable
 
 CLASSES = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
+TRAIN_SIZE = 50_000
 UNWRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EEXIST, errno.ENOTDIR, errno.ENOSPC)
 
 
@@ -37,6 +38,10 @@ class CIFAR10DataModule(ImageDataModule):
     def classes(self) -> list[str]:
         """The ten names."""
         return CLASSES
+
+    def count(self) -> int:
+        """50,000."""
+        return TRAIN_SIZE
 
     def load(self) -> Images:
         """Read the images; download and unpack the archive unless that was done before."""

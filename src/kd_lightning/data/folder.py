@@ -122,6 +122,14 @@ class FolderDataModule(ImageDataModule):
         """The names of the class folders."""
         return self._classes
 
+    def count(self) -> int:
+        """Number of files, not looked into."""
+        folders = [
+            folder for part in self._folders if part != "test"
+            for folder in self._folders[part].values()
+        ]  # fmt: skip
+        return sum(len(self._visible(folder)) for folder in folders)
+
     def load(self) -> Images:
         """Decode every image, or read what an earlier run decoded."""
         self._tell_what_is_ignored()

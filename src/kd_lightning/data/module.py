@@ -139,6 +139,15 @@ class ImageDataModule(LightningDataModule):
         """
         raise NotImplementedError
 
+    def count(self) -> int:
+        """Number of training and validation images; a source may know it without decoding them.
+
+        Raises:
+            InputError: as `load`.
+        """
+        self.setup()
+        return self.train_size
+
     def setup(self, stage: str | None = None) -> None:
         """Load the images and split them, once; later calls do nothing.
 

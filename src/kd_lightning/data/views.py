@@ -6,8 +6,10 @@ every device, after every resume and under every sampler. That is what makes it 
 what a teacher says about a view.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +21,13 @@ GREY = 128
 """What cut-out pixels become."""
 
 _MASK = 0xFFFFFFFF
+
+
+class Normalization(NamedTuple):
+    """Per-channel mean and standard deviation of pixel values scaled to [0, 1]."""
+
+    mean: Sequence[float]
+    std: Sequence[float]
 
 
 def check_seed(name: str, seed: object) -> None:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Shapes, Term
+from kd_lightning.losses.term import Context, Reads, Shapes, Term, TermBatch
 from kd_lightning.models.features import LayerShapes, Output, unknown_layer
 from kd_lightning.models.layouts import Layout
 
@@ -75,8 +75,6 @@ class Attention(Term):
             summed over pairs.
     """
 
-    needs_logits = False
-
     def __init__(
         self,
         student_layers: Sequence[str] = (),
@@ -99,7 +97,7 @@ class Attention(Term):
         self._teacher: dict[str, Layout] = {}
         self._modified: frozenset[str] = frozenset()
 
-    def connect(self, student: Shapes, teacher: Shapes) -> None:
+    def setup(self, context: Context) -> Reads:
         """Choose the pairs and the size at which each is compared.
 
         Raises:
@@ -107,8 +105,8 @@ class Attention(Term):
         """
         explicit = bool(self.pairs)
         names = tuple(zip(*self.pairs, strict=True)) if explicit else self.candidates
-        self._student = _layouts("student", student, names[0])
-        self._teacher = _layouts("teacher", teacher, names[1])
+        self._student = _layouts("student", context.student, names[0])
+        self._teacher = _layouts("teacher", context.teacher, names[1])
         if not explicit:
             self.pairs = pair_by_resolution(
                 {layer: layout.size for layer, layout in self._student.items()},
@@ -121,10 +119,13 @@ class Attention(Term):
             )
             for s, t in self.pairs
         ]
-        if isinstance(teacher, LayerShapes):
-            self._modified = teacher.modified
-        self.student_reads = tuple(dict.fromkeys(s for s, _ in self.pairs))
-        self.teacher_reads = tuple(dict.fromkeys(t for _, t in self.pairs))
+        if isinstance(context.teacher, LayerShapes):
+            self._modified = context.teacher.modified
+        return Reads(
+            student=tuple(dict.fromkeys(s for s, _ in self.pairs)),
+            teacher=tuple(dict.fromkeys(t for _, t in self.pairs)),
+            teacher_logits=False,
+        )
 
     def remember(self, teacher: Output) -> Tensor:
         """The teacher's attention maps side by side: (B, sum of h * w)."""
@@ -155,9 +156,8 @@ class Attention(Term):
             how.append("before it is modified in place")
         return how
 
-    def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(self, student: Output, remembered: Tensor, batch: TermBatch) -> Tensor:
         """The student's feature maps and the teacher's attention maps to a scalar."""
-        assert remembered is not None
         targets = remembered.split([height * width for height, width in self.sizes], dim=1)
         return torch.stack(
             [
@@ -183,12 +183,14 @@ def _layouts(whose: str, shapes: Shapes, layers: Sequence[str]) -> dict[str, Lay
     """
     if isinstance(shapes, LayerShapes):
         known, others = shapes.layouts, shapes.others
+        if any(layer in shapes.inputs for layer in layers):
+            known = known | shapes.input_layouts
     else:
         maps = {name: shape for name, shape in shapes.items() if len(shape) == 3}
         known = {name: Layout("channels_first", *shape[1:]) for name, shape in maps.items()}
         others = {}
     for layer in layers:
-        if layer not in shapes and layer not in others:
+        if layer not in (*shapes, *others, *known):
             raise ValueError(f"in the {whose} {unknown_layer(layer, shapes)}")
         if layer not in known:
             raise ValueError(

@@ -5,7 +5,7 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Term
+from kd_lightning.losses.term import Term, TermBatch
 from kd_lightning.models.features import Output
 
 
@@ -24,6 +24,8 @@ class CrossEntropy(Term):
             raise ValueError(f"label_smoothing must be in [0, 1), not {label_smoothing}")
         self.label_smoothing = label_smoothing
 
-    def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(self, student: Output, remembered: None, batch: TermBatch) -> Tensor:
         """Logits (B, C) and labels (B,) to a scalar."""
-        return F.cross_entropy(student.logits.float(), labels, label_smoothing=self.label_smoothing)
+        return F.cross_entropy(
+            student.logits.float(), batch.labels, label_smoothing=self.label_smoothing
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Term
+from kd_lightning.losses.term import Term, TermBatch
 from kd_lightning.models.features import Output
 
 
@@ -53,7 +53,6 @@ class Logit(Term):
         """Nothing: the temperature comes later."""
         return {}
 
-    def forward(self, student: Output, remembered: Tensor | None, labels: Tensor) -> Tensor:
+    def forward(self, student: Output, remembered: Tensor, batch: TermBatch) -> Tensor:
         """Student logits (B, C) and the teacher's to a scalar."""
-        assert remembered is not None
         return soft_target_loss(student.logits, remembered, self.temperature)

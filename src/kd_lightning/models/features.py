@@ -1,7 +1,7 @@
 """Reading features by layer name out of any model, without touching its code."""
 
 from collections.abc import Collection, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from kd_lightning.errors import RunError
 from kd_lightning.models.outputs import describe, find_logits
 from kd_lightning.models.shapes import LayerShapes, layer_shapes
-from kd_lightning.models.trial import Onlooker, version
+from kd_lightning.models.trial import INPUT, Onlooker, version
 
 __all__ = [
     "FeatureReader",
@@ -64,7 +64,7 @@ class FeatureReader:
 
     Args:
         model: any network; for its outputs see `find_logits`.
-        layers: those to read.
+        layers: those to read; ``"layer:input"`` is what a layer is given.
         logits: whether the logits are wanted too; if not, a call ends with the last layer read.
         num_classes: number of classes, to find the logits by; None: whatever looks like logits.
 
@@ -86,12 +86,18 @@ class FeatureReader:
         self._habits: dict[_Mode, _Habits] = {}
         self._reading: _Reading | None = None
         modules = dict(model.named_modules(remove_duplicate=False))
+        self._handles = []
         for layer in layers:
-            if layer not in modules or not layer:
+            name = layer.removesuffix(INPUT)
+            if name not in modules or not name:
                 raise ValueError(unknown_layer(layer, modules))
-        self._handles = [
-            modules[layer].register_forward_hook(_Hook(self, layer)) for layer in layers
-        ]
+            hook: Any = _InputHook(self, layer) if name != layer else _Hook(self, layer)
+            register = (
+                modules[name].register_forward_pre_hook
+                if name != layer
+                else modules[name].register_forward_hook
+            )
+            self._handles.append(register(hook))
 
     def close(self) -> None:
         """Take the hooks out of the model again."""
@@ -147,6 +153,14 @@ class _Hook(Onlooker):
 
     def __call__(self, _module: nn.Module, _inputs: object, output: object) -> None:
         self.reader.keep(self.layer, output)
+
+
+class _InputHook(Onlooker):
+    def __init__(self, reader: FeatureReader, layer: str) -> None:
+        self.reader, self.layer = reader, layer
+
+    def __call__(self, _module: nn.Module, inputs: tuple[object, ...]) -> None:
+        self.reader.keep(self.layer, inputs[0] if inputs else None)
 
 
 class _Reading:

@@ -5,7 +5,7 @@ from functools import cached_property
 from torch import nn
 
 from kd_lightning.models.layouts import Layout, Shape, find_layouts
-from kd_lightning.models.trial import blank, record
+from kd_lightning.models.trial import INPUT, blank, record
 
 
 class LayerShapes(dict[str, Shape]):
@@ -20,6 +20,7 @@ class LayerShapes(dict[str, Shape]):
     Attributes:
         output: what the model returned.
         others: layers without such a shape, with what they put out in words.
+        inputs: ``"layer:input"`` to the shape of what the layer is given, without the batch axis.
         modified: layers whose output is modified in place by what follows.
     """
 
@@ -27,9 +28,11 @@ class LayerShapes(dict[str, Shape]):
         super().__init__()
         images = blank(model, image_size)
         self.output, features, self.others, self.modified = record(model, images)
+        self.inputs: dict[str, Shape] = {}
         for name, feature in features.items():
             if feature.shape[:1] == images.shape[:1]:
-                self[name] = tuple(feature.shape[1:])
+                shapes = self.inputs if name.endswith(INPUT) else self
+                shapes[name] = tuple(feature.shape[1:])
             else:
                 what = f"a tensor {tuple(feature.shape)} for {len(images)} images"
                 self.others[name] = f"{what}, whose first axis does not count the images"
@@ -42,6 +45,11 @@ class LayerShapes(dict[str, Shape]):
     def layouts(self) -> dict[str, Layout]:
         """The layers that put out a map, or tokens that form a grid, and how."""
         return find_layouts(self._model, self, self._image_size)
+
+    @cached_property
+    def input_layouts(self) -> dict[str, Layout]:
+        """The same of what layers are given, by ``"layer:input"``."""
+        return find_layouts(self._model, self.inputs, self._image_size)
 
 
 def layer_shapes(model: nn.Module, image_size: int) -> LayerShapes:

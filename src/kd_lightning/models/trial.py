@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from kd_lightning.models.outputs import describe
 
+INPUT = ":input"
+"""What follows a layer's name if what it is given is meant, not what it puts out."""
+
 
 class Record(NamedTuple):
     """What a model and its layers put out in one forward pass, in order of execution.
@@ -147,14 +150,21 @@ def _run(model: nn.Module, images: Tensor) -> Record:
 
 @contextmanager
 def watched(model: nn.Module, look: Callable[[str, object], None]) -> Iterator[None]:
-    """Evaluation mode in which `look` is shown the name and output of every layer that runs."""
+    """Evaluation mode in which `look` is shown the name and output of every layer that runs, and
+    its first input under the name ``"layer:input"``.
+    """
     handles = []
     for name, module in model.named_modules(remove_duplicate=False):
 
         def hook(_module: nn.Module, _inputs: object, output: object, name: str = name) -> None:
             look(name, output)
 
+        def pre_hook(_module: nn.Module, inputs: object, name: str = name) -> None:
+            if isinstance(inputs, tuple) and inputs and isinstance(inputs[0], Tensor):
+                look(f"{name}{INPUT}", inputs[0])
+
         handles.append(module.register_forward_hook(hook))
+        handles.append(module.register_forward_pre_hook(pre_hook))
     try:
         with torch.random.fork_rng(devices=[]), evaluation_mode(model):
             yield

@@ -1,0 +1,198 @@
+"""What a valid configuration is, and one clear sentence for each way to get it wrong.
+
+Hydra composes values without looking at them; this looks, before data or teacher cost anything.
+Two rules do most of the work. A `_target_` node must fit the signature of what it names, by name
+and by type. And no number anywhere is NaN or infinite.
+"""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from kd_lightning.config.nodes import Node, check_node, select, unknown_key, without
+from kd_lightning.errors import InputError
+
+# Keys that are not arguments of a `_target_`. A configuration has these and no others.
+KEYS: dict[str, set[str]] = {
+    "": {
+        "seed", "output_dir", "data_dir", "setting", "name",
+        "method", "student", "teacher", "data", "trainer", "optimizer", "scheduler", "remember",
+    },
+    "method": {"name", "terms"},
+    "student": {"name", "model", "layers"},
+    "teacher": {
+        "name", "model", "layers", "checkpoint", "rename_keys", "mean", "std",
+        "cutout", "seed", "trainer", "optimizer", "scheduler",
+    },
+    "remember": {"disk_gb", "dtype"},
+}  # fmt: skip
+OPTIONAL: dict[str, set[str]] = {
+    "": {"callbacks", "pictures", "update_bn"},
+    "teacher": {"checkpoint_key", "ignore_keys"},
+}
+"""Keys that a section may have besides: those of older runs lack them, and some are left out of the
+configuration tree."""
+
+TOTAL_STEPS = ("total_steps", "num_training_steps")
+"""What torch and transformers call the optimizer steps of a whole training."""
+
+PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
+ROUNDINGS = ("float16", "bfloat16", "float32")
+STRATEGIES = ("auto", "ddp")
+MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
+
+
+def check(config: Node) -> None:
+    """Check everything that can be checked without data, teacher or weights.
+
+    The data node is not looked at: it was checked and built before, to know the classes.
+
+    Raises:
+        InputError: naming the key, what is wrong with it, and what it may be.
+    """
+    check_sections(config)
+    for path, number in _numbers(config):
+        if not math.isfinite(number):
+            raise InputError(f"{path} must be a finite number, not {number}")
+    seeds = [f"data.{key}" for key in config["data"] if key == "seed" or key.endswith("_seed")]
+    for path in ("seed", "teacher.seed", *seeds):
+        seed = select(config, path)
+        if not _is_integer(seed) or not 0 <= seed < 2**32:
+            raise InputError(f"{path} must be a whole number from 0 to 2^32 - 1, not {seed}")
+    cutout = config["teacher"]["cutout"]
+    if not _is_integer(cutout) or cutout < 0:
+        raise InputError(f"teacher.cutout must be 0 or more pixels, not {cutout}")
+    remember = config["remember"]
+    if not _is_number(remember["disk_gb"]) or remember["disk_gb"] < 0:
+        raise InputError(
+            f"remember.disk_gb must be a number of at least 0, not {remember['disk_gb']}"
+        )
+    if remember["dtype"] not in ROUNDINGS:
+        raise InputError(
+            f"remember.dtype must be one of {', '.join(ROUNDINGS)}, not {remember['dtype']}"
+        )
+    if not isinstance(config["pictures"], bool):
+        raise InputError(f"pictures must be true or false, not {config['pictures']}")
+    for path in ("output_dir", "data_dir"):
+        if not isinstance(config[path], str) or not config[path]:
+            raise InputError(f"{path} must be the path of a folder, not {config[path]!r}")
+    _check_teacher_keys(config["teacher"])
+    if not config["method"]["terms"]:
+        raise InputError("method.terms must name at least one term")
+    for name, term in config["method"]["terms"].items():
+        weight: Any = term.get("weight") if isinstance(term, dict) else None
+        if not _is_number(weight) or weight < 0:
+            raise InputError(
+                f"method.terms.{name}.weight must be a number of at least 0, not {weight}"
+            )
+        check_node(without(term, "weight"), f"method.terms.{name}")
+    for path in ("student.model", "teacher.model"):
+        check_node(select(config, path), path)
+    if not isinstance(config.get("update_bn", False), bool):
+        raise InputError(f"update_bn must be true or false, not {config['update_bn']}")
+    callbacks = config.get("callbacks") or {}
+    if not isinstance(callbacks, dict):
+        raise InputError(f"callbacks must be names with a _target_ node each, not {callbacks!r}")
+    for name, callback in callbacks.items():
+        check_node(callback, f"callbacks.{name}")
+    for prefix in ("", "teacher."):
+        trainer = trainer_node(config, teacher=bool(prefix))
+        check_trainer(trainer, f"{prefix}trainer")
+        if prefix and trainer["devices"] != 1:
+            raise InputError("teacher.trainer.devices must be 1: one process trains a teacher")
+        check_node(select(config, f"{prefix}optimizer"), f"{prefix}optimizer", {"params"})
+        scheduler = select(config, f"{prefix}scheduler")
+        if scheduler is not None:
+            check_node(scheduler, f"{prefix}scheduler", {"optimizer", *TOTAL_STEPS})
+
+
+def _check_teacher_keys(teacher: Node) -> None:
+    renamed, ignored = teacher["rename_keys"] or {}, teacher.get("ignore_keys") or []
+    if not isinstance(renamed, dict) or not all(isinstance(new, str) for new in renamed.values()):
+        raise InputError(
+            "teacher.rename_keys must be a dictionary from beginnings of keys to what replaces "
+            f"them, as 'teacher.rename_keys={{model.: \"\"}}', not {renamed!r}"
+        )
+    if not isinstance(ignored, list) or not all(isinstance(part, str) for part in ignored):
+        raise InputError(
+            f"teacher.ignore_keys must be a list of patterns, as [total_*,head.*], not {ignored!r}"
+        )
+
+
+def check_sections(config: Node) -> None:
+    """Check the keys that belong to no `_target_`; needs no import of anything heavy.
+
+    Raises:
+        InputError: a key is unknown, or a group was left out.
+    """
+    config.setdefault("pictures", True)
+    for node in (config, config.get("teacher")):
+        if isinstance(node, dict):
+            node.setdefault("scheduler", None)  # `scheduler=null`: a constant learning rate
+    for section, required in KEYS.items():
+        node = config[section] if section else config
+        if not isinstance(node, dict):
+            raise InputError(f"{section} must be a dictionary, not {node!r}")
+        known = required | OPTIONAL.get(section, set())
+        for key in node:
+            if key not in known:
+                raise InputError(unknown_key(f"{section}.{key}".lstrip("."), known, section))
+        for key in sorted(required - node.keys()):
+            raise InputError(f"{section}.{key} must be given".lstrip("."))
+
+
+def check_trainer(trainer: Node, path: str) -> None:
+    """Check the arguments of Lightning's Trainer, and the two that are ours."""
+    for key, choices in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS)):
+        if trainer[key] not in choices:
+            raise InputError(
+                f"{path}.{key} must be one of {', '.join(choices)}, not {trainer[key]}"
+            )
+    for key in ("max_epochs", "log_every_n_steps"):
+        if not _is_integer(trainer[key]) or trainer[key] < 1:
+            raise InputError(
+                f"{path}.{key} must be a whole number of at least 1, not {trainer[key]}"
+            )
+    devices = trainer["devices"]
+    if devices != "auto" and (not _is_integer(devices) or devices < 1):
+        raise InputError(
+            f"{path}.devices must be a whole number of at least 1, or auto, not {devices}"
+        )
+    if trainer.get("strategy", "auto") not in STRATEGIES:
+        raise InputError(
+            f"{path}.strategy must be one of {', '.join(STRATEGIES)}, not {trainer['strategy']}"
+        )
+    nodes = trainer.get("num_nodes", 1)
+    if not _is_integer(nodes) or nodes < 1:
+        raise InputError(f"{path}.num_nodes must be a whole number of at least 1, not {nodes}")
+    check_node(without(trainer, "memory_format", "precision"), path)
+
+
+def trainer_node(config: Node, teacher: bool = False) -> Node:
+    """The trainer's settings; the teacher's are the run's own, changed by its recipe.
+
+    A teacher is trained by one process, so that it is the same however many distil it.
+    """
+    if not teacher:
+        return dict(config["trainer"])
+    own = without(config["trainer"], "strategy")
+    return {**own, "devices": 1, **config["teacher"]["trainer"]}
+
+
+def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    if isinstance(node, Mapping):
+        for key, value in node.items():
+            yield from _numbers(value, f"{path}.{key}".lstrip("."))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _numbers(value, f"{path}[{index}]")
+    elif isinstance(node, float):
+        yield path, node
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)

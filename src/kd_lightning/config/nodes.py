@@ -1,0 +1,322 @@
+"""`_target_` nodes: does a node fit the signature of what it names, and the object it describes."""
+
+import collections.abc
+import contextlib
+import difflib
+import enum
+import functools
+import inspect
+import os
+import pkgutil
+import types
+import typing
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, Literal
+from urllib.error import URLError
+
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+
+from kd_lightning.errors import InputError
+
+Node = dict[str, Any]
+
+# Keys of a node that Hydra reads itself.
+HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
+
+LITERAL: Any = Literal
+SCALARS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
+
+def check_node(node: Any, path: str, given: set[str] | None = None) -> None:
+    """Check that a `_target_` node, and all nodes in it, fit the signatures of what they name.
+
+    Args:
+        node: the node.
+        path: its place in the configuration, for messages.
+        given: parameters that the caller will supply.
+
+    Raises:
+        InputError: a target cannot be imported, or does not take these arguments.
+    """
+    if not isinstance(node, dict) or "_target_" not in node:
+        raise InputError(f"{path} must be a node with a _target_, not {node!r}")
+    target = find_target(node["_target_"], path)
+    if not callable(target):
+        raise InputError(f"{path}._target_={node['_target_']} is neither a class nor a function")
+    parameters, hints, open_ended = signature(target)
+    arguments = {key: value for key, value in node.items() if key not in HYDRA_KEYS}
+    for key, value in arguments.items():
+        if key not in parameters and not open_ended:
+            raise InputError(unknown_key(f"{path}.{key}", set(parameters), path))
+        default = getattr(parameters.get(key), "default", None)
+        # What a default shows to be accepted is, whatever the annotation says.
+        if key in hints and (type(value) is not type(default) or isinstance(value, list | str)):
+            check_value(value, hints[key], f"{path}.{key}")
+    if node.get("_recursive_", True):
+        _check_nested(list(arguments.items()), path, given)
+        _check_nested([("_args_", node.get("_args_", []))], path, given)
+    if node.get("_partial_"):
+        return  # the rest is given when it is called
+    positional = len(node.get("_args_", []))
+    for name, parameter in list(parameters.items())[positional:]:
+        required = parameter.default is parameter.empty
+        if required and name not in arguments and name not in (given or ()):
+            raise InputError(f"{path}.{name} must be given: {node['_target_']} needs it")
+
+
+def _check_nested(values: list[tuple[str, Any]], path: str, given: set[str] | None) -> None:
+    for key, value in values:
+        place = f"{path}.{key}"
+        if isinstance(value, dict) and "_target_" in value:
+            check_node(value, place, given)
+        elif isinstance(value, dict):
+            _check_nested(list(value.items()), place, given)
+        elif isinstance(value, list):
+            for index, part in enumerate(value):
+                _check_nested([(f"{key}[{index}]", part)], path, given)
+
+
+def takes(node: Node, parameter: str, path: str) -> bool:
+    """Whether what a `_target_` node names has a parameter of this name.
+
+    Raises:
+        InputError: the target cannot be imported.
+    """
+    return parameter in signature(find_target(node["_target_"], path))[0]
+
+
+def find_target(target: Any, path: str) -> Any:
+    """The class or function that a `_target_` names.
+
+    Raises:
+        InputError: it cannot be imported.
+    """
+    try:
+        found = pkgutil.resolve_name(target)
+        if isinstance(found, types.ModuleType):
+            # `torchvision.models.alexnet` is a module, and a function of the package around it.
+            package, _, name = target.rpartition(".")
+            found = getattr(pkgutil.resolve_name(package), name) if package else found
+        return found
+    except Exception as error:  # whatever importing a module may raise
+        raise InputError(
+            f"{path}._target_={target} cannot be imported: {_reason(error)}"
+        ) from error
+
+
+def build(node: Node, path: str) -> Any:
+    """Instantiate a `_target_` node.
+
+    Raises:
+        InputError: naming `path` and what the constructor objected to.
+    """
+    if node.get("_partial_"):
+        raise InputError(f"{path}: leave out _partial_, the object itself is needed")
+    try:
+        return instantiate(_with_enums(node), _convert_="all")
+    except InstantiationException as error:
+        raise _refused(path, error.__cause__ or error) from error
+
+
+def build_partial(node: Node, path: str) -> Callable[..., Any]:
+    """A callable that instantiates the node with further arguments; errors as in `build`."""
+    partial = instantiate({**_with_enums(node), "_partial_": True}, _convert_="all")
+
+    @functools.wraps(partial.func)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return partial(*args, **kwargs)
+        except (TypeError, ValueError) as error:
+            raise _refused(path, error) from error
+
+    return call
+
+
+def _with_enums(node: Any) -> Any:
+    """The node with names of enum members, where an enum is asked for, replaced by the members."""
+    if isinstance(node, list):
+        return [_with_enums(value) for value in node]
+    if not isinstance(node, dict):
+        return node
+    hints: dict[str, Any] = {}
+    if any(isinstance(value, str) for key, value in node.items() if key not in HYDRA_KEYS):
+        with contextlib.suppress(InputError):
+            hints = signature(find_target(node.get("_target_"), ""))[1]
+    return {
+        key: _member(value, hints[key]) if key in hints else _with_enums(value)
+        for key, value in node.items()
+    }
+
+
+def _member(value: Any, hint: Any) -> Any:
+    if isinstance(value, str) and str not in _parts(hint):
+        for part in _parts(hint):
+            if _is_enum(part):
+                name = value.rsplit(".", 1)[-1]
+                return part[name] if name in part.__members__ else part(value)
+    return _with_enums(value)
+
+
+def unknown_key(path: str, known: set[str], section: str) -> str:
+    """The sentence for a key that does not exist, with the nearest that does."""
+    key = path.rsplit(".", 1)[-1]
+    near = difflib.get_close_matches(key, known, n=1)
+    prefix = f"{section}." if section else ""
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
+    return f"there is no key '{path}'; {hint}"
+
+
+def _refused(path: str, error: BaseException) -> InputError:
+    if isinstance(error, InputError):
+        return error
+    if isinstance(error, URLError | ConnectionError | TimeoutError):
+        return InputError(
+            f"{path}: a file it needs could not be downloaded ({_reason(error)}); "
+            "pretrained weights are looked for in TORCH_HOME first"
+        )
+    return InputError(f"{path}: {_reason(error)}")
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of an exception's innermost cause."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def signature(target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
+    """Named parameters, their type hints, and whether any other keyword is taken as well.
+
+    A class whose constructor passes ``**settings`` on takes the parameters of its base class too.
+    """
+    is_class = inspect.isclass(target)
+    parameters: dict[str, inspect.Parameter] = {}
+    hints: dict[str, Any] = {}
+    for function in (base.__init__ for base in target.__mro__) if is_class else (target,):
+        try:
+            own = list(inspect.signature(function).parameters.values())[is_class:]
+        except (TypeError, ValueError):
+            return parameters, hints, True  # built in, without a signature
+        with contextlib.suppress(Exception):  # annotations that only their own module understands
+            hints = {**typing.get_type_hints(inspect.unwrap(function)), **hints}
+        named = (p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
+        parameters = {**{p.name: p for p in named}, **parameters}
+        if not any(p.kind is p.VAR_KEYWORD for p in own):
+            return parameters, hints, False
+    return parameters, hints, True
+
+
+def check_value(value: Any, hint: Any, path: str) -> None:
+    """Check a value that YAML can write against a type hint; unknown kinds of hints allow any.
+
+    Raises:
+        InputError: it cannot be of that type.
+    """
+    parts = list(_parts(hint))
+    scalars = [part for part in parts if part in SCALARS]
+    for part in parts:
+        # Beside scalars, a class such as Tensor is one that YAML cannot write.
+        opaque = inspect.isclass(_origin(part)) and not (_describe(part) or _choices(part))
+        if not (opaque and scalars and isinstance(value, str | int | float)) and _fits(value, part):
+            return
+    origins = [_origin(part) for part in parts]
+    if isinstance(value, str) and collections.abc.Callable in origins:
+        raise InputError(
+            f"{path} must be something that can be called, not text: "
+            f"write {{_target_: {value}, _partial_: true}}"
+        )
+    if isinstance(value, str) and type in origins:
+        raise InputError(
+            f"{path} must be a class, not its name: "
+            f"write {{_target_: hydra.utils.get_class, path: {value}}}"
+        )
+    choices = [str(choice) for part in parts for choice in _choices(part)]
+    allowed = sorted({_describe(part) for part in parts} - {""})
+    if choices:
+        allowed.append(f"one of {', '.join(dict.fromkeys(choices))}")
+    raise InputError(f"{path} must be {' or '.join(allowed)}, not {value!r}")
+
+
+def _parts(hint: Any) -> Iterator[Any]:
+    """The members of a union, of an annotated type the type itself."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from _parts(part)
+    elif origin is typing.Annotated:
+        yield from _parts(typing.get_args(hint)[0])
+    elif alias := getattr(hint, "__supertype__", None) or getattr(hint, "__value__", None):
+        yield from _parts(alias)
+    else:
+        yield hint
+
+
+def _origin(hint: Any) -> Any:
+    return typing.get_origin(hint) or hint
+
+
+def _is_enum(hint: Any) -> bool:
+    return inspect.isclass(hint) and issubclass(hint, enum.Enum)
+
+
+def _choices(hint: Any) -> Collection[Any]:
+    if _origin(hint) is LITERAL:
+        return typing.get_args(hint)
+    return list(hint.__members__) if _is_enum(hint) else ()
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, dict) and "_target_" in value:
+        return True
+    origin = _origin(hint)
+    if origin is LITERAL:
+        return value in typing.get_args(hint)
+    if _is_enum(hint):
+        named = isinstance(value, str) and value.rsplit(".", 1)[-1] in hint.__members__
+        return named or value in [member.value for member in hint]
+    if origin in (int, float, bool, str, type(None)):
+        return _fits_scalar(value, origin)
+    if not inspect.isclass(origin):
+        return True  # Any, a type variable, a name that was not resolved
+    if origin in (collections.abc.Callable, type):
+        return not isinstance(value, str | int | float | list)
+    if issubclass(origin, os.PathLike):
+        return isinstance(value, str)
+    return not (isinstance(value, str | int | float) and _is_container(origin))
+
+
+def _fits_scalar(value: Any, kind: type) -> bool:
+    if isinstance(value, list | dict):
+        return True  # annotations are often narrower than what is taken
+    if isinstance(value, bool) or kind is not float:
+        return type(value) is kind
+    return isinstance(value, int | float)
+
+
+def _is_container(kind: Any) -> bool:
+    abstract = kind.__module__ == "collections.abc" and issubclass(kind, collections.abc.Iterable)
+    return abstract or issubclass(kind, list | tuple | set | frozenset | dict)
+
+
+def _describe(hint: Any) -> str:
+    origin = _origin(hint)
+    if origin in SCALARS:
+        return SCALARS[origin]
+    if origin is type(None):
+        return "null"
+    if inspect.isclass(origin) and _is_container(origin):
+        return "a dictionary" if issubclass(origin, collections.abc.Mapping) else "a list"
+    if inspect.isclass(origin) and issubclass(origin, os.PathLike):
+        return "a path"
+    return ""  # an object that YAML cannot write
+
+
+def select(config: Node, path: str) -> Any:
+    """The value at a dotted path."""
+    return functools.reduce(lambda node, key: node[key], path.split("."), config)
+
+
+def without(node: Node, *keys: str) -> Node:
+    """The node less some keys."""
+    return {key: value for key, value in node.items() if key not in keys}

@@ -1,0 +1,238 @@
+"""From a configuration to the plan of a run: defaults, `auto` and what only the data set knows."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch.accelerators import AcceleratorRegistry
+from torch import nn
+
+from kd_lightning.config.checks import check, trainer_node
+from kd_lightning.config.hardware import (
+    check_accelerator,
+    choose_memory_format,
+    choose_precision,
+    device_type,
+)
+from kd_lightning.config.naming import config_key
+from kd_lightning.config.nodes import Node, build, find_target, without
+from kd_lightning.config.plan import (
+    CachePlan,
+    CheckpointPlan,
+    DataPlan,
+    Plan,
+    TeacherPlan,
+    TrainerPlan,
+    TrainingPlan,
+)
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.data.views import Normalization
+
+log = logging.getLogger(__name__)
+
+GIGABYTE = 10**9
+
+SUPERVISED: dict[str, Node] = {
+    "cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", "weight": 1.0}
+}
+"""The terms of plain training on the labels, as a teacher is trained."""
+
+TEACHER_FORMAT = 1  # raise it when the same configuration comes to mean another training
+# What does not change a teacher's weights: where files are, what is shown, which machine it is, and
+# what is the student's alone.
+_NOT_OF_THE_TEACHER = {
+    "data": ("name", "root", "cache_dir", "eval_batch_size", "seed", "views"),
+    "trainer": ("accelerator", "log_every_n_steps", "memory_format"),
+}
+
+
+def resolve(config: Node, data: ImageDataModule) -> Plan:
+    """Decide everything that a run leaves open, and check the rest.
+
+    Args:
+        config: plain, as composed.
+        data: the data module of the configuration; its images need not be loaded.
+
+    Raises:
+        InputError: naming the key, what is wrong with it, and what it may be.
+    """
+    written, config = config, _fill_in(config, data)
+    check(config)
+    node = config["data"]
+    data_plan = DataPlan(
+        name=node["name"],
+        node=node,
+        num_classes=node["num_classes"],
+        image_size=node["image_size"],
+        normalization=Normalization(tuple(node["mean"]), tuple(node["std"])),
+    )
+    return Plan(
+        name=config["name"],
+        setting=config["setting"],
+        output_dir=Path(config["output_dir"]),
+        method=config["method"]["name"],
+        student=TrainingPlan(
+            name=config["student"]["name"],
+            model=config["student"]["model"],
+            terms=config["method"]["terms"],
+            optimizer=config["optimizer"],
+            scheduler=config["scheduler"],
+            seed=config["seed"],
+            trainer=resolve_trainer(trainer_node(config), config["student"]["model"]),
+            callbacks=config.get("callbacks") or {},
+            update_bn=config.get("update_bn", False),
+            pictures=config.get("pictures", True),
+        ),
+        teacher=_resolve_teacher(config, data_plan) if needs_teacher(config) else None,
+        teacher_name=config["teacher"]["name"],
+        teacher_model=config["teacher"]["model"],
+        data=data_plan,
+        cache=_resolve_cache(config),
+        # Of the configuration as it was written: counting the classes must not rename a run.
+        key=config_key(written),
+        key_without_teacher=config_key(written, "teacher"),
+        baseline_key=config_key(written, "teacher", "method"),
+        config=config,
+    )
+
+
+def _fill_in(config: Node, data: ImageDataModule) -> Node:
+    """The configuration with what only the data set knows: its number of classes."""
+    if config["data"].get("num_classes") is not None:
+        return config
+    classes = len(data.classes)
+
+    def fill(node: Any) -> Any:
+        if not isinstance(node, dict):
+            return node
+        node = {key: fill(value) for key, value in node.items()}
+        if node.get("num_classes", classes) is None:
+            node["num_classes"] = classes
+        return node
+
+    return fill(config)
+
+
+def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
+    teacher = config["teacher"]
+    trainer = resolve_trainer(trainer_node(config, teacher=True), teacher["model"])
+    checkpoint = None
+    if teacher["checkpoint"] is not None:
+        checkpoint = CheckpointPlan(
+            path=Path(str(teacher["checkpoint"])).expanduser(),
+            rename_keys=teacher["rename_keys"] or {},
+            ignore_keys=tuple(teacher.get("ignore_keys") or ()),
+            key=teacher.get("checkpoint_key"),
+        )
+    return TeacherPlan(
+        normalization=Normalization(
+            tuple(teacher["mean"] or data.normalization.mean),
+            tuple(teacher["std"] or data.normalization.std),
+        ),
+        training=TrainingPlan(
+            name=teacher["name"],
+            model=teacher["model"],
+            terms=SUPERVISED,
+            optimizer=teacher["optimizer"],
+            scheduler=teacher["scheduler"],
+            seed=teacher["seed"],
+            trainer=trainer,
+            callbacks={},
+            update_bn=False,
+            pictures=config.get("pictures", True),
+        ),
+        cutout=teacher["cutout"],
+        checkpoint=checkpoint,
+        recipe=teacher_recipe(config, trainer.precision),
+    )
+
+
+def teacher_recipe(config: Node, precision: str) -> Node:
+    """All of a configuration that its teacher's weights depend on.
+
+    Args:
+        config: complete; only what is left of it after `_NOT_OF_THE_TEACHER` counts.
+        precision: that the teacher is trained in.
+    """
+    teacher = config["teacher"]
+    trainer = without(trainer_node(config, teacher=True), *_NOT_OF_THE_TEACHER["trainer"])
+    return {
+        "format": TEACHER_FORMAT,
+        **{part: teacher[part] for part in ("model", "seed", "cutout", "optimizer", "scheduler")},
+        "normalization": [teacher["mean"], teacher["std"]],
+        "trainer": {**trainer, "precision": precision},
+        "data": {
+            **without(config["data"], *_NOT_OF_THE_TEACHER["data"]),
+            # Its own views, whatever the student's.
+            "cutout": teacher["cutout"],
+            "view_seed": teacher["seed"],
+        },
+    }
+
+
+def _resolve_cache(config: Node) -> CachePlan | None:
+    settings = config["remember"]
+    if not settings["disk_gb"]:
+        return None
+    root = Path(config["output_dir"]) / "teachers" / "remembered"
+    return CachePlan(root, settings["disk_gb"] * GIGABYTE, settings["dtype"])
+
+
+def needs_teacher(config: Node) -> bool:
+    """Whether any term of the method learns from a teacher."""
+    return any(
+        getattr(find_target(term["_target_"], f"method.terms.{name}"), "needs_teacher", True)
+        for name, term in config["method"]["terms"].items()
+    )
+
+
+def check_devices(config: Node) -> None:
+    """Check that the devices which student and teacher are trained on are there.
+
+    Raises:
+        InputError: see `hardware.check_accelerator`.
+    """
+    for teacher in (False, True) if needs_teacher(config) else (False,):
+        trainer = trainer_node(config, teacher)
+        path = "teacher.trainer" if teacher else "trainer"
+        check_accelerator(trainer["accelerator"], trainer["devices"], path)
+
+
+def resolve_trainer(trainer: Node, model: Node) -> TrainerPlan:
+    """Decide precision, memory format and the number of processes.
+
+    Args:
+        trainer: its section of the configuration.
+        model: `_target_` node of the model that is trained.
+    """
+    accelerator, devices = trainer["accelerator"], trainer["devices"]
+    precision = _resolve_precision(trainer, model)
+    memory_format = {
+        "auto": choose_memory_format(precision, accelerator),
+        "channels_last": torch.channels_last,
+        "contiguous": torch.contiguous_format,
+    }[trainer["memory_format"]]
+    if devices == "auto":
+        kind = AcceleratorRegistry[device_type(accelerator)]["accelerator"]
+        devices = kind.auto_device_count()
+    return TrainerPlan(
+        arguments=without(trainer, "memory_format", "precision"),
+        precision=precision,
+        channels_last=memory_format == torch.channels_last,
+        processes=devices * trainer.get("num_nodes", 1),
+    )
+
+
+def _resolve_precision(trainer: Node, model: Node) -> str:
+    precision, accelerator = trainer["precision"], trainer["accelerator"]
+    if precision != "auto":
+        return precision
+    chosen = choose_precision(accelerator)
+    if chosen == "bf16-mixed" and device_type(accelerator) == "cpu":
+        with torch.random.fork_rng(devices=[]):
+            network: nn.Module = build(model, "the model")
+        chosen = choose_precision(accelerator, network)
+        if chosen == "32-true":
+            log.info("precision 32-true: grouped convolutions are slow in bfloat16 on a CPU")
+    return chosen

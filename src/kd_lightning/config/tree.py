@@ -1,0 +1,48 @@
+"""Where the configuration tree is, and a composed configuration as plain dictionaries."""
+
+from pathlib import Path
+from typing import Any, cast
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from kd_lightning.config.nodes import Node
+from kd_lightning.errors import InputError
+from kd_lightning.files import home
+
+
+def tree() -> str:
+    """Hydra's address of the configuration tree: the checkout's folder, else the wheel's copy."""
+    checkout = Path(__file__).resolve().parents[3] / "configs"
+    return str(checkout) if checkout.is_dir() else "pkg://kd_lightning.configs"
+
+
+def tree_folder() -> str:
+    """The configuration tree as a folder, for `hydra.initialize_config_dir`."""
+    address = tree()
+    return str(Path(__file__).parents[1] / "configs") if address.startswith("pkg://") else address
+
+
+def plain(config: DictConfig) -> Node:
+    """The configuration as plain dictionaries, interpolations resolved.
+
+    Raises:
+        InputError: a value is missing (``???``) or refers to one that does not exist.
+    """
+    try:
+        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        key = error.full_key or "the configuration"
+        reason = str(error).splitlines()[0]
+        if "Missing mandatory value" in reason:
+            raise InputError(f"{key} must be given: add {key}=VALUE to the command") from error
+        raise InputError(f"{key}: {reason}") from error
+    return cast(Node, _expand_home(resolved))
+
+
+def _expand_home(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _expand_home(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [_expand_home(part) for part in value]
+    return home(value) if isinstance(value, str) else value

@@ -1,0 +1,1 @@
+"""The Lightning module: a trainable student, a frozen teacher, and the terms between them."""

@@ -1,0 +1,124 @@
+"""Which stored teacher outputs a training may use, and under which key its own are stored."""
+
+import logging
+from dataclasses import asdict
+from typing import Any, cast
+
+import torch
+
+from kd_lightning.config.nodes import Node
+from kd_lightning.config.plan import Plan
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.teacher import CHECKED_IMAGES
+from kd_lightning.losses import Logit, Term
+from kd_lightning.models import Output
+from kd_lightning.storage.identity import source_sha256
+from kd_lightning.storage.teacher_cache import DTYPES, Rows, TeacherCache, folder_name
+from kd_lightning.storage.weights import weights_sha256
+
+log = logging.getLogger(__name__)
+
+
+def open_caches(
+    module: DistillationModule, plan: Plan, data: ImageDataModule, device: torch.device
+) -> None:
+    """Let the module read and store what its teacher puts out, as far as that is safe.
+
+    Args:
+        module: with a teacher that has its weights.
+        plan: of the run.
+        data: loaded.
+        device: that computes; devices of another kind round differently.
+    """
+    if plan.cache is None:
+        return
+    assert module.teacher is not None
+    assert plan.teacher is not None
+    index = data.splits["train"][:CHECKED_IMAGES]
+    images = data.render(index, torch.zeros_like(index))["images"].cpu()
+    if len(images) > 1 and (why := module.teacher.why_not_stored(images)):
+        log.warning("the teacher's outputs are not stored: %s", why)
+        return
+    root, limit = plan.cache.root, plan.cache.limit
+    code = source_sha256(plan.teacher.model)
+    teacher: Node = {
+        "format": 1,
+        "teacher": {**plan.teacher.model, "weights": weights_sha256(module.teacher.model)},
+        "normalization": [*plan.teacher.normalization, *plan.data.normalization],
+        "images": data.fingerprint(),
+        "precision": plan.student.trainer.precision,
+        # Left out where there is none, so that what earlier versions stored stays known.
+        **({"code": code} if code else {}),
+        **({"device": device.type} if device.type != "cpu" else {}),
+    }
+    name = plan.teacher.name
+
+    def rows(what: str, key: Node, images: int, shape: tuple[int, ...], dtype: str) -> Rows:
+        key = {**teacher, **key, "dtype": dtype}
+        return Rows(root / folder_name(name, what, key), key, images, shape, DTYPES[dtype])
+
+    # Evaluation is exact: what it reports must not depend on a rounding.
+    classes = plan.data.num_classes
+    kept = {"logits": rows("evaluation", {}, len(data.labels), (classes,), "float32")}
+    module.evaluation_cache = TeacherCache(kept, root, limit)
+
+    terms = {name: cast(Term, term) for name, term in module.terms.items() if term.needs_teacher}
+    keys = {name: _term_key(term, classes) for name, term in terms.items()}
+    why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
+    for name, key in keys.items():
+        if key is None:
+            why = f"the term {name} does not say what it depends on (Term.depends_on)"
+    if why:
+        log.warning("the teacher's outputs in training are not stored: %s", why)
+        return
+    code = source_sha256({"_target_": plan.data.node["_target_"]})
+    views: Node = {
+        "split": [data.val_fraction, data.split_seed],
+        "augmentation": asdict(data.augmentation),
+        **({"code": code} if code else {}),
+    }
+    outputs = module.ask_teacher(images)
+    kept = {}
+    for name, key in keys.items():
+        assert key is not None
+        what = key["class"].rpartition(".")[2].lower()
+        shape = tuple(outputs[name].shape[1:])
+        kept[name] = rows(what, {**views, "term": key}, data.train_size, shape, plan.cache.dtype)
+    module.cache = TeacherCache(kept, root, limit)
+
+
+def _term_key(term: Term, classes: int) -> dict[str, Any] | None:
+    """What a term's stored rows depend on besides teacher and view; None if it does not say.
+
+    Terms that remember the same share their rows: all that remember the plain logits, and a
+    subclass that does not change `remember`. What a term is called in the configuration is nothing
+    to them.
+    """
+    if _remembers_logits(term, classes):
+        return {"class": f"{Logit.__module__}.{Logit.__qualname__}"}
+    depends_on = term.depends_on()
+    if depends_on is None:
+        return None
+    kind = next(kind for kind in type(term).__mro__ if "remember" in vars(kind))
+    name = f"{kind.__module__}.{kind.__qualname__}"
+    code = source_sha256({"_target_": name})
+    return {"class": name, **({"code": code} if code else {}), **depends_on}
+
+
+def _remembers_logits(term: Term, classes: int) -> bool:
+    """Whether `remember` is the identity on logits of any size, infinities and NaN included."""
+    scale = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 10.0, 1e2, 1e4, 1e30, torch.inf, torch.nan])
+    logits = (
+        torch.linspace(-1.5, 2, len(scale) * classes).view(len(scale), classes) * scale[:, None]
+    )
+    try:
+        found = [term.remember(Output(logits.clone(), {})) for _ in range(2)]
+    except Exception:  # it reads features, or refuses such numbers
+        return False
+    return all(
+        isinstance(rows, torch.Tensor)
+        and rows.dtype == logits.dtype
+        and torch.equal(rows.view(torch.int32), logits.view(torch.int32))
+        for rows in found
+    )

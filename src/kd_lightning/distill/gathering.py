@@ -1,0 +1,51 @@
+"""The batches of several processes as one, with gradients, for relational terms."""
+
+from collections.abc import Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.nn.functional import all_gather
+
+from kd_lightning.losses import Targets, TermBatch
+from kd_lightning.models.features import Output
+
+
+def gather(
+    output: Output, targets: Mapping[str, Targets], batch: TermBatch, size: int
+) -> tuple[Output, dict[str, Targets], TermBatch]:
+    """Student outputs, targets and batches of all processes, in the order of their ranks.
+
+    Gradients flow back to the process that an output came from.
+
+    Args:
+        output: of the student in this process.
+        targets: what the terms need of the teacher.
+        batch: labels and more.
+        size: how many images of this process count; processes may differ in it.
+    """
+    device = output.logits.device
+    sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+    sizes[dist.get_rank()] = size
+    dist.all_reduce(sizes)
+    counts = sizes.tolist()
+
+    def rows(value: Tensor) -> Tensor:
+        here = value.to(device)[:size]
+        padded = here.new_zeros(max(counts), *here.shape[1:])
+        padded = torch.cat([here, padded[len(here) :]])
+        parts = all_gather(padded)
+        return torch.cat([part[:n] for part, n in zip(parts, counts, strict=True)])
+
+    def every(value: Targets) -> Targets:
+        if isinstance(value, Tensor):
+            return rows(value)
+        return {name: rows(part) for name, part in value.items()}
+
+    whole = Output(rows(output.logits), {k: rows(v) for k, v in output.features.items()})
+    labels, index, view = (rows(part) for part in (batch.labels, batch.index, batch.view))
+    return (
+        whole,
+        {name: every(value) for name, value in targets.items()},
+        TermBatch(labels, index.cpu(), view.cpu(), batch.progress),
+    )

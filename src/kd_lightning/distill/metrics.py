@@ -1,0 +1,43 @@
+"""What is measured, as collections of metrics that are right over several processes."""
+
+import torch.nn.functional as F
+from torch import Tensor
+from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+
+class CrossEntropyLoss(MeanMetric):
+    """Mean cross-entropy of logits (B, C) with labels (B,) over all images; NaN stays NaN."""
+
+    def __init__(self) -> None:
+        super().__init__(nan_strategy="disable")
+
+    def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
+        """Add a batch."""
+        super().update(F.cross_entropy(logits.float(), labels), weight=len(logits))
+
+
+def accuracy(num_classes: int) -> MulticlassAccuracy:
+    """Share of images that are classified correctly, whatever their class."""
+    return MulticlassAccuracy(num_classes, average="micro", validate_args=False)
+
+
+def confusion_matrix(num_classes: int) -> MulticlassConfusionMatrix:
+    """Counts (C, C), [true class, predicted class]."""
+    return MulticlassConfusionMatrix(num_classes, validate_args=False)
+
+
+def train_metrics(num_classes: int) -> MetricCollection:
+    """Of the student on training views."""
+    return MetricCollection({"train/accuracy": accuracy(num_classes)})
+
+
+def val_metrics(num_classes: int) -> MetricCollection:
+    """Of the student on validation images."""
+    metrics = {"val/accuracy": accuracy(num_classes), "val/loss": CrossEntropyLoss()}
+    return MetricCollection(dict(metrics), compute_groups=False)
+
+
+def test_metrics(num_classes: int) -> MetricCollection:
+    """Of the student on test images."""
+    return MetricCollection({"test/accuracy": accuracy(num_classes)})

@@ -1,0 +1,362 @@
+"""The one Lightning module: a trainable student, a frozen teacher, and the terms between them."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import Precision
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.enums import GradClipAlgorithmType
+from torch import Tensor
+from torch.nn import ModuleDict
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from kd_lightning.config.nodes import Node, build, without
+from kd_lightning.data.loading import Batch
+from kd_lightning.distill import metrics
+from kd_lightning.distill.batchnorm import images_needed
+from kd_lightning.distill.gathering import gather
+from kd_lightning.distill.optimizers import build_optimizer
+from kd_lightning.distill.schedulers import build_schedule
+from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.errors import InputError
+from kd_lightning.losses import Context, Reads, Targets, Term, TermBatch
+from kd_lightning.losses.term import Shapes
+from kd_lightning.models.features import FeatureReader, LayerShapes, layer_shapes
+from kd_lightning.models.outputs import find_logits
+from kd_lightning.models.preparing import cannot_take, materialize, to_memory_format
+from kd_lightning.storage.teacher_cache import TeacherCache
+from kd_lightning.storage.trust import check_trusted
+
+AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+class DistillationModule(LightningModule):
+    """Trains a student by a weighted sum of terms; without a teacher, plain supervised training.
+
+    It holds the mathematics of training, validation and test; everything beside them is a callback
+    (`kd_lightning.engine.callbacks`).
+
+    Its hyper-parameters are plain dictionaries of primitives, and the objects are built from them
+    here: that is what lets Lightning save, load and resume with ``weights_only=True``.
+
+    Args:
+        student: `_target_` node of the student's model.
+        terms: term name to its `_target_` node, each with a `weight`.
+        optimizer: `_target_` node; called with the parameters of the student and of the terms.
+        scheduler: `_target_` node; see `schedulers.build_schedule`. None keeps the learning rate
+            constant.
+        num_classes: number of classes.
+        image_size: height and width of the images, in pixels.
+        channels_last: memory format of student and teacher.
+        train_size: number of training images, for terms that need it.
+        teacher: needed if a term needs one; neither a hyper-parameter nor saved.
+
+    Attributes:
+        step_losses: unweighted loss of every term in the current step, detached float32 scalars.
+        images_needed: the fewest images that a process can train on at once.
+        cache: the teacher's outputs on training views, as far as they are stored.
+        evaluation_cache: its logits of images as they are, ``logits``, if they are stored.
+
+    Raises:
+        InputError: a node cannot be built, or a term cannot work between the two networks.
+    """
+
+    def __init__(
+        self,
+        student: Node,
+        terms: dict[str, Node],
+        optimizer: Node,
+        scheduler: Node | None,
+        num_classes: int,
+        image_size: int,
+        channels_last: bool = True,
+        train_size: int = 0,
+        teacher: FrozenTeacher | None = None,
+    ) -> None:
+        super().__init__()
+        self.save_hyperparameters(ignore=["teacher"])
+        self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
+        self.student = build(student, "student.model")
+        materialize(self.student, image_size, "student.model")
+        to_memory_format(self.student, self.memory_format)
+        self.num_classes = num_classes
+        self.optimizer_node, self.scheduler_node = optimizer, scheduler
+        self.weights = {name: float(node["weight"]) for name, node in terms.items()}
+        # Registered, so that a term that has parameters of its own (a projector, say) is trained.
+        self.terms = ModuleDict(
+            {
+                name: build(without(node, "weight"), f"method.terms.{name}")
+                for name, node in terms.items()
+            }
+        )
+        self.teacher = teacher
+        self.cache: TeacherCache | None = None
+        self.evaluation_cache: TeacherCache | None = None
+        self._set_up_terms(num_classes, image_size, train_size)
+        self.train_metrics = metrics.train_metrics(num_classes)
+        self.val_metrics = metrics.val_metrics(num_classes)
+        self.test_metrics = metrics.test_metrics(num_classes)
+        self.confusion = metrics.confusion_matrix(num_classes)
+        self.teacher_accuracy = metrics.accuracy(num_classes)
+        self.agreement = metrics.accuracy(num_classes)
+        self.step_losses: dict[str, Tensor] = {}
+
+    @classmethod
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | Path, *args: Any, trust: Iterable[str] = (), **kwargs: Any
+    ) -> "DistillationModule":
+        """As Lightning's, but a stranger's file cannot run code.
+
+        The module is in training mode, as Lightning's are: a Trainer switches modes by itself, but
+        call `eval` before predicting without one.
+
+        Args:
+            checkpoint_path: the file.
+            args: see Lightning.
+            trust: packages of one's own that the checkpoint may name; see `check_trusted`.
+            kwargs: what the checkpoint does not hold: the ``teacher``.
+
+        Raises:
+            InputError: the checkpoint names code that is not trusted.
+        """
+        content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
+        check_trusted(content.get("hyper_parameters", {}), "hyper_parameters", trust)
+        kwargs["weights_only"] = True
+        return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
+
+    def _set_up_terms(self, num_classes: int, image_size: int, train_size: int) -> None:
+        """Show every term both networks, and set up the reading of the layers they ask for."""
+        student = self._shapes(self.student, "student", num_classes, image_size)
+        self.images_needed = images_needed(self.student, student)
+        teacher: Shapes = {}
+        if any(term.needs_teacher for term in self._terms.values()):
+            if self.teacher is None:
+                raise InputError("this method learns from a teacher, but none was given")
+            teacher = self._shapes(self.teacher.model, "teacher", num_classes, image_size)
+        context = Context(student, teacher, num_classes, train_size)
+        reads: list[Reads] = []
+        for name, term in self._terms.items():
+            try:
+                reads.append(term.setup(context))
+            except ValueError as error:
+                raise InputError(f"method.terms.{name}: {error}") from error
+        layers = dict.fromkeys(layer for read in reads for layer in read.student)
+        self._read_student = FeatureReader(self.student, layers, num_classes=num_classes)
+        if self.teacher is not None:
+            learning = [
+                read
+                for read, term in zip(reads, self._terms.values(), strict=True)
+                if term.needs_teacher
+            ]
+            layers = dict.fromkeys(layer for read in learning for layer in read.teacher)
+            logits = any(read.teacher_logits for read in learning)
+            self.teacher.read(layers, logits, num_classes)
+
+    @property
+    def _terms(self) -> dict[str, Term]:
+        return cast(dict[str, Term], self.terms)
+
+    @staticmethod
+    def _shapes(
+        model: torch.nn.Module, role: str, num_classes: int, image_size: int
+    ) -> LayerShapes:
+        try:
+            shapes = layer_shapes(model, image_size)
+        except Exception as error:
+            raise InputError(cannot_take(f"{role}.model", image_size, error)) from error
+        find_logits(shapes.output, num_classes, f"{role}.model")
+        return shapes
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the student's logits (B, C)."""
+        output = self.student(images.contiguous(memory_format=self.memory_format))
+        return find_logits(output, self.num_classes)
+
+    def losses(self, batch: Batch, progress: float = 0.0) -> tuple[dict[str, Tensor], Tensor]:
+        """The unweighted loss of every term, float32 scalars, and the student's logits (B, C).
+
+        Args:
+            batch: of training views.
+            progress: share of the training that is done, in [0, 1].
+        """
+        images = batch["images"].contiguous(memory_format=self.memory_format)
+        targets = self.targets(batch) if self.teacher is not None else {}
+        output = self._read_student(images)
+        own = TermBatch(batch["labels"], batch["index"], batch["view"], progress)
+        losses = {
+            name: term(output, targets.get(name), own)
+            for name, term in self._terms.items()
+            if not self._gathers(term)
+        }
+        if len(losses) < len(self.terms):
+            whole = gather(output, targets, own, len(output.logits) if batch["share"] else 0)
+            losses |= {
+                name: term(whole[0], whole[1].get(name), whole[2])
+                for name, term in self._terms.items()
+                if self._gathers(term)
+            }
+        return {name: losses[name] for name in self._terms}, output.logits
+
+    def _gathers(self, term: Term) -> bool:
+        """Whether a term is given the batches of all processes."""
+        return term.relational and self._trainer is not None and self.trainer.world_size > 1
+
+    def targets(self, batch: Batch) -> dict[str, Targets]:
+        """What every term needs of the teacher: from the cache, or else computed."""
+        images = batch["images"].contiguous(memory_format=self.memory_format)
+        flat = self._fetch(self.cache, batch, lambda: self.ask_teacher(images))
+        targets: dict[str, Targets] = {}
+        for key, value in flat.items():
+            name, _, part = key.partition("/")
+            if part:
+                cast(dict[str, Tensor], targets.setdefault(name, {}))[part] = value
+            else:
+                targets[name] = value
+        return targets
+
+    @staticmethod
+    def _fetch(
+        cache: TeacherCache | None, batch: Batch, compute: Callable[[], Mapping[str, Tensor]]
+    ) -> Mapping[str, Tensor]:
+        if cache is None:
+            return compute()
+        return cache.fetch(batch["index"], batch["view"], batch["images"].device, compute)
+
+    def ask_teacher(self, images: Tensor) -> dict[str, Tensor]:
+        """What every term remembers of these images (B, 3, H, W): (B, ...) by the term's name, or
+        by ``term/part`` where it is a dictionary.
+        """
+        assert self.teacher is not None
+        answer = self.teacher.answer(images.contiguous(memory_format=self.memory_format))
+        flat: dict[str, Tensor] = {}
+        for name, term in self._terms.items():
+            if term.needs_teacher:
+                value = term.remember(answer)
+                parts = {"": value} if isinstance(value, Tensor) else value
+                flat |= {f"{name}/{part}".rstrip("/"): tensor for part, tensor in parts.items()}
+        return flat
+
+    def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
+        """One step of the weighted sum of all terms: ``loss``, and ``losses`` for `Curves`."""
+        total_steps = float(self.trainer.estimated_stepping_batches)
+        losses, logits = self.losses(batch, min(1.0, self.global_step / total_steps))
+        weighted = {name: self.weights[name] * value for name, value in losses.items()}
+        loss = torch.stack([*weighted.values()]).sum()
+        if batch["share"]:
+            self.train_metrics.update(logits, batch["labels"])
+        self.step_losses = {name: value.detach() for name, value in losses.items()}
+        shown = {"loss/total": loss.detach()}
+        for name in losses:
+            shown[f"loss/{name}"] = self.step_losses[name]
+            shown[f"loss_weighted/{name}"] = weighted[name].detach()
+        return {"loss": self._of_this_process(loss, weighted, batch), "losses": shown}
+
+    def _of_this_process(
+        self, loss: Tensor, weighted: Mapping[str, Tensor], batch: Batch
+    ) -> Tensor:
+        """The loss whose gradients, averaged over the processes, are those of the whole batch."""
+        if self.trainer.world_size == 1:
+            return loss
+        # A relational term has seen the whole batch already.
+        whole = [value for name, value in weighted.items() if self._gathers(self._terms[name])]
+        if not whole:
+            return loss * batch["share"]
+        gathered = torch.stack(whole).sum()
+        return (loss - gathered) * batch["share"] + gathered
+
+    def on_train_epoch_start(self) -> None:
+        """Count anew."""
+        self.train_metrics.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the accuracy on the epoch's training views."""
+        self.log_dict(self.train_metrics)
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """The student on the validation images, and the teacher unless training goes on."""
+        logits = self(batch["images"])
+        if batch["share"]:
+            self.val_metrics.update(logits, batch["labels"])
+        self.log_dict(self.val_metrics)
+        if self.trainer.state.fn != TrainerFn.FITTING and self.teacher is not None:
+            self._score_teacher(batch, "val")
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Student and teacher on the test images, and how often they name the same class."""
+        logits = self(batch["images"])
+        if batch["share"]:
+            self.test_metrics.update(logits, batch["labels"])
+            self.confusion.update(logits, batch["labels"])
+        self.log_dict(self.test_metrics)
+        if self.teacher is not None:
+            teacher = self._score_teacher(batch, "test")
+            if batch["share"]:
+                self.agreement.update(logits, teacher.argmax(dim=1))
+            self.log("test/agreement", self.agreement)
+
+    def _score_teacher(self, batch: Batch, part: str) -> Tensor:
+        images = batch["images"].contiguous(memory_format=self.memory_format)
+
+        def ask() -> dict[str, Tensor]:
+            assert self.teacher is not None
+            return {"logits": self.teacher(images).float()}
+
+        logits = self._fetch(self.evaluation_cache, batch, ask)["logits"]
+        if batch["share"]:
+            self.teacher_accuracy.update(logits, batch["labels"])
+        self.log(f"{part}/teacher_accuracy", self.teacher_accuracy)
+        return logits
+
+    def on_fit_start(self) -> None:
+        """The student is on its device: bring the teacher there."""
+        self._place_teacher()
+
+    def on_validation_start(self) -> None:
+        """Bring the teacher to the student's device, and measure anew."""
+        self._place_teacher()
+        self.val_metrics.reset()  # one validated before training was left in inference mode
+
+    def on_test_start(self) -> None:
+        """Bring the teacher to the student's device, and measure anew: it may be tested twice."""
+        self._place_teacher()
+        self.confusion.reset()
+
+    def _place_teacher(self) -> None:
+        if self.teacher is not None:
+            dtype = AUTOCAST.get(str(self.trainer.precision))
+            self.teacher.prepare(self.device, self.memory_format, dtype)
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer of the student's (and terms') parameters, and its schedule by steps."""
+        precision = str(self.trainer.precision)
+        optimizer = build_optimizer(self.optimizer_node, self.parameters(), precision)
+        if self.scheduler_node is None:
+            return optimizer
+        steps = int(self.trainer.estimated_stepping_batches)
+        schedule = build_schedule(self.scheduler_node, optimizer, steps)
+        # Lightning would step `ReduceLROnPlateau` after the epoch's checkpoint: a resumed training
+        # would miss it. The callback `StepOnPlateau` does it before.
+        never = {"reduce_on_plateau": False, "frequency": sys.maxsize}
+        plateau = isinstance(schedule.scheduler, ReduceLROnPlateau)
+        settings = {**schedule._asdict(), **(never if plateau else {})}
+        return {"optimizer": optimizer, "lr_scheduler": settings}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does, with fused optimizers too unless gradients are scaled."""
+        if str(self.trainer.precision) == "16-mixed":
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+            return
+        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        # Past the refusal of MixedPrecision, which is meant for gradients that are scaled.
+        plugin = self.trainer.precision_plugin
+        Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)

@@ -1,0 +1,238 @@
+"""The frozen teacher: an inference-only network whose outputs never change."""
+
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from kd_lightning.data.views import Normalization
+from kd_lightning.models.features import FeatureReader, Output
+from kd_lightning.models.folding import fold_batchnorm, has_hooks
+from kd_lightning.models.preparing import to_memory_format
+from kd_lightning.models.trial import copied, no_gradients, stand_in
+
+CHECKED_IMAGES = 8
+TOLERANCE = 1e-3
+"""Largest difference between two outputs that are the same but for rounding, in float32,
+relative to the largest value."""
+
+
+class _Place(NamedTuple):
+    """Where and how the teacher answers; `dtype` is autocast's, None if it is off."""
+
+    device: torch.device
+    memory_format: torch.memory_format
+    dtype: torch.dtype | None
+
+
+class FrozenTeacher:
+    """A teacher in evaluation mode, without gradients, behind a plain call.
+
+    Deliberately not an `nn.Module`: what Lightning does not see as a submodule it cannot put into
+    training mode, optimise, save in a checkpoint or synchronise between processes.
+
+    Args:
+        model: the network; it is switched to evaluation mode and its parameters are frozen. After
+            `prepare`, a copy made for speed answers, if it gives the same answers; the weights
+            of the model itself never change.
+        expects: the normalisation the network was trained with.
+        given: the normalisation of the images it will be given.
+    """
+
+    def __init__(self, model: nn.Module, expects: Normalization, given: Normalization) -> None:
+        self.model = model.eval().requires_grad_(False)
+        self._layers: Collection[str] = ()
+        self._logits = True
+        self._num_classes: int | None = None
+        self._place: _Place | None = None
+        self._reader: FeatureReader | None = None
+        mean_given, std_given = torch.tensor(given.mean), torch.tensor(given.std)
+        mean, std = torch.tensor(expects.mean), torch.tensor(expects.std)
+        self._scale = (std_given / std).view(1, 3, 1, 1)
+        self._shift = ((mean_given - mean) / std).view(1, 3, 1, 1)
+        self._renormalize = expects != given
+
+    def read(
+        self, layers: Collection[str], logits: bool = True, num_classes: int | None = None
+    ) -> None:
+        """What `answer` returns from now on.
+
+        Args:
+            layers: those whose feature maps are wanted.
+            logits: whether the logits are; if not, nothing after the last layer is computed.
+            num_classes: number of classes, to find the logits by; see `find_logits`.
+        """
+        self._layers, self._logits, self._num_classes = layers, logits, num_classes
+        self._use(None)
+        self._place = None
+
+    def prepare(
+        self, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype | None
+    ) -> None:
+        """Say where the images will be; the first of them decide which network answers.
+
+        On these it is checked that normalisations can be folded and weights converted without a
+        change. Otherwise the model itself answers.
+
+        Args:
+            device: where the images will be.
+            memory_format: of the convolutions' weights.
+            dtype: autocast's type if it is on: convolution and linear weights are converted once,
+                to the very values that autocast would convert them to in every step.
+        """
+        place = _Place(device, memory_format, dtype)
+        if self._place != place:
+            self._use(None)
+            self._place = place
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised as `given`, to logits (B, C)."""
+        return self._ask(images, complete=True).logits
+
+    def answer(self, images: Tensor) -> Output:
+        """Images (B, 3, H, W), normalised as `given`, to what `read` asked for."""
+        return self._ask(images, complete=False)
+
+    def why_not_stored(self, images: Tensor) -> str:
+        """Why answers must not be stored for later; empty if they may.
+
+        Args:
+            images: (B, 3, H, W), normalised as `given`, all different; B is at least 4.
+        """
+        images = images[:CHECKED_IMAGES]
+        half = len(images) // 2
+        with no_gradients(), torch.random.fork_rng(devices=[]):
+            images = self._normalize(images)
+            network = stand_in(self.model)
+            first, again, fewer = (
+                self._once(network, part) for part in (images, images, images[:half].flip(0))
+            )
+        if not _same(first, again):
+            return "it answers the same images differently each time"
+        one = Output(first.logits[:half], {k: v[:half] for k, v in first.features.items()})
+        other = Output(fewer.logits.flip(0), {k: v.flip(0) for k, v in fewer.features.items()})
+        if not _same(one, other):
+            return "its answer for an image depends on the other images of the batch"
+        return ""
+
+    @no_gradients()
+    def _ask(self, images: Tensor, complete: bool) -> Output:
+        images = self._normalize(images)
+        if self._place is None:
+            # What a model keeps of its first images, a position grid, say, would be kept too early.
+            return self._once(stand_in(self.model), images, complete)
+        if self._reader is None:
+            self._use(self._choose(images[:CHECKED_IMAGES], self._place))
+        assert self._reader is not None
+        return self._reader(images, complete)
+
+    def _normalize(self, images: Tensor) -> Tensor:
+        if not self._renormalize:
+            return images
+        if self._scale.device != images.device:
+            self._scale, self._shift = self._scale.to(images), self._shift.to(images)
+        return images * self._scale + self._shift
+
+    def _use(self, network: nn.Module | None) -> None:
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None if network is None else self._read_from(network)
+
+    def _read_from(self, network: nn.Module) -> FeatureReader:
+        return FeatureReader(network, self._layers, self._logits, self._num_classes)
+
+    def _once(self, network: nn.Module, images: Tensor, complete: bool = True) -> Output:
+        reader = self._read_from(network)
+        try:
+            return reader(images, complete)
+        finally:
+            reader.close()
+
+    def _choose(self, images: Tensor, place: _Place) -> nn.Module:
+        """The network that answers: of those that say the same of these images, the fastest."""
+        home = next(self.model.parameters(), torch.empty(0)).device
+        network = self.model.to(place.device)
+        to_memory_format(network, place.memory_format)
+        kind = place.device.type
+        with _untouched_rng(place.device):
+            with torch.autocast(kind, enabled=False), _no_tf32(kind):
+                network = self._improved(network, self._fold, images, TOLERANCE)
+            if place.dtype is not None:
+                with torch.autocast(kind, place.dtype):
+                    network = self._improved(network, _convert(place.dtype), images, tolerance=0)
+        if network is not self.model:
+            self.model.to(home)
+        return network
+
+    def _improved(
+        self,
+        network: nn.Module,
+        improve: Callable[[nn.Module], int],
+        images: Tensor,
+        tolerance: float,
+    ) -> nn.Module:
+        """An improved copy of a network, or the network itself if the copy answers otherwise."""
+        try:
+            better = copied(network)
+            if not improve(better):
+                return network
+            before, after = (self._once(stand_in(n), images) for n in (network, better))
+            return better if _same(before, after, tolerance) else network
+        except Exception:  # a copy that does not work
+            return network
+
+    def _fold(self, network: nn.Module) -> int:
+        return fold_batchnorm(network, keep=self._layers)
+
+
+def _convert(dtype: torch.dtype) -> Callable[[nn.Module], int]:
+    def convert(network: nn.Module) -> int:
+        """Convert the weights of plain convolutions and linear layers; return how many."""
+        if any(has_hooks(module) for module in network.modules()):
+            return 0
+        plain = [m for m in network.modules() if type(m) in (nn.Conv2d, nn.Linear)]
+        for module in plain:
+            module.to(dtype)
+        return len(plain)
+
+    return convert
+
+
+@contextmanager
+def _untouched_rng(device: torch.device) -> Iterator[None]:
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _no_tf32(kind: str) -> Iterator[None]:
+    """Convolutions in full float32, whose rounding a check does not take for a difference."""
+    if kind != "cuda":
+        yield
+        return
+    cudnn = torch.backends.cudnn
+    allowed, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = allowed
+
+
+def _same(one: Output, other: Output, tolerance: float = TOLERANCE) -> bool:
+    """Whether two answers about the same images differ by no more than rounding."""
+    pairs = [(one.logits, other.logits)]
+    pairs += [(feature, other.features[name]) for name, feature in one.features.items()]
+    return all(_close(*pair, tolerance) for pair in pairs)
+
+
+def _close(one: Tensor, other: Tensor, tolerance: float) -> bool:
+    if one.shape != other.shape:
+        return False
+    if not tolerance:
+        return torch.equal(one, other)
+    finite = one[one.isfinite()].abs()
+    largest = float(finite.max()) if finite.numel() else 0.0
+    return torch.allclose(one, other, rtol=0, atol=tolerance * largest, equal_nan=True)

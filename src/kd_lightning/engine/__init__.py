@@ -1,0 +1,1 @@
+"""How Lightning trains it: trainer, processes, optimizers, callbacks."""

@@ -1,0 +1,66 @@
+"""Pictures for TensorBoard: what goes into a training, and what it confuses in the end."""
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import TensorBoardLogger
+from torch import Tensor
+from torchvision.utils import make_grid
+
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.reports import plots
+
+LARGEST_VIEW = 128
+"""Pixels that a view on the page has at most; larger ones are reduced."""
+
+
+class Pictures(Callback):
+    """A page of augmented training images at the start, a confusion matrix at the end.
+
+    A picture that cannot be drawn costs a warning, never the run.
+    """
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw eight training images, eight views of each."""
+        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            with plots.optional("the page of training views"):
+                page = page_of_views(_data(trainer))
+                trainer.logger.experiment.add_image("training views", page)
+
+    def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Draw the confusion matrix."""
+        # By all processes: each has counted some of the images.
+        counts = cast(DistillationModule, module).confusion.compute()
+        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+            with plots.optional("the picture of the confusion matrix"):
+                figure = plots.confusion_matrix(counts.cpu().numpy(), _data(trainer).classes)
+                trainer.logger.experiment.add_image(
+                    "test/confusion", plots.pixels(figure), trainer.current_epoch, dataformats="HWC"
+                )
+
+
+def page_of_views(data: ImageDataModule, rows: int = 8, columns: int = 8) -> Tensor:
+    """Training images as a model sees them: one image a row, one of its views a column.
+
+    Returns:
+        (3, height, width) in [0, 1], with views of at most `LARGEST_VIEW` pixels.
+    """
+    index = data.splits["train"][:: max(1, len(data.splits["train"]) // rows)][:rows]
+    view = torch.arange(columns)
+    mean, std = torch.tensor((data.mean, data.std)).view(2, 1, -1, 1, 1)
+    parts = []
+    for image in index:  # a row at a time: no more memory than a training batch
+        images = data.render(image.repeat(columns), view)["images"].cpu() * std + mean
+        longest = max(images.shape[2:])
+        if longest > LARGEST_VIEW:
+            size = [max(1, side * LARGEST_VIEW // longest) for side in images.shape[2:]]
+            images = F.interpolate(images, size, mode="area")
+        parts.append(images)
+    return make_grid(torch.cat(parts), nrow=columns, padding=2, pad_value=1.0)
+
+
+def _data(trainer: Trainer) -> ImageDataModule:
+    return cast(ImageDataModule, trainer.datamodule)  # type: ignore[attr-defined]

@@ -1,0 +1,42 @@
+"""Steps `ReduceLROnPlateau` before the epoch's checkpoint is written."""
+
+from typing import Any, cast
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
+
+from kd_lightning.distill.module import DistillationModule
+
+
+class StepOnPlateau(Callback):
+    """Gives the scheduler the validation's loss, or its accuracy if the mode is ``max``.
+
+    Lightning would do so after the checkpoint, and a resumed training would miss that step.
+    """
+
+    def __init__(self) -> None:
+        self._results: dict[str, float] = {}  # of the last validation, and its epoch
+
+    def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Keep the results."""
+        results = cast(DistillationModule, module).val_metrics.compute()
+        self._results = {name: float(value) for name, value in results.items()}
+        self._results["epoch"] = trainer.current_epoch
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Step the scheduler, if the epoch was validated."""
+        scheduler: Any = module.lr_schedulers()
+        if (
+            isinstance(scheduler, ReduceLROnPlateau)
+            and self._results.get("epoch") == trainer.current_epoch
+        ):
+            name = "val/accuracy" if scheduler.mode == "max" else "val/loss"
+            scheduler.step(self._results[name])
+
+    def state_dict(self) -> dict[str, Any]:
+        """The last validation's results: it may be in the middle of an epoch."""
+        return dict(self._results)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue with these results."""
+        self._results = state_dict

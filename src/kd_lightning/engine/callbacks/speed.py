@@ -1,0 +1,87 @@
+"""How fast a training is: images per second, and seconds in all."""
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+
+class Speed(Callback):
+    """Logs ``images_per_second`` of every epoch, without the time for validation and checkpoints.
+
+    Attributes:
+        images: trained on so far, by all processes; repeated ones count again.
+        seconds: spent on training steps.
+        fit_seconds: until the last checkpoint, validation and all. An interrupted training counts.
+    """
+
+    def __init__(self) -> None:
+        self.images, self.seconds, self.fit_seconds = 0, 0.0, 0.0
+        self._clock_began, self._clock_images = time.perf_counter(), 0
+        self._fit_began = self._clock_began
+        self._processes = 1
+
+    @property
+    def images_per_second(self) -> float:
+        """Of the whole training."""
+        return self.images / self.seconds
+
+    def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start the clock of the training as a whole."""
+        self._fit_began = time.perf_counter()
+        self._processes = trainer.world_size
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start the clock: a resumed epoch does not start."""
+        self._restart()
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start the clock."""
+        self._restart()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Count the images."""
+        self._clock_images += len(batch["labels"])
+
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """During training this comes right after a step: stop the clock."""
+        self._stop(module)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Start the clock again, should the epoch go on."""
+        self._clock_began = time.perf_counter()
+
+    def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Stop the clock, unless a validation has."""
+        self._stop(module)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Count until now, for a checkpoint."""
+        now = time.perf_counter()
+        self.fit_seconds += now - self._fit_began
+        self._fit_began = now
+        self._count()
+        return {name: getattr(self, name) for name in ("images", "seconds", "fit_seconds")}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on counting where the checkpoint was written."""
+        for name in ("images", "seconds", "fit_seconds"):
+            setattr(self, name, state_dict[name])
+
+    def _restart(self) -> None:
+        self._clock_began, self._clock_images = time.perf_counter(), 0
+
+    def _stop(self, module: LightningModule) -> None:
+        if self._clock_images:
+            module.log("images_per_second", self._count(), sync_dist=True)
+
+    def _count(self) -> float:
+        """Add what was trained since the clock began; images per second since then."""
+        now = time.perf_counter()
+        images, seconds = self._clock_images * self._processes, now - self._clock_began
+        self.images += images
+        self.seconds += seconds if images else 0
+        self._clock_began, self._clock_images = now, 0
+        return images / seconds

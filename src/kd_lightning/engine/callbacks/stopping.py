@@ -1,0 +1,97 @@
+"""Ctrl-C and SIGTERM end a training after the current step and say how to resume it."""
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+
+from kd_lightning.errors import Stopped
+from kd_lightning.storage.run_directory import Checkpoint
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopWhenAsked(Callback):
+    """Saves a checkpoint and raises `Stopped` after Ctrl-C or SIGTERM.
+
+    The current step is finished first, and so is a validation that is due after it; the same
+    command resumes with the next step and ends with the same weights as an uninterrupted training.
+    Several processes that train together resume from the last complete epoch instead, since each
+    has seen only its own part of the current one. A second signal ends the process at once.
+
+    Args:
+        what: is trained, for messages.
+        path: of the checkpoint to resume from.
+    """
+
+    def __init__(self, what: str, path: Path) -> None:
+        self._what, self._path = what, path
+        self._asked: int | None = None
+        self._saved = 0  # batches of the epoch that are in the checkpoint
+        self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
+
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Handle the signals, in rank 0."""
+        if trainer.is_global_zero and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self._asked is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self._asked = number
+
+    def on_train_batch_end(
+        self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save, unless a validation is due or gradients are being accumulated."""
+        if self._asked is None:
+            return
+        if trainer.world_size > 1:
+            self._stop(trainer)
+        done = batch_idx + 1
+        counted = done if trainer.check_val_every_n_epoch else trainer.fit_loop.total_batch_idx + 1
+        validates = trainer.is_last_batch or counted % (trainer.val_check_batch or 1) == 0
+        if not validates and done % trainer.accumulate_grad_batches == 0:
+            trainer.save_checkpoint(self._path, weights_only=False)
+            self._saved = done
+
+    def on_train_batch_start(
+        self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop if the previous step is saved; by now its metrics are logged."""
+        if self._saved:
+            self._stop(trainer)
+
+    def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Stop: the previous epoch is saved."""
+        if self._asked is not None:
+            self._stop(trainer)
+
+    def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Restore the signal handlers."""
+        self._leave()
+        if self._asked is not None:  # in the last epoch's last step, or in its validation
+            self._stop(trainer)
+
+    def _stop(self, trainer: Trainer) -> None:
+        assert self._asked is not None
+        epochs, steps = trainer.current_epoch, trainer.global_step
+        come = Checkpoint(self._path, epochs, steps, self._saved)
+        raise Stopped(self._asked, self._what, come.place if epochs or self._saved else None)
+
+    def on_exception(
+        self, trainer: Trainer, module: LightningModule, exception: BaseException
+    ) -> None:
+        """Restore the signal handlers."""
+        self._leave()
+
+    def _leave(self) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before = {}

@@ -1,0 +1,56 @@
+"""The user's callbacks: any of Lightning's or one's own, named in the configuration."""
+
+from collections.abc import Mapping
+
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+
+from kd_lightning.config.nodes import Node, build
+from kd_lightning.errors import InputError
+
+METRICS = ("val/accuracy", "val/loss", "train/accuracy", "images_per_second")
+"""What a training logs once an epoch, for callbacks that monitor something."""
+
+
+def build_callbacks(nodes: Mapping[str, Node]) -> list[Callback]:
+    """Build callbacks from their `_target_` nodes.
+
+    Args:
+        nodes: name to node. A callback's state is saved in checkpoints under its name.
+
+    Raises:
+        InputError: one cannot be built, or is not a callback, or would change the configuration.
+    """
+    callbacks = []
+    for name, node in nodes.items():
+        callback = build(node, f"callbacks.{name}")
+        if not isinstance(callback, Callback):
+            raise InputError(
+                f"callbacks.{name} must be a lightning.pytorch.Callback, not {node['_target_']}"
+            )
+        if isinstance(callback, BatchSizeFinder | LearningRateFinder):
+            raise InputError(
+                f"callbacks.{name}: {type(callback).__name__} changes settings that a run is named "
+                "by; search for them with scripts/tune.py"
+            )
+        callbacks.append(_named(callback, name))
+    # A callback of the user's own may log more.
+    if all(type(callback).__module__.startswith("lightning.") for callback in callbacks):
+        for name, callback in zip(nodes, callbacks, strict=True):
+            monitor = getattr(callback, "monitor", None)
+            if monitor not in (None, *METRICS):
+                raise InputError(
+                    f"callbacks.{name}.monitor: nothing is logged as {monitor}; choose from "
+                    f"{', '.join(METRICS)}"
+                )
+    return callbacks
+
+
+def _named(callback: Callback, name: str) -> Callback:
+    """The callback with a state key of its own: by default two of one class may share theirs."""
+    own = type(callback)
+    key = property(lambda self: f"callbacks.{name}")
+    callback.__class__ = type(
+        own.__name__, (own,), {"state_key": key, "__module__": own.__module__}
+    )
+    return callback

@@ -1,0 +1,163 @@
+"""The acts of a training: fit, validate, test, and what comes of each."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distill.batchnorm import measure_lag, reestimate, trained_batchnorms
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.engine.callbacks.divergence import StopWhenDiverged
+from kd_lightning.engine.callbacks.history import History
+from kd_lightning.engine.callbacks.speed import Speed
+from kd_lightning.errors import RunError
+from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
+
+log = logging.getLogger(__name__)
+
+Kind = TypeVar("Kind", bound=Callback)
+
+
+def fit(
+    trainer: Trainer,
+    module: DistillationModule,
+    data: ImageDataModule,
+    directory: RunDirectory,
+    weights: str,
+    resume: Checkpoint | None = None,
+    update_bn: bool = False,
+    revalidate: bool = False,
+) -> dict[str, Any]:
+    """Train, keep the last epoch's weights, and validate them.
+
+    Args:
+        trainer: from `build_trainer`.
+        module: what is trained.
+        data: the images.
+        directory: where the weights and tables go.
+        weights: what to call the file of weights.
+        resume: from where to go on.
+        update_bn: whether to re-estimate BatchNorm's running statistics after the last epoch.
+        revalidate: whether a callback may have changed the weights when the training ended.
+
+    Raises:
+        RunError: the training diverged.
+    """
+    if resume is not None:
+        log.warning("resuming %s after %s", directory.path, resume.place)
+    trainer.fit(module, data, ckpt_path=resume.path if resume else None, weights_only=True)
+    speed, history = _callback(trainer, Speed), _callback(trainer, History)
+    _callback(trainer, StopWhenDiverged).check(module)
+    if not speed.images:
+        raise RunError("a callback stopped the training before its first step")
+    # `StochasticWeightAveraging` goes through one epoch more without training.
+    epochs = min(cast(Any, trainer.fit_loop.epoch_progress.current).processed, trainer.max_epochs)
+    has_batchnorm = bool(trained_batchnorms(module.student))
+    has_new_statistics = update_bn and has_batchnorm
+    if has_new_statistics:
+        reestimate(trainer, module, data, epochs)
+    directory.save_weights(module.student, weights)
+    directory.write_table("history", history.rows)
+    # It may have stopped between two validations, or the weights have changed since.
+    if history.validated_at != trainer.global_step or revalidate or has_new_statistics:
+        trainer.validate(module, data, verbose=False)
+    if not math.isfinite(metric(trainer, "val/loss")):
+        raise RunError(
+            "the loss on the validation images is not finite after the last epoch; "
+            "lower the learning rate"
+        )
+    results: dict[str, Any] = {"val_accuracy": metric(trainer, "val/accuracy")}
+    if has_batchnorm:
+        lag = measure_lag(trainer, module, data)
+        results["val_accuracy_batch_statistics"] = lag.val_accuracy
+        if lag.significant:
+            log.warning(lag.sentence(weights, update_bn))
+    best = _best(trainer)
+    if best.best_model_score is None or best.best_model_score < results["val_accuracy"]:
+        results |= {"best_val_accuracy": results["val_accuracy"], "best_epoch": epochs}
+    else:
+        results["best_val_accuracy"] = float(best.best_model_score)
+        results["best_epoch"] = min(_load(best)["epoch"] + 1, epochs)
+    return {
+        **results,
+        "epochs": epochs,
+        "train_seconds": round(speed.fit_seconds, 2),
+        "images_per_second": round(speed.images_per_second, 1),
+    }
+
+
+def test(
+    trainer: Trainer,
+    module: DistillationModule,
+    data: ImageDataModule,
+    directory: RunDirectory,
+    fitted: Mapping[str, Any],
+    update_bn: bool,
+) -> dict[str, Any]:
+    """Test the weights of the last epoch, and those of the best.
+
+    The best epoch was chosen on the validation images; the test images play no part in it.
+
+    Args:
+        trainer: that has trained the module.
+        module: with the weights of the last epoch.
+        data: the images.
+        directory: where the confusion matrix goes.
+        fitted: what `fit` returned.
+        update_bn: as in `fit`; the best epoch was chosen without it, and is tested with it.
+    """
+    results = {}
+    if fitted["best_epoch"] < fitted["epochs"]:
+        last = {key: value.clone() for key, value in module.state_dict().items()}
+        module.load_state_dict(_load(_best(trainer))["state_dict"])
+        if update_bn and trained_batchnorms(module.student):
+            reestimate(trainer, module, data, fitted["best_epoch"])
+        trainer.test(module, data, verbose=False)
+        results["test_accuracy_at_best"] = metric(trainer, "test/accuracy")
+        module.load_state_dict(last)
+    # The last epoch is the headline and is tested last, so that its pictures are what remains.
+    trainer.test(module, data, verbose=False)
+    results["test_accuracy"] = metric(trainer, "test/accuracy")
+    names, counts = _columns(data.classes), module.confusion.compute().tolist()
+    directory.write_table("confusion", [dict(zip(names, row, strict=True)) for row in counts])
+    results.setdefault("test_accuracy_at_best", results["test_accuracy"])
+    return results
+
+
+def _columns(classes: Sequence[str]) -> list[str]:
+    """Names of the classes that a table can have as columns: text, and each another."""
+    names: dict[str, None] = {}
+    for label, name in enumerate(classes):
+        column = str(name).encode("utf-8", "backslashreplace").decode()
+        while column in names:
+            column = f"{column} (class {label})"
+        names[column] = None
+    return list(names)
+
+
+def _callback(trainer: Trainer, kind: type[Kind]) -> Kind:
+    callbacks: list[Callback] = cast(Any, trainer).callbacks
+    return next(callback for callback in callbacks if isinstance(callback, kind))
+
+
+def _best(trainer: Trainer) -> ModelCheckpoint:
+    best = trainer.checkpoint_callback
+    assert isinstance(best, ModelCheckpoint)
+    return best
+
+
+def _load(best: ModelCheckpoint) -> dict[str, Any]:
+    content: dict[str, Any] = torch.load(
+        best.best_model_path, map_location="cpu", weights_only=True
+    )
+    return content
+
+
+def metric(trainer: Trainer, name: str) -> float:
+    """The last value of what was logged under a name."""
+    return float(trainer.callback_metrics[name])

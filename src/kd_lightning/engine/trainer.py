@@ -1,0 +1,151 @@
+"""Lightning's Trainer as every training here uses it, student's and teacher's alike."""
+
+import ctypes
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import Callback, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+
+from kd_lightning.config.nodes import build_partial
+from kd_lightning.config.plan import TrainerPlan
+from kd_lightning.engine.callbacks.caching import FlushCaches
+from kd_lightning.engine.callbacks.curves import Curves
+from kd_lightning.engine.callbacks.divergence import StopWhenDiverged
+from kd_lightning.engine.callbacks.history import History
+from kd_lightning.engine.callbacks.pictures import Pictures
+from kd_lightning.engine.callbacks.plateau import StepOnPlateau
+from kd_lightning.engine.callbacks.progress import ProgressBar
+from kd_lightning.engine.callbacks.resuming import ExactResume
+from kd_lightning.engine.callbacks.speed import Speed
+from kd_lightning.engine.callbacks.stopping import StopWhenAsked
+from kd_lightning.engine.launch import started_by_a_launcher
+from kd_lightning.errors import InputError
+from kd_lightning.files import replacing
+from kd_lightning.storage.run_directory import LAST, Checkpoint
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+
+
+class AtomicCheckpoints(TorchCheckpointIO):
+    """Checkpoints that are whole or not there: the previous one stays until then."""
+
+    def save_checkpoint(
+        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
+    ) -> None:
+        """Write beside its place, then move there in one step."""
+        # Into a file that Python opened: torch's own does not say why it could not be written.
+        with replacing(Path(path)) as partial, partial.open("wb") as file:
+            try:
+                torch.save(checkpoint, file)
+            except RuntimeError as error:  # of torch's, about what came of it
+                raise error.__context__ or error from None
+
+
+def build_trainer(
+    plan: TrainerPlan,
+    folder: Path,
+    name: str,
+    resume: Checkpoint | None = None,
+    callbacks: Sequence[Callback] = (),
+    pictures: bool = True,
+) -> Trainer:
+    """Lightning's Trainer with what every training of ours has: logs, checkpoints, progress.
+
+    Args:
+        plan: arguments of Lightning's Trainer, and what was decided.
+        folder: where logs and checkpoints go.
+        name: what is trained, for people.
+        resume: the checkpoint that will be resumed from; what was logged beyond it is left out.
+        callbacks: further ones.
+        pictures: whether TensorBoard gets pictures.
+    """
+    checkpoints = folder / "checkpoints"
+    steps = resume.steps if resume else None
+    own_bar = any(isinstance(callback, LightningProgressBar) for callback in callbacks)
+    # A scheduler's variables around a single process are nothing to it.
+    environment = [] if started_by_a_launcher(plan.processes) else [LightningEnvironment()]
+    fixed = {
+        "precision": plan.precision,
+        "default_root_dir": str(folder),
+        "logger": TensorBoardLogger(
+            folder, name="", version="", default_hp_metric=False, purge_step=steps
+        ),
+        "plugins": [AtomicCheckpoints(), *environment],
+        "callbacks": [
+            ModelCheckpoint(
+                checkpoints, "best", monitor="val/accuracy", mode="max",
+                save_weights_only=True, enable_version_counter=False,
+            ),
+            ModelCheckpoint(
+                checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
+            ),
+            # In this order at the end of an epoch.
+            StopWhenDiverged(),
+            FlushCaches(),
+            Speed(),
+            History(),
+            StepOnPlateau(),
+            Curves(),
+            *([Pictures()] if pictures else []),
+            *([] if own_bar else [ProgressBar(name)]),
+            ExactResume(),
+            StopWhenAsked(name, checkpoints / LAST),
+            *callbacks,
+        ],
+        "enable_progress_bar": own_bar,
+        "enable_model_summary": False,
+        # The sampler shards and shuffles by itself; the networks are checked before training.
+        "use_distributed_sampler": False,
+        "num_sanity_val_steps": 0,
+        # What a model makes and keeps during validation must be of use in training.
+        "inference_mode": False,
+    }  # fmt: skip
+    settings = plan.arguments
+    if settings.get("fast_dev_run"):
+        raise InputError(
+            "trainer.fast_dev_run leaves nothing to report; for a quick look use "
+            "trainer.max_epochs=1 +trainer.limit_train_batches=5"
+        )
+    for part in ("train", "val", "test"):
+        if settings.get(f"limit_{part}_batches") in (0, 0.0):
+            raise InputError(f"trainer.limit_{part}_batches=0 leaves nothing to report")
+    for key in fixed.keys() - {"precision"}:
+        if key in settings:
+            raise InputError(f"trainer.{key} cannot be set: this project sets it itself")
+    keep_freed_memory()
+    try:
+        return build_partial(settings, "trainer")(**fixed)
+    except MisconfigurationException as error:
+        raise InputError(f"trainer: {str(error).splitlines()[0]}") from error
+
+
+def try_trainer(plan: TrainerPlan) -> None:
+    """Build a trainer of one process, so that a bad argument shows before anything is written.
+
+    Raises:
+        InputError: Lightning refuses an argument, or it cannot be set here.
+    """
+    alone = {**plan.arguments, "devices": 1, "num_nodes": 1, "strategy": "auto"}
+    build_trainer(TrainerPlan(alone, plan.precision, plan.channels_last, 1), Path("unused"), "")
+
+
+def keep_freed_memory() -> None:
+    """Let the C library keep what is freed, for the next step to use again.
+
+    By default glibc returns large blocks to the kernel as they are freed and is given them back
+    page by page, each zeroed, a moment later. With another C library nothing happens.
+    """
+    try:
+        library = ctypes.CDLL("libc.so.6")
+        for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**29)):
+            library.mallopt(parameter, value)
+    except (OSError, AttributeError):
+        pass  # another C library, another habit

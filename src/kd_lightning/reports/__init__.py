@@ -1,0 +1,1 @@
+"""Runs become tables, statistics, Markdown, CSV and pictures."""

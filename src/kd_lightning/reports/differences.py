@@ -1,0 +1,240 @@
+"""What tells runs apart, in words: `optimizer.lr 0.1` against `optimizer.lr 0.05`.
+
+Settings are read from each run's `config.yaml`, flattened to dotted keys, and compared only where
+they can be: the momentum of one SGD with that of another, not with what AdamW lacks.
+"""
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from kd_lightning.config.tree import tree
+
+Settings = dict[str, str]
+"""Dotted keys to values as people read them."""
+
+ALWAYS = ("optimizer.lr", "data.batch_size", "trainer.max_epochs")
+"""Asked about in every comparison, whether or not they differ."""
+
+NAMED = ("method", "student", "teacher", "data")
+"""Sections that a run calls by name."""
+
+# What a run is called and where its files are, and the axes of a comparison.
+_LEFT_OUT = ("seed", "output_dir", "data_dir", "name", "setting", "hydra")
+_LEFT_OUT_BELOW = {"data": ("seed", "cache_dir"), "remember": ("disk_gb",)}
+# Of the machine rather than of the recipe: runs that differ in these may share a cell.
+_MACHINE = (
+    "trainer.precision", "trainer.accelerator", "trainer.devices", "trainer.strategy",
+    "trainer.memory_format", "trainer.log_every_n_steps", "data.eval_batch_size", "data.root",
+)  # fmt: skip
+# Told of every run anyway; here only to say which runs can be compared.
+_FACTS = ("setting", "method", "student")
+_LARGEST = 2**17  # bytes; a run's own is about 3,000
+_DEEPEST = 50  # levels
+_MOST = 500  # keys; a run's own are about 60
+_LONGEST = 60  # characters of a key or a value that are shown
+NOT_SET = "not set"
+
+
+class SettingsReader:
+    """Reads the settings of many runs, parsing what several of them share only once."""
+
+    def __init__(self) -> None:
+        self._parsed: dict[str, dict[Any, Any] | None] = {}
+        self._known: dict[tuple[str, ...], Settings] = {}
+
+    def read(self, run: Path) -> Settings:
+        """The settings of a run; empty if there is no `config.yaml` that can be read.
+
+        Args:
+            run: its folder.
+        """
+        try:
+            with (run / "config.yaml").open(encoding="utf-8") as file:
+                text = file.read(_LARGEST)
+        except (OSError, ValueError):
+            return {}
+        sections = tuple(
+            re.sub(r"(?m)^  seed: .*\n", "", part) if part.startswith("data:") else part
+            for part in re.split(r"(?m)^(?=\w+:)", text)
+            if part.partition(":")[0] not in _LEFT_OUT or part.startswith("data_dir:")
+        )
+        if sections not in self._known:
+            self._known[sections] = self._flatten(sections)
+        return self._known[sections]
+
+    def _flatten(self, sections: Sequence[str]) -> Settings:
+        config: dict[Any, Any] = {}
+        for part in sections:
+            if part not in self._parsed:
+                self._parsed[part] = _parse(part)
+            parsed = self._parsed[part]
+            if parsed is None:
+                return {}
+            config |= parsed
+        return flatten(config)
+
+
+def _parse(text: str) -> dict[Any, Any] | None:
+    """The mapping in a YAML text; None if there is something else, or something odd, in it."""
+    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
+    try:
+        depth = 0
+        for event in yaml.parse(text, Loader=loader):
+            depth += isinstance(event, yaml.CollectionStartEvent)
+            depth -= isinstance(event, yaml.CollectionEndEvent)
+            # Aliases of aliases are a small file and a huge configuration, and the fast loader
+            # crashes on deep nesting. No run writes either.
+            if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
+                return None
+        parsed = yaml.load(text, Loader=loader) or {}
+        return parsed if isinstance(parsed, dict) else None
+    except (yaml.YAMLError, ValueError, TypeError):
+        return None
+
+
+def flatten(config: Mapping[Any, Any]) -> Settings:
+    """A configuration as dotted keys and readable values.
+
+    Left out are names, places, the seed, and what follows from the data or the axes. A `_target_`
+    stands for its section, without the module it is in: `optimizer SGD`.
+    """
+    data = config.get("data")
+    data = data if isinstance(data, Mapping) else {}
+    found: Settings = {}
+
+    def walk(node: Mapping[Any, Any], path: str) -> None:
+        for name, value in node.items():
+            if not isinstance(name, str) or not name or len(found) >= _MOST:
+                continue
+            if (not path and name in _LEFT_OUT) or name in _LEFT_OUT_BELOW.get(path, ()):
+                continue
+            key = _line(f"{path}.{name}" if path else name)
+            if name == "_target_":
+                if path not in NAMED:
+                    found[path] = word(str(value).rpartition(".")[2])
+            elif isinstance(value, Mapping):
+                walk(value, key)
+            elif not (
+                (name == "name" and path in NAMED)
+                or (name in ("num_classes", "image_size") and path and path != "data"
+                    and value == data.get(name))
+                or (key == "data.root" and value == config.get("data_dir"))
+            ):  # fmt: skip
+                found[key] = word(value)
+
+    walk(config, "")
+    return found
+
+
+def word(value: Any) -> str:
+    """A value as people read it, on one line and not too long."""
+    if value is None or isinstance(value, bool):
+        return {None: "none", True: "true", False: "false"}[value]
+    text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
+    return _line(text) or "empty"
+
+
+def _line(text: str) -> str:
+    """Text that can be shown on one line."""
+    text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
+    return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
+
+
+def differences(rows: Sequence[Mapping[str, str]]) -> list[Settings]:
+    """For each row, the settings in which it differs from a row that it can be compared with.
+
+    Rows can be compared in a key if what the key belongs to is the same: `optimizer.momentum` if
+    the optimizer is, `teacher.layers` if the teacher is. Keys of `ALWAYS` are compared at any rate.
+    A key that one row lacks, because it is older, and that has its default in the others is no
+    difference.
+    """
+    distinct = {tuple(sorted(row.items())): row for row in rows}
+    if len(distinct) < 2:
+        return [{} for _ in rows]
+    keys = dict.fromkeys(key for row in distinct.values() for key in row)
+    shown: dict[tuple[str, Any], bool] = {}
+    for key in keys:
+        places: dict[Any, list[str | None]] = defaultdict(list)
+        for row in distinct.values():
+            places[_context(key, row)].append(row.get(key))
+        for context, values in places.items():
+            present = {value for value in values if value is not None}
+            absent = len(present) == 1 and None in values and not present <= _defaults(key)
+            shown[key, context] = key not in _FACTS and (len(present) > 1 or absent)
+    order = sorted(
+        {key for (key, _), differs in shown.items() if differs},
+        key=lambda key: (
+            ALWAYS.index(key) if key in ALWAYS else len(ALWAYS),
+            list(keys).index(key),
+        ),
+    )
+    return [
+        {key: row.get(key, NOT_SET) for key in order if shown[key, _context(key, row)]}
+        for row in rows
+    ]
+
+
+def _context(key: str, row: Mapping[str, str]) -> tuple[Any, ...]:
+    """What must be the same for rows to be compared in a key."""
+    if key in ALWAYS:
+        return ()
+    parts = key.split(".")
+    above = (".".join(parts[:end]) for end in range(1, len(parts)))
+    return tuple(row.get(prefix) for prefix in (*above, *_CONTEXTS.get(key, ())))
+
+
+IMAGES, TEACHER, CODE = "images", "teacher's weights", "code"
+"""What to call contents that differ; they are told apart by the beginning of a SHA-256."""
+_CONTEXTS = {IMAGES: ("data", "data.root", "data.image_size"), TEACHER: ("setting",)}
+
+
+def recipe(settings: Mapping[str, str]) -> Settings:
+    """Settings without those of the machine."""
+    return {key: value for key, value in settings.items() if key not in _MACHINE}
+
+
+def in_words(settings: Mapping[str, str], most: int = 8) -> str:
+    """`optimizer.lr 0.1, data.batch_size 64`; beyond so many, how many more there are."""
+    words = [f"{key} {value}" for key, value in settings.items()]
+    more = [f"and {len(words) - most} more differences"] if len(words) > most else []
+    return ", ".join(words[:most] + more)
+
+
+def union(rows: Iterable[Mapping[str, str]]) -> list[str]:
+    """All keys, in the order in which they come."""
+    return list(dict.fromkeys(key for row in rows for key in row))
+
+
+@cache
+def _defaults(key: str) -> frozenset[str]:
+    """The values that a key has in the configuration that comes with the package."""
+    return frozenset({"none", *(row[key] for row in _shipped() if key in row)})
+
+
+@cache
+def _shipped() -> list[Settings]:
+    packaged = tree().removeprefix("pkg://")
+    root = Path(tree()) if packaged == tree() else Path(str(resources.files(packaged)))
+    rows = []
+    for path in sorted(root.rglob("*.yaml")):
+        try:
+            node = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (OSError, yaml.YAMLError, ValueError):
+            continue
+        if not isinstance(node, dict) or path.parent.name in ("hydra", "experiment"):
+            continue
+        group = path.stem if path.parent.name == "base" else path.parent.name
+        for place in ("",) if path.parent == root else (group, f"teacher.{group}"):
+            nested: dict[str, Any] = node
+            for part in reversed(place.split(".") if place else []):
+                nested = {part: nested}
+            rows.append(flatten(nested))
+    return rows

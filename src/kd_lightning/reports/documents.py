@@ -1,0 +1,323 @@
+"""The report as people get it: `results.csv`, `results.md`, pictures, and one page of HTML."""
+
+import base64
+import html
+import textwrap
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pandas as pd
+
+from kd_lightning.config.naming import tidy
+from kd_lightning.files import replacing, write_text
+from kd_lightning.reports import plots
+from kd_lightning.reports.differences import IMAGES, TEACHER
+from kd_lightning.reports.runs import (
+    AXES,
+    CONFIDENCE,
+    Group,
+    groups,
+    read_histories,
+    read_numbers,
+    read_runs,
+    setting_columns,
+    summarise,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DASH = "-"
+MOST_DRAWN = 12  # settings that get pictures: each takes a second or two
+_OVERVIEW = "Test accuracy of the last epoch in per cent, mean ± standard deviation (runs)."
+_GAIN = (
+    "The gain is the difference in test accuracy to none, the same student and seed without a "
+    f"teacher, with its {CONFIDENCE:.0%} interval (Student's t over pairs of seeds)."
+)
+
+
+def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -> pd.DataFrame:
+    """Write `results.csv`, `results.md` and the pictures they show.
+
+    Args:
+        sources: as `report.read_runs` takes them.
+        out: where to write.
+        page: `report.html` as well: everything in one file.
+
+    Returns:
+        One line for each run.
+    """
+    runs = read_runs(sources)
+    named = groups(runs)
+    files = _file_names(named)
+    texts, pages = ["# Results\n"], []
+    if len(named) > 1:
+        texts.append("".join(f"- {_text(group.title)}\n" for group in named))
+        pages.append(_html_contents(named))
+    if len(named) > MOST_DRAWN:
+        note = f"Only the first {MOST_DRAWN} of {len(named)} settings have pictures."
+        texts.append(f"{note}\n")
+        pages.append(f"<p>{note}</p>")
+    for number, group in enumerate(named):
+        cells = summarise(group.runs)
+        drawn = draw(group.runs, cells, group.words) if number < MOST_DRAWN else {}
+        pictures: dict[str, Path] = {}
+        for name, content in drawn.items():
+            pictures[name] = out / f"{files[number]}{name}.png"
+            with replacing(pictures[name]) as partial:
+                partial.write_bytes(content)
+        texts.append(
+            markdown(group.title, group.runs, cells, {n: p.name for n, p in pictures.items()})
+        )
+        pages.append(_html_section(number, group, cells, drawn))
+    unreadable = runs[runs["status"] == "unreadable"]["folder"].tolist()
+    if unreadable:
+        listed = ", ".join(unreadable)
+        texts.append(f"Not readable as runs: {_text(listed)}\n")
+        pages.append(f"<p>Not readable as runs: {html.escape(listed)}</p>")
+    documents = {
+        "results.csv": runs.to_csv(index=False, lineterminator="\n"),
+        "results.md": "\n".join(texts),
+        **({"report.html": _PAGE.format(body="\n".join(pages))} if page else {}),
+    }
+    for name, text in documents.items():
+        # Names of folders need not be UTF-8.
+        write_text(out / name, text.encode("utf-8", "replace").decode("utf-8"))
+    return runs
+
+
+def _file_names(named: list[Group]) -> list[str]:
+    """What the pictures of each group begin with: tidy, since a setting may be called anything."""
+    if len(named) < 2:
+        return [""] * len(named)
+    names: list[str] = []
+    for group in named:
+        name = tidy("-".join(part for part in (group.setting, group.words) if part))[:100]
+        names.append(name if name not in names else f"{name}-{len(names)}")
+    return [f"{name}-" for name in names]
+
+
+def draw(runs: pd.DataFrame, cells: pd.DataFrame, words: str = "") -> dict[str, bytes]:
+    """The pictures of one setting, by name, as PNG; those that there is something to draw for.
+
+    Args:
+        runs: of the setting.
+        cells: from `report.summarise`.
+        words: what tells the setting from others, to write above every picture.
+    """
+    finished = runs[runs["status"] == "finished"]
+    if finished.empty:
+        return {}
+    histories = read_histories(finished)
+    figures: dict[str, Callable[[], Figure | None]] = {
+        "accuracy": lambda: plots.accuracy_by_size(cells, finished),
+        "methods": lambda: plots.gain_by_method(cells),
+        "curves": lambda: plots.learning_curves(histories) if len(histories) else None,
+        "confusion": lambda: _confusion_of_best(finished),
+    }
+    pictures = {}
+    for name, make in figures.items():
+        with plots.optional(f"the picture '{name}' of the report"):
+            figure = make()
+            if figure is not None:
+                if words:
+                    figure.suptitle(textwrap.fill(plots.text(words, 400), 80), fontsize="medium")
+                pictures[name] = plots.png(figure)
+    return pictures
+
+
+def _confusion_of_best(finished: pd.DataFrame) -> "Figure | None":
+    best = finished.loc[finished["val_accuracy"].astype(float).idxmax()]
+    counts = read_numbers(Path(str(best["folder"])) / "confusion.csv")
+    if counts is None or len(counts) != len(counts.columns):
+        return None
+    title = f"{best['name']}, the best on validation"
+    return plots.confusion_matrix(counts.to_numpy(), list(counts.columns), title)
+
+
+def markdown(title: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict[str, str]) -> str:
+    """One setting: how it was measured, methods by students, every cell, what failed."""
+    lines = [f"## {_text(title)}\n", f"{_text(facts(runs))}\n"]
+    lines += [f"{_OVERVIEW}\n"]
+    lines += [_pipe(overview(cells, runs)), ""]
+    lines += [f"Every cell. {_GAIN}\n"]
+    lines += [_pipe(details(cells)), ""]
+    lines += [f"![{name}]({file})" for name, file in pictures.items()]
+    lines += [
+        f"- **{_text(str(run.name))}** failed: {_text(str(run.error))}"
+        for run in _failed(runs).itertuples()
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def facts(runs: pd.DataFrame) -> str:
+    """What all runs of a setting have in common, in a sentence or two."""
+    done = runs[runs["status"] == "finished"]
+    if done.empty:
+        return "No run is finished yet."
+
+    def values(column: str) -> str:
+        return ", ".join(str(value) for value in done[column].dropna().unique())
+
+    epochs = ", ".join(f"{number:.0f}" for number in sorted(done["epochs"].dropna().unique()))
+    told = [
+        f"{key} {values(key)}"
+        for key in setting_columns(done)
+        if values(key) and not key.startswith((*AXES, "trainer.max_epochs"))
+    ]
+    contents = {IMAGES: "images_sha256", TEACHER: "teacher_sha256"}
+    told += [
+        f"{name} {', '.join(str(value)[:8] for value in done[column].dropna().unique())}"
+        for name, column in contents.items()
+        if done[column].notna().any()
+    ]
+    settings = "".join(f", {words}" for words in told)
+    text = (
+        f"Data {values('data')}, {epochs or 'unknown'} epochs{settings}, {values('precision')} on "
+        f"{values('device')}, torch {values('torch')}, commit {values('git_commit') or 'unknown'}."
+    )
+    teacher = done.dropna(subset="teacher_test_accuracy")
+    if len(teacher):
+        first = teacher.iloc[0]
+        text += (
+            f" Teacher {first['teacher']}: {first['teacher_parameters']:,.0f} parameters, "
+            f"{_percent(first['teacher_val_accuracy'])} % on validation, "
+            f"{_percent(first['teacher_test_accuracy'])} % on test."
+        )
+    return text
+
+
+def overview(cells: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
+    """Methods by students: test accuracy in per cent."""
+    students = list(dict.fromkeys(cells.sort_values("parameters", na_position="last")["student"]))
+    table: dict[str, dict[str, str]] = {}
+    teachers = runs.dropna(subset="teacher_test_accuracy")
+    if len(teachers):
+        accuracy = _percent(teachers.iloc[0]["teacher_test_accuracy"])
+        table[f"teacher {teachers.iloc[0]['teacher']}"] = dict.fromkeys(students, accuracy)
+    for cell in cells.itertuples():
+        table.setdefault(str(cell.label), dict.fromkeys(students, DASH))[str(cell.student)] = (
+            _short(cell)
+        )
+    frame = pd.DataFrame.from_dict(table, orient="index", columns=students)
+    return frame.rename_axis("method").reset_index()
+
+
+def details(cells: pd.DataFrame) -> pd.DataFrame:
+    """Every cell in words and per cent."""
+    return pd.DataFrame(
+        {
+            "student": cells["student"],
+            "method": cells["label"],
+            "parameters": cells["parameters"].map(lambda v: DASH if pd.isna(v) else f"{v:,.0f}"),
+            "ratio": cells["compression_ratio"].map(lambda v: DASH if pd.isna(v) else f"{v:.1f}"),
+            "runs": [_runs(cell) for cell in cells.itertuples()],
+            "validation": [_spread(c.val, c.val_std) for c in cells.itertuples()],
+            "test": [_spread(c.test, c.test_std) for c in cells.itertuples()],
+            "gain": [_gain(cell) for cell in cells.itertuples()],
+            "gap closed": [
+                DASH if pd.isna(v) else f"{round(100 * v)} %" for v in cells["gap_closed"]
+            ],
+            "agreement": cells["agreement"].map(_percent),
+            "seconds": cells["seconds"].map(lambda v: DASH if pd.isna(v) else f"{v:,.0f}"),
+        }
+    )
+
+
+def _short(cell: "pd.core.series.Series") -> str:
+    text = _spread(cell.test, cell.test_std)
+    return f"{text} ({_runs(cell)})" if cell.n or cell.failed or cell.unfinished else "missing"
+
+
+def _runs(cell: "pd.core.series.Series") -> str:
+    lacking = [
+        f"{getattr(cell, what)} {what}"
+        for what in ("failed", "unfinished", "missing")
+        if getattr(cell, what)
+    ]
+    return ", ".join([str(cell.n), *lacking])
+
+
+def _gain(cell: "pd.core.series.Series") -> str:
+    if pd.isna(cell.gain):
+        return DASH
+    text = f"{100 * cell.gain:+.2f}"
+    if pd.isna(cell.gain_low):
+        return text
+    return f"{text} [{100 * cell.gain_low:+.2f}, {100 * cell.gain_high:+.2f}]"
+
+
+def _spread(mean: float, deviation: float) -> str:
+    if pd.isna(mean):
+        return DASH
+    return _percent(mean) + ("" if pd.isna(deviation) else f" ± {100 * deviation:.2f}")
+
+
+def _percent(value: float) -> str:
+    return DASH if pd.isna(value) else f"{100 * value:.2f}"
+
+
+def _failed(runs: pd.DataFrame) -> pd.DataFrame:
+    return runs[runs["status"] == "failed"]
+
+
+def _text(words: str) -> str:
+    """Words in Markdown: on one line, and nothing in them that ends a cell."""
+    return " ".join(words.split()).replace("|", "\\|")
+
+
+def _pipe(table: pd.DataFrame) -> str:
+    """A Markdown table."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(_text(str(cell)) for cell in row) + " |" for row in rows)
+
+
+def _html_contents(named: list[Group]) -> str:
+    links = [
+        f'<li><a href="#setting-{number}">{html.escape(group.title)}</a></li>'
+        for number, group in enumerate(named)
+    ]
+    return "<ul>" + "".join(links) + "</ul>"
+
+
+def _html_section(
+    number: int, group: Group, cells: pd.DataFrame, pictures: Mapping[str, bytes]
+) -> str:
+    parts = [
+        f'<h2 id="setting-{number}">{html.escape(group.title)}</h2>',
+        f"<p>{html.escape(facts(group.runs))}</p>",
+        f"<p>{_OVERVIEW}</p>",
+        _html_table(overview(cells, group.runs)),
+        f"<p>{_GAIN}</p>",
+        _html_table(details(cells)),
+    ]
+    for name, picture in pictures.items():
+        data = base64.b64encode(picture).decode()
+        parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')
+    for run in _failed(group.runs).itertuples():
+        parts.append(
+            f"<p><b>{html.escape(str(run.name))}</b> failed: {html.escape(str(run.error))}</p>"
+        )
+    return "\n".join(parts)
+
+
+def _html_table(table: pd.DataFrame) -> str:
+    with pd.option_context("display.max_colwidth", None):
+        return f'<div class="table">{table.to_html(index=False, border=0)}</div>'
+
+
+_PAGE = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8"><title>Results</title><style>
+body {{ font: 14px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 1em; }}
+table {{ border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }}
+th, td {{ padding: .3em .7em; text-align: right; white-space: nowrap; }}
+tr {{ border-bottom: 1px solid #ddd; }}
+th:first-child, td:first-child {{ text-align: left; }}
+.table {{ overflow-x: auto; }}
+h2, p, li {{ overflow-wrap: anywhere; }}
+img {{ max-width: 100%; margin: 1em 0; display: block; }}
+</style></head><body><h1>Results</h1>
+{body}
+</body></html>
+"""

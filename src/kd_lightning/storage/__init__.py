@@ -1,0 +1,1 @@
+"""What lies on disk: run directories, teachers, their outputs, weights, and what they depend on."""

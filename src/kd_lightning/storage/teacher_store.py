@@ -1,0 +1,130 @@
+"""The teacher store: a teacher is trained once, under a lock, checked, and kept for ever.
+
+A teacher is named by a hash of everything that changes its weights. It is trained into a folder of
+its own beside its place, and moved there in one step when it is complete.
+"""
+
+import hashlib
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.config.plan import TeacherPlan
+from kd_lightning.errors import InputError
+from kd_lightning.files import hold, read_json, write_json
+from kd_lightning.storage.identity import file_sha256, source_sha256
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class StoredTeacher:
+    """A complete teacher on disk.
+
+    Attributes:
+        path: its folder.
+        key: see `teacher_key`.
+        facts: accuracies on validation and test, parameters, epochs, seconds.
+    """
+
+    path: Path
+    key: str
+    facts: dict[str, Any]
+
+    @property
+    def weights(self) -> Path:
+        """The safetensors file."""
+        return self.path / "teacher.safetensors"
+
+
+def teacher_key(plan: TeacherPlan, images: str) -> str:
+    """SHA-256, in hex, of everything that changes the teacher's weights.
+
+    Args:
+        plan: of the teacher.
+        images: fingerprint of the data set.
+    """
+    code = source_sha256(plan.model, plan.training.optimizer, plan.training.scheduler)
+    recipe = {**plan.recipe, "images": images, **({"code": code} if code else {})}
+    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
+
+
+class TeacherStore:
+    """The folder that keeps teachers.
+
+    Args:
+        root: the folder; made when the first teacher is.
+    """
+
+    def __init__(self, root: str | Path) -> None:
+        self.root = Path(root)
+
+    def obtain(self, name: str, key: str, train: Callable[[Path], dict[str, Any]]) -> StoredTeacher:
+        """The teacher with this key: the stored one, or else the one that `train` makes.
+
+        Processes that ask for the same teacher at once wait for the first to train it.
+
+        Args:
+            name: for people, the beginning of the folder's name.
+            key: from `teacher_key`.
+            train: trains a teacher into a folder, empty or as an interrupted training of the same
+                teacher left it; leaves `teacher.safetensors` there and returns its facts.
+        """
+        place = self.root / f"{name}-{key[:16]}"
+        busy = f"another process is training the teacher {place.name}"
+        try:
+            held = hold(place.with_name(f"{place.name}.lock"), busy)
+        except OSError as error:
+            raise InputError(
+                f"output_dir: the teacher store {self.root} cannot be written ({error.strerror})"
+            ) from error
+        with held:
+            stored = self._find(place, key)
+            if stored is None:
+                stored = self._train(place, key, train)
+        return stored
+
+    def _find(self, place: Path, key: str) -> StoredTeacher | None:
+        if not place.exists():
+            return None
+        manifest = read_json(place / "teacher.json")
+        stored = StoredTeacher(place, key, manifest.get("facts", {}))
+        if manifest.get("key") == key and _is_whole(stored, manifest.get("sha256")):
+            return stored
+        number = 1
+        while (aside := place.with_name(f"{place.name}.damaged-{number}")).exists():
+            number += 1
+        place.rename(aside)
+        log.warning(
+            "the stored teacher %s is damaged; it was moved to %s and is trained again",
+            place, aside.name,
+        )  # fmt: skip
+        return None
+
+    def _train(
+        self, place: Path, key: str, train: Callable[[Path], dict[str, Any]]
+    ) -> StoredTeacher:
+        # What an interrupted training left is gone on with: the name says it is the same teacher.
+        partial = place.with_name(f"{place.name}.partial")
+        partial.mkdir(exist_ok=True)
+        facts = train(partial)
+        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
+        digest = file_sha256(partial / "teacher.safetensors")
+        write_json(partial / "teacher.json", {"key": key, "sha256": digest, "facts": facts})
+        partial.rename(place)
+        return StoredTeacher(place, key, facts)
+
+
+def _is_whole(teacher: StoredTeacher, sha256: Any) -> bool:
+    facts = teacher.facts
+    known = isinstance(facts, dict) and all(
+        isinstance(facts.get(fact), float) for fact in ("val_accuracy", "test_accuracy")
+    )
+    try:
+        return known and file_sha256(teacher.weights) == sha256
+    except OSError:
+        return False

@@ -1,0 +1,44 @@
+"""Weights of a model as safetensors."""
+
+import hashlib
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kd_lightning.errors import InputError
+from kd_lightning.files import replacing
+from kd_lightning.storage.checkpoints import fit_state
+
+
+def save_weights(model: nn.Module, path: Path) -> None:
+    """Store a model's weights and buffers, atomically."""
+    state = {key: value.contiguous() for key, value in model.state_dict().items()}
+    with replacing(path) as partial:
+        save_file(state, partial)
+
+
+def load_weights(model: nn.Module, path: Path) -> None:
+    """Load weights stored by `RunDirectory.save_weights`.
+
+    Raises:
+        InputError: the file is missing, damaged, or of another architecture.
+    """
+    try:
+        state = load_file(path)
+    except FileNotFoundError as error:
+        raise InputError(f"{path} does not exist") from error
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
+    fit_state(model, state, str(path))
+
+
+def weights_sha256(model: nn.Module) -> str:
+    """SHA-256 of a model's weights and buffers, in hex."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()

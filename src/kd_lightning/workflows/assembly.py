@@ -1,0 +1,58 @@
+"""From the plan of a run to its objects: data, teacher, module."""
+
+import torch
+from lightning.pytorch import seed_everything
+
+from kd_lightning.config.nodes import Node, build, build_partial, check_node
+from kd_lightning.config.plan import DataPlan, TeacherPlan, TrainingPlan
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.schedulers import build_schedule
+from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.models.preparing import materialize
+from kd_lightning.storage.checkpoints import load_checkpoint
+
+
+def build_data(node: Node) -> ImageDataModule:
+    """The data module; nothing is loaded yet, but the classes are known."""
+    check_node(node, "data")
+    return build(node, "data")
+
+
+def build_teacher(plan: TeacherPlan, data: DataPlan) -> FrozenTeacher:
+    """The teacher's network; with the user's weights if there is a checkpoint of them."""
+    model = build(plan.model, "teacher.model")
+    materialize(model, data.image_size, "teacher.model")
+    if plan.checkpoint is not None:
+        source = plan.checkpoint
+        load_checkpoint(model, source.path, source.rename_keys, source.ignore_keys, source.key)
+    return FrozenTeacher(model, expects=plan.normalization, given=data.normalization)
+
+
+def build_module(
+    plan: TrainingPlan,
+    data: DataPlan,
+    teacher: FrozenTeacher | None = None,
+    train_size: int = 0,
+) -> DistillationModule:
+    """A network, freshly initialised from its seed, and the terms that it is trained by."""
+    seed_everything(plan.seed, verbose=False)
+    return DistillationModule(
+        student=plan.model,
+        terms=plan.terms,
+        optimizer=plan.optimizer,
+        scheduler=plan.scheduler,
+        num_classes=data.num_classes,
+        image_size=data.image_size,
+        channels_last=plan.trainer.channels_last,
+        train_size=train_size,
+        teacher=teacher,
+    )
+
+
+def try_optimizer(optimizer: Node, scheduler: Node | None, role: str = "") -> None:
+    """Build optimizer and scheduler for a single number, so that a bad value shows at once."""
+    number = torch.nn.Parameter(torch.zeros(1))
+    trial = build_partial(optimizer, f"{role}optimizer")([number])
+    if scheduler is not None:
+        build_schedule(scheduler, trial, 100, f"{role}scheduler")

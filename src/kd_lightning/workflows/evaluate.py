@@ -1,0 +1,84 @@
+"""A finished run, tested again from what it left behind."""
+
+import logging
+from collections.abc import Iterable
+from pathlib import Path
+
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.pytorch import Trainer
+
+from kd_lightning.config.checks import trainer_node
+from kd_lightning.config.hardware import is_available
+from kd_lightning.config.nodes import build
+from kd_lightning.config.resolve import SUPERVISED, resolve_trainer
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.errors import InputError
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.storage.trust import check_trusted
+from kd_lightning.storage.weights import load_weights
+
+log = logging.getLogger(__name__)
+
+
+def evaluate(
+    run_dir: str | Path, data_root: str | None = None, trust: Iterable[str] = ()
+) -> dict[str, float]:
+    """Rebuild the student of a run from its folder alone, and test it.
+
+    Args:
+        run_dir: folder of the run.
+        data_root: where the images are now, if not where they were.
+        trust: packages of one's own that the run may name; see `runs.check_trusted`.
+
+    Returns:
+        ``accuracy`` on the test set now, and ``recorded``, the one the run reported.
+
+    Raises:
+        InputError: the folder is not that of a finished run, or something in it is damaged or not
+            to be trusted, or the images are not there.
+    """
+    directory = RunDirectory(run_dir)
+    config, metrics = directory.read_config(), directory.read_metrics()
+    if metrics.get("status") != "finished":
+        raise InputError(f"{run_dir} holds no finished run (status: {metrics.get('status')})")
+    recorded = metrics.get("test_accuracy")
+    if not isinstance(recorded, float):
+        raise InputError(f"{run_dir} holds a run that was never tested, as those of a search are")
+    for path, node in (("student.model", config["student"]["model"]), ("data", config["data"])):
+        check_trusted(node, path, trust)
+    if data_root is not None:
+        config["data"]["root"] = data_root
+    settings = trainer_node(config)
+    if not is_available(settings["accelerator"]):
+        settings["accelerator"] = "auto"  # it was trained on another machine
+    # The precision it was tested in then, unless this machine has other hardware.
+    plan = resolve_trainer(settings, config["student"]["model"])
+    module = DistillationModule(
+        student=config["student"]["model"],
+        terms=SUPERVISED,
+        optimizer=config["optimizer"],
+        scheduler=None,
+        num_classes=config["data"]["num_classes"],
+        image_size=config["data"]["image_size"],
+        channels_last=plan.channels_last,
+    )
+    load_weights(module.student, directory.path / "student.safetensors")
+    data: ImageDataModule = build(config["data"], "data")
+    trainer = Trainer(
+        accelerator=settings["accelerator"],
+        devices=1,
+        precision=plan.precision,  # type: ignore[arg-type]
+        plugins=[LightningEnvironment()],  # whatever a scheduler's variables say
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.test(module, data, verbose=False)
+    if metrics.get("images_sha256", data.fingerprint()) != data.fingerprint():
+        log.warning("the images are not those that the run was trained and tested on")
+    return {
+        "accuracy": float(trainer.callback_metrics["test/accuracy"]),
+        "recorded": recorded,
+    }

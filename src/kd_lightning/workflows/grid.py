@@ -1,0 +1,198 @@
+"""What a grid does beside its runs: the results so far, and how long it will take."""
+
+import json
+import logging
+import os
+import statistics
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from filelock import FileLock
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.utils import JobReturn, JobStatus
+from hydra.experimental.callback import Callback
+from hydra.types import RunMode
+from omegaconf import DictConfig
+
+from kd_lightning.files import read_json, write_json
+
+log = logging.getLogger(__name__)
+
+exit_codes: list[int] = []
+"""Of the runs that failed: a grid goes on after a failure and reports it at the end."""
+
+
+FOLDERS = "KD_GRID_FOLDERS"
+"""Environment variable: the file to which every run of a grid adds a line, a `Job`, in whichever
+process it is made. With several teachers the runs lie in several folders."""
+
+
+class Job(NamedTuple):
+    """A run of a grid that has ended.
+
+    Attributes:
+        folder: the setting's.
+        number: of the run in the grid, from 0.
+        seconds: that it took; 0 if it was finished before, or failed.
+    """
+
+    folder: str
+    number: int
+    seconds: float
+
+
+class Results(Callback):
+    """Keeps `results.csv`, `results.md` and pictures in the grid's folder up to date, and says how
+    many runs are done and how long the others will take.
+
+    A Hydra callback: Hydra calls it in whichever process a run was made.
+    """
+
+    def __init__(self) -> None:
+        self._began = 0.0
+        self._started = 0.0
+        self._finished_before = False
+        self._cells: list[str] = []
+
+    def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
+        """Know afterwards which runs are of now, and where they lie."""
+        self._began = time.time()
+        self._cells = cells_of(config)
+        own = Path(config.hydra.sweep.dir).absolute()
+        names = own / f".folders-{os.getpid()}"
+        names.unlink(missing_ok=True)  # of a process of the same number that was killed
+        os.environ[FOLDERS] = str(names)
+
+    def on_job_start(self, config: DictConfig, **_: Any) -> None:
+        """A run begins, or is found."""
+        self._started = time.time()
+        metrics = read_json(Path(config.hydra.runtime.output_dir) / "metrics.json")
+        self._finished_before = metrics.get("status") == "finished"
+
+    def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
+        """A run has ended, well or badly."""
+        if config.hydra.mode != RunMode.MULTIRUN:
+            return
+        folder = Path(config.hydra.sweep.dir)
+        update(folder)
+        done = job_return.status == JobStatus.COMPLETED and job_return.return_value is not None
+        worked = done and not self._finished_before
+        seconds = time.time() - self._started if worked else 0.0
+        job = Job(str(folder), int(config.hydra.job.num), seconds)
+        with Path(os.environ[FOLDERS]).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(job) + "\n")
+        jobs = read_jobs(Path(os.environ[FOLDERS]))
+        if worked and len(jobs) < len(self._cells):
+            from kd_lightning.reports.summary import about
+            from kd_lightning.terminal import say
+
+            left = time_left(self._cells, jobs, time.time() - self._began)
+            say(f"{len(jobs)} of {len(self._cells)} runs, about {about(left)} left", error=True)
+
+    def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
+        """Show the results, and whether all went well, in whichever process it was."""
+        names = Path(os.environ.pop(FOLDERS))
+        folders = sorted({Path(job.folder) for job in read_jobs(names)})
+        names.unlink(missing_ok=True)
+        for folder in folders:
+            update(folder)
+            for metrics in folder.glob("*/metrics.json"):
+                recent = metrics.stat().st_mtime >= self._began
+                if recent and read_json(metrics).get("status") == "failed":
+                    exit_codes.append(1)
+        if written := [folder for folder in folders if (folder / "results.md").exists()]:
+            show(written)
+
+
+def cells_of(config: DictConfig) -> list[str]:
+    """For each run of a grid, in order, what it has in common with those of other seeds.
+
+    Empty if that is not known beforehand, as in a search.
+
+    Args:
+        config: of the grid, as a callback is given it.
+    """
+    from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    sweeper = config.hydra.sweeper
+    if not sweeper.get("_target_", "").endswith("BasicSweeper"):
+        return []
+    try:
+        parser = OverridesParser.create(config_loader=GlobalHydra.instance().config_loader())
+        axes = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
+        overrides = parser.parse_overrides([*axes, *config.hydra.overrides.task])
+        (runs,) = BasicSweeper.split_arguments(overrides, None)
+    except Exception as error:  # of Hydra's internals; what is wrong in a command Hydra says itself
+        log.info("the number of runs is not known: %s", error)
+        return []
+    return [" ".join(part for part in run if not part.startswith("seed=")) for run in runs]
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """What the runs of a grid have written so far."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    return [Job(*json.loads(line)) for line in lines]
+
+
+def time_left(cells: Sequence[str], jobs: Sequence[Job], elapsed: float) -> float:
+    """Seconds until a grid is done: a run takes what those of its cell took, else the median.
+
+    Args:
+        cells: from `cells_of`.
+        jobs: that are done, one of them at least with work.
+        elapsed: seconds since the grid began; shorter than the work done if runs are parallel.
+    """
+    took: dict[str, list[float]] = defaultdict(list)
+    for job in jobs:
+        if job.seconds:
+            took[cells[job.number]].append(job.seconds)
+    typical = statistics.median(seconds for cell in took.values() for seconds in cell)
+    done = {job.number for job in jobs}
+    rest = sum(
+        statistics.mean(took.get(cell, [typical]))
+        for number, cell in enumerate(cells)
+        if number not in done
+    )
+    return rest / max(1.0, sum(job.seconds for job in jobs) / max(elapsed, 1e-9))
+
+
+def show(folders: Sequence[Path]) -> None:
+    """Print the results of folders of runs: methods by students, a table a setting."""
+    from kd_lightning.reports.documents import details, overview
+    from kd_lightning.reports.runs import groups, read_runs, summarise
+    from kd_lightning.terminal import fits, say, table_of, watched
+
+    say("\ntest accuracy in per cent, mean ± standard deviation (runs)")
+    for group in groups(read_runs(folders)):
+        cells = summarise(group.runs)
+        table = table_of(overview(cells, group.runs))
+        if watched() and not fits(table):  # many students: a line a cell
+            table = table_of(details(cells)[["method", "student", "runs", "test", "gain"]])
+        say(f"\n{group.title}")
+        say(table)
+    for folder in folders:
+        say(f"gains, intervals and pictures: {folder / 'results.md'}")
+
+
+def update(folder: Path) -> None:
+    """Write the results of a folder of runs, if any run has changed since they were written."""
+    try:
+        with FileLock(folder / ".results.lock"):
+            # What the runs were like when the results were written; no clock is asked, since a run
+            # may end while another process writes.
+            state = {
+                str(run.relative_to(folder)): [run.stat().st_mtime_ns, run.stat().st_size]
+                for run in sorted(folder.glob("*/metrics.json"))
+            }
+            if state == read_json(folder / ".results.json"):
+                return
+            from kd_lightning.reports.documents import write_report
+
+            write_report([folder], folder)
+            write_json(folder / ".results.json", state)
+    except Exception as error:  # a picture that cannot be drawn must not cost a night of training
+        log.warning("the results in %s could not be brought up to date: %s", folder, error)

@@ -1,0 +1,393 @@
+"""A run from beginning to end, in three acts: prepare, launch, record."""
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, Trainer, seed_everything
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from kd_lightning.config.checks import check_sections
+from kd_lightning.config.nodes import Node, build
+from kd_lightning.config.plan import DataPlan, Plan
+from kd_lightning.config.resolve import check_devices, resolve
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distill.caching import open_caches
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.engine import fitting
+from kd_lightning.engine.callbacks.users import build_callbacks
+from kd_lightning.engine.fitting import metric
+from kd_lightning.engine.launch import launch, launched, rank
+from kd_lightning.engine.trainer import build_trainer, try_trainer
+from kd_lightning.errors import InputError, Stopped
+from kd_lightning.models import count_parameters
+from kd_lightning.models.preparing import materialize
+from kd_lightning.reports.hparams import log_hparams
+from kd_lightning.storage.identity import (
+    Contents,
+    finished,
+    finished_elsewhere,
+    source_sha256,
+    stamps,
+    targets,
+    unchanged,
+)
+from kd_lightning.storage.provenance import device_name, versions
+from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
+from kd_lightning.storage.teacher_store import StoredTeacher
+from kd_lightning.storage.weights import weights_sha256
+from kd_lightning.workflows.assembly import (
+    build_data,
+    build_module,
+    build_teacher,
+    try_optimizer,
+)
+from kd_lightning.workflows.teacher import check_weights, find_teacher, load_teacher
+
+log = logging.getLogger(__name__)
+
+
+def run(
+    config: Node,
+    run_dir: str | Path,
+    wait: bool = True,
+    callbacks: Sequence[Callback] = (),
+    test: bool = True,
+) -> dict[str, Any]:
+    """Train and test one student; return what `metrics.json` then holds.
+
+    In a process that a launcher has started beside rank 0, return nothing: {}.
+
+    A finished run is left as it is, an interrupted one is resumed. If the images, the teacher or
+    the user's own code have changed since, the earlier run is moved to `output_dir/superseded`.
+
+    Args:
+        config: the complete configuration, plain (see `config.tree.plain`).
+        run_dir: the folder of this run.
+        wait: for another process that is working on the same run.
+        callbacks: of Lightning's, for the student's training.
+        test: whether the test images are looked at; a search must not.
+
+    Raises:
+        InputError: before any training, if the configuration, the data or a file is wrong.
+            Nothing is written then.
+        RunError: training could not go on.
+    """
+    check_sections(config)
+    directory = RunDirectory(run_dir)
+    metrics = finished(directory.path, config) or finished_elsewhere(directory.path, config)
+    if metrics and unchanged(metrics, config):
+        return metrics
+    stamped = stamps(config)  # before the files are read
+    with ExitStack() as stack:
+        if directory.path.joinpath("metrics.json").exists() and not launched():
+            stack.enter_context(directory.lock(wait))  # before loading anything only to wait
+            job = prepare(config)
+        else:
+            job = prepare(config)
+            other = finished_elsewhere(directory.path, config) if test else None
+            if other and not job.contents.changes(other):
+                return other
+            if not job.rank:
+                stack.enter_context(directory.lock(wait))
+        metrics = finished(directory.path, config) or {}
+        if metrics and not job.contents.changes(metrics):
+            directory.write_metrics({**metrics, "stamps": stamped})
+            return metrics
+        if job.rank:  # a launcher has started this process to train, not to write
+            job = job.with_teacher(find_teacher(job.plan, job.data))
+            launch(job.processes, train_student, job, directory.path, None, callbacks, test)
+            return {}
+        record, resumes = begin_record(job, directory, stamped)
+        try:
+            job = job.with_teacher(find_teacher(job.plan, job.data))
+            resume = directory.checkpoint() if resumes else None
+            arguments = (job, directory.path, resume, callbacks, test)
+            record |= launch(job.processes, train_student, *arguments)
+        except Stopped:
+            raise  # it will be resumed
+        except BaseException as error:
+            directory.write_metrics({**record, "status": "failed", "error": str(error)})
+            raise
+        record["status"] = "finished"
+        directory.write_metrics(record)
+        return record
+
+
+# --- prepare: one process -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run whose configuration, data and networks have been checked: it can begin.
+
+    Pickled for another process it is its plan alone, from which the rest is built there.
+
+    Attributes:
+        plan: of the run.
+        data: loaded.
+        teacher: None if the method needs none.
+        module: the student and the method's terms.
+        teacher_parameters: of the configured teacher, needed or not; None if it cannot be built.
+        contents: of the files and code that the configuration names.
+        stored: the teacher that was trained here; None before it is, or if it is not ours.
+    """
+
+    plan: Plan
+    data: ImageDataModule
+    teacher: FrozenTeacher | None
+    module: DistillationModule
+    teacher_parameters: int | None
+    contents: Contents
+    stored: StoredTeacher | None = None
+
+    @property
+    def processes(self) -> int:
+        """How many train together."""
+        return self.plan.student.trainer.processes
+
+    @property
+    def rank(self) -> int:
+        """Of this process, if a launcher has started it and others."""
+        return rank(self.processes)
+
+    def with_teacher(self, stored: StoredTeacher | None) -> "Job":
+        """The job with the weights of a stored teacher."""
+        if stored is None:
+            return self
+        assert self.teacher is not None
+        load_teacher(self.teacher, stored)
+        return replace(self, stored=stored)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For another process."""
+        return _rebuild, (self.plan, self.teacher_parameters, self.contents, self.stored)
+
+
+def _rebuild(
+    plan: Plan, parameters: int | None, contents: Contents, stored: StoredTeacher | None
+) -> Job:
+    data = build_data(plan.data.node)
+    data.setup()
+    teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
+    module = build_module(plan.student, plan.data, teacher, data.count())
+    return Job(plan, data, teacher, module, parameters, contents).with_teacher(stored)
+
+
+def prepare(config: Node) -> Job:
+    """Check and build everything that a run needs but its teacher's weights and a trainer.
+
+    Whatever can be wrong shows here, in the order of what it costs.
+
+    Raises:
+        InputError: the configuration, the data or a file is wrong.
+    """
+    check_devices(config)
+    if config["trainer"].get("num_nodes", 1) != 1 and not launched():
+        raise InputError(
+            "trainer.num_nodes is above 1: start one process for each device on every node, with "
+            "torchrun or srun"
+        )
+    data = build_data(config["data"])
+    plan = resolve(config, data)
+    teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
+    if teacher is not None:
+        check_weights(teacher, f"teacher.checkpoint={config['teacher']['checkpoint']}")
+    parameters = _count_teacher(plan.teacher_model, plan.data, teacher)
+    module = build_module(plan.student, plan.data, teacher, data.count())
+    try_optimizer(plan.student.optimizer, plan.student.scheduler)
+    if plan.teacher is not None:
+        training = plan.teacher.training
+        try_optimizer(training.optimizer, training.scheduler, "teacher.")
+    build_callbacks(plan.student.callbacks)
+    try_trainer(plan.student.trainer)
+    data.check_batch_size(module.images_needed * plan.student.trainer.processes)
+    data.setup()
+    own_code = [config.get(part) for part in ("student", "method", "callbacks")]
+    contents = Contents(
+        images=data.fingerprint(),
+        teacher=_teacher_sha256(plan, teacher) if teacher else None,
+        code=source_sha256(
+            *own_code,
+            plan.student.optimizer,
+            plan.student.scheduler,
+            [{"_target_": target} for target in targets(plan.data.node)],  # its files are images
+        ),
+    )
+    return Job(plan, data, teacher, module, parameters, contents)
+
+
+def _teacher_sha256(plan: Plan, teacher: FrozenTeacher) -> str | None:
+    """Of what the teacher is, as far as the configuration and the images do not determine it."""
+    assert plan.teacher is not None
+    code = source_sha256(plan.teacher.model)
+    if plan.teacher.checkpoint is None:
+        return code
+    return hashlib.sha256(f"{weights_sha256(teacher.model)} {code}".encode()).hexdigest()
+
+
+def _count_teacher(model: Node, data: DataPlan, teacher: FrozenTeacher | None) -> int | None:
+    """Parameters of the configured teacher, whether or not the method needs it."""
+    if teacher is not None:
+        return count_parameters(teacher.model)
+    try:
+        with torch.device("meta"):  # counted, never computed with
+            return count_parameters(build(model, "teacher.model"))
+    except Exception:  # its constructor needs numbers
+        pass
+    try:
+        network = build(model, "teacher.model")
+        materialize(network, data.image_size, "teacher.model")
+        return count_parameters(network)
+    except Exception as error:  # a missing package, a download: no reason to refuse the student
+        log.warning("the teacher's parameters are not counted: %s", error)
+        return None
+
+
+# --- launch: all processes ------------------------------------------------------------------------
+
+
+def train_student(
+    job: Job,
+    folder: Path,
+    resume: Checkpoint | None,
+    callbacks: Sequence[Callback],
+    test: bool,
+) -> dict[str, Any]:
+    """Fit, validate and test the student; return what comes of it.
+
+    Args:
+        job: with the teacher's weights.
+        folder: of the run.
+        resume: the checkpoint to resume from, as rank 0 knows it.
+        callbacks: further ones.
+        test: whether the test images are looked at.
+    """
+    plan, module, data = job.plan.student, job.module, job.data
+    directory = RunDirectory(folder)
+    own = build_callbacks(plan.callbacks)
+    trainer = build_trainer(
+        plan.trainer, folder, job.plan.name, resume, [*callbacks, *own], plan.pictures
+    )
+    # A module that is tested is brought back to the CPU: ask before.
+    device = trainer.strategy.root_device
+    if job.teacher is not None:
+        open_caches(module, job.plan, data, device)
+    if trainer.world_size > 1:
+        trainer.strategy.setup_environment()
+        resume = trainer.strategy.broadcast(resume)
+    known = {}
+    if job.teacher is not None and job.stored is None:
+        trainer.validate(module, data, verbose=False)
+        known["teacher_val_accuracy"] = metric(trainer, "val/teacher_accuracy")
+
+    # Again: training a teacher must not change what the student draws.
+    seed_everything(plan.seed, verbose=False)
+    results = fitting.fit(
+        trainer, module, data, directory, "student", resume, plan.update_bn, revalidate=bool(own)
+    )
+    if test:
+        results |= fitting.test(trainer, module, data, directory, results, plan.update_bn)
+    if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
+        log_hparams(trainer.logger, job.plan, results, trainer.global_step)
+    return {
+        **_teacher_results(job, trainer),
+        **known,
+        **_sizes(count_parameters(module.student), job.teacher_parameters),
+        **results,
+        **versions(),
+        "device": device_name(device),
+        "processes": trainer.world_size,
+        "precision": plan.trainer.precision,
+    }
+
+
+def _sizes(parameters: int, teacher_parameters: int | None) -> dict[str, Any]:
+    return {
+        "parameters": parameters,
+        "teacher_parameters": teacher_parameters,
+        "compression_ratio": teacher_parameters / parameters if teacher_parameters else None,
+    }
+
+
+def _teacher_results(job: Job, trainer: Trainer) -> dict[str, Any]:
+    """What is known of the teacher; None where the method has none."""
+    found: dict[str, Any] = dict.fromkeys(
+        ("teacher_val_accuracy", "teacher_test_accuracy", "agreement", "teacher_key")
+    )
+    if job.stored is not None:
+        found["teacher_key"] = job.stored.key
+        for part in ("val", "test"):
+            found[f"teacher_{part}_accuracy"] = job.stored.facts[f"{part}_accuracy"]
+    measured = {"agreement": "test/agreement", "teacher_test_accuracy": "test/teacher_accuracy"}
+    for key, name in measured.items():
+        if name in trainer.callback_metrics:
+            found[key] = metric(trainer, name)
+    return found
+
+
+# --- record: one process --------------------------------------------------------------------------
+
+
+def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[str, Any], bool]:
+    """Write what is known of a run before it is trained.
+
+    Returns:
+        The metrics so far, and whether an interrupted training is to be resumed.
+    """
+    plan = job.plan
+    earlier = directory.read_metrics()
+    if changes := job.contents.changes(earlier):
+        place = plan.output_dir / "superseded" / directory.path.parent.name
+        aside = directory.set_aside(place)
+        log.warning(
+            "changed since %s was run: %s; it is trained again, the earlier run is kept in %s",
+            directory.path.name, ", ".join(changes), aside,
+        )  # fmt: skip
+        earlier = {}
+    record = {
+        **_identity(plan),
+        "config_key": plan.key,
+        "baseline_key": plan.baseline_key,
+        **job.contents.as_metrics(),
+        "stamps": stamped,
+    }
+    if plan.teacher is None:
+        record["key_without_teacher"] = plan.key_without_teacher
+    directory.write_metrics(record)
+    directory.write_config(plan.config)
+    return record, earlier.get("config_key") == plan.key
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    return {
+        "status": "running",
+        "name": plan.name,
+        "setting": plan.setting,
+        "method": plan.method,
+        "student": plan.student.name,
+        "teacher": plan.teacher_name,
+        "data": plan.data.name,
+        "seed": plan.student.seed,
+    }
+
+
+def record_failure(config: Node, run_dir: str | Path, error: Exception) -> None:
+    """Note that a cell of a grid could not begin, so that the grid's table shows it as failed."""
+    directory = RunDirectory(run_dir)
+    if directory.read_metrics().get("status") != "finished":
+        directory.write_metrics(
+            {
+                "status": "failed",
+                **{part: config[part] for part in ("name", "setting")},
+                **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},
+                "seed": config["seed"],
+                "error": str(error),
+            }
+        )

@@ -1,0 +1,481 @@
+"""Remembered teachers: never a wrong number, nothing computed twice, nothing changed but time."""
+
+import logging
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_lightning.data import FolderDataModule
+from kd_lightning.data.views import PLAIN
+from kd_lightning.distill.teacher import FrozenTeacher, Normalization
+from kd_lightning.models import ConvNet, ResNet9
+from kd_lightning.storage import teacher_cache as memory
+from kd_lightning.storage.teacher_cache import DTYPES, Rows, TeacherCache, stored
+
+IMAGES = 20
+CPU = torch.device("cpu")
+
+
+def make_rows(folder, shape=(3,), dtype="float16", images=IMAGES):
+    return Rows(folder, {"for": "a test"}, images, shape, DTYPES[dtype])
+
+
+def filled(folder, view=0, **settings):
+    """Rows of one view, all written, and the numbers in them."""
+    rows = make_rows(folder, **settings)
+    rows.reserve(view)
+    values = torch.randn(IMAGES, *rows.shape).to(rows.dtype)
+    rows.write(torch.arange(IMAGES), torch.full((IMAGES,), view), values)
+    return rows, values
+
+
+def read_again(rows, view=0):
+    """What somebody who opens the files anew finds."""
+    again = Rows(rows.folder, rows.key, rows.images, rows.shape, rows.dtype)
+    return again.read(torch.arange(rows.images), torch.full((rows.images,), view))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("shape", [(1,), (10,), (4, 4, 2)])
+def test_what_was_written_is_read_bit_for_bit(tmp_path, shape, dtype):
+    rows = make_rows(tmp_path, shape, dtype)
+    for view in (0, 7):
+        rows.reserve(view)
+    index, view = torch.tensor([3, 19, 0, 3]), torch.tensor([0, 7, 7, 7])
+    values = torch.randn(4, *shape).to(rows.dtype)
+    rows.write(index, view, values)
+    got, known = make_rows(tmp_path, shape, dtype).read(index, view)
+    assert known.all()
+    assert got.dtype == rows.dtype
+    assert torch.equal(got, values)
+    _, known = rows.read(torch.tensor([4, 19, 0, 3]), torch.tensor([0, 0, 0, 8]))
+    assert not known.any()
+
+
+@settings(max_examples=200, deadline=None)
+@given(data=st.data())
+def test_a_damaged_file_gives_the_right_numbers_or_none(tmp_path_factory, data):
+    rows, values = filled(tmp_path_factory.mktemp("rows"))
+    path = rows.path(0)
+    content = bytearray(path.read_bytes())
+    for _ in range(data.draw(st.integers(1, 8))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    if data.draw(st.booleans()):  # a stretch of it twice
+        size = data.draw(st.integers(1, len(content) // 2))
+        start, to = (data.draw(st.integers(0, len(content) - size)) for _ in range(2))
+        content[to : to + size] = content[start : start + size]
+    path.write_bytes(content)
+    got, known = read_again(rows)
+    assert torch.equal(got[known], values[known])
+
+
+@pytest.mark.parametrize("part", range(11))
+def test_a_truncated_file_is_made_whole_and_what_was_lost_is_unknown(tmp_path, part):
+    rows, values = filled(tmp_path)
+    path = rows.path(0)
+    os.truncate(path, rows.file_size * part // 10)
+    _, known = read_again(rows)
+    assert not known.any() or part == 10  # too short to be mapped
+    rows.reserve(0)
+    assert path.stat().st_size == rows.file_size
+    got, known = read_again(rows)
+    assert known.sum() == IMAGES * part // 10
+    assert torch.equal(got[known], values[known])
+
+
+def test_a_row_in_the_wrong_place_is_not_believed(tmp_path):
+    rows, _ = filled(tmp_path)
+    size = rows.file_size // IMAGES
+    content = rows.path(0).read_bytes()
+    rows.path(0).write_bytes(content[size:] + content[:size])
+    assert not read_again(rows)[1].any()
+    rows.path(1).write_bytes(content)
+    assert not read_again(rows, view=1)[1].any()
+
+
+WRITER = """
+import sys, torch
+from pathlib import Path
+from kd_lightning.storage.teacher_cache import Rows
+rows = Rows(Path(sys.argv[1]), {}, 50, (512,), torch.float32)
+rows.reserve(0)
+generator = torch.Generator().manual_seed(int(sys.argv[2]))
+number = int(sys.argv[2])
+print("ready", flush=True)
+while True:
+    number = (number + 2) % 10_000  # a million numbers more would not be exact in float32
+    index = torch.randperm(50, generator=generator)[:16]
+    values = index[:, None] + torch.full((16, 512), number * 1000.0)
+    rows.write(index, torch.zeros(16, dtype=torch.int64), values)
+"""
+
+
+def test_two_writers_killed_at_work_leave_no_mixed_row(tmp_path):
+    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    rows, seen = Rows(tmp_path, {}, 50, (512,), torch.float32), 0
+    for _ in range(2):
+        writers = [
+            subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, cwd=REPOSITORY)
+            for i in (0, 1)
+        ]
+        try:
+            for writer in writers:
+                writer.stdout.readline()
+            end = time.monotonic() + 1.0
+            while time.monotonic() < end:
+                seen += check_whole(rows)
+        finally:
+            for writer in writers:
+                writer.send_signal(signal.SIGKILL)
+                writer.wait()
+                writer.stdout.close()
+        seen += check_whole(rows)
+    assert seen > 1000
+
+
+def check_whole(rows):
+    """Every row that is believed is one that one writer wrote; return how many there are."""
+    got, known = rows.read(torch.arange(50), torch.zeros(50, dtype=torch.int64))
+    assert (got[known] == got[known][:, :1]).all()
+    assert torch.equal(got[known][:, 0] % 1000, torch.arange(50.0)[known])
+    return int(known.sum())
+
+
+class Teacher:
+    """Answers with numbers that tell image, view and term, and counts what it was asked."""
+
+    def __init__(self, index, view):
+        self.index, self.view, self.asked = index, view, []
+
+    def __call__(self):
+        index, view = self.index, self.view
+        self.asked += list(zip(index.tolist(), view.tolist(), strict=True))
+        number = (index * 100 + view).float()[:, None] + 1 / 3
+        return {"a": number, "b": -number.expand(-1, 2)}
+
+
+def make_memory(root, limit=1e9, dtype="float16", terms=("a", "b")):
+    shapes = {"a": (1,), "b": (2,)}
+    rows = {term: make_rows(root / term, shapes[term], dtype) for term in terms}
+    return TeacherCache(rows, root, limit)
+
+
+def recall(cache_, index, view):
+    index, view = torch.as_tensor(index), torch.as_tensor(view)
+    teacher = Teacher(index, view)
+    return cache_.fetch(index, view, CPU, teacher), teacher
+
+
+def expected(index, view, dtype=torch.float16):
+    return (torch.as_tensor(index) * 100 + torch.as_tensor(view) + 1 / 3).to(dtype).float()
+
+
+def test_what_is_there_is_not_asked_and_the_rounding_is_the_same(tmp_path):
+    first, teacher = recall(make_memory(tmp_path), [1, 2, 3], [0, 0, 0])
+    assert teacher.asked == [(1, 0), (2, 0), (3, 0)]
+    again, teacher = recall(make_memory(tmp_path), [3, 1, 2], [0, 0, 0])
+    assert not teacher.asked
+    assert torch.equal(again["a"], first["a"][[2, 0, 1]])
+    # The view counts as well as the image.
+    mixed, teacher = recall(make_memory(tmp_path), [1, 2, 5, 3], [0, 1, 0, 0])
+    assert teacher.asked == [(1, 0), (2, 1), (5, 0), (3, 0)]  # never about a part of a batch
+    for values in (mixed["a"][:, 0], -mixed["b"][:, 0], -mixed["b"][:, 1]):
+        assert torch.equal(values, expected([1, 2, 5, 3], [0, 1, 0, 0]))
+
+
+def test_a_term_more_is_computed_and_the_others_stay_what_they_were(tmp_path):
+    recall(make_memory(tmp_path, terms=("a",)), [1, 2], [0, 0])
+    both, teacher = recall(make_memory(tmp_path), [1, 2, 3], [0, 0, 0])
+    assert teacher.asked == [(1, 0), (2, 0), (3, 0)]
+    assert torch.equal(both["a"][:, 0], expected([1, 2, 3], 0))
+    _, teacher = recall(make_memory(tmp_path), [1, 2, 3], [0, 0, 0])
+    assert not teacher.asked
+
+
+def test_at_the_limit_it_computes_and_says_so_once(tmp_path, caplog):
+    size = sum(rows.file_size for rows in make_memory(tmp_path).rows.values())
+    cache_ = make_memory(tmp_path, limit=1.5 * size)
+    with caplog.at_level(logging.WARNING):
+        for view in (0, 1, 2):
+            for _ in range(2):
+                values, teacher = recall(cache_, [1, 2], [view, view])
+                assert torch.equal(values["a"][:, 0], expected([1, 2], view))
+    assert teacher.asked
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "disk_gb" in caplog.text
+    assert memory.used_bytes(tmp_path) == size
+    _, teacher = recall(cache_, [1, 2], [0, 0])
+    assert not teacher.asked  # what fitted is still used
+
+
+def test_a_full_disk_is_survived_with_a_warning(tmp_path, caplog):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with caplog.at_level(logging.WARNING):
+            values, _ = recall(make_memory(tmp_path), [1, 2], [0, 0])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert torch.equal(values["a"][:, 0], expected([1, 2], 0))
+    assert "File too large" in caplog.text
+    assert memory.used_bytes(tmp_path) == 0  # nothing half-made is left
+    _, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
+    assert teacher.asked
+
+
+@pytest.mark.parametrize(
+    "model",
+    [lambda: ConvNet(channels=[64, 128, 256], hidden=512), ResNet9],
+    ids=["convnet", "resnet9"],
+)
+def test_a_teacher_says_the_same_of_an_image_in_whatever_company(model):
+    """So that what one seed's batches were answered serves another's: not in batches of a few."""
+    torch.manual_seed(0)
+    half = Normalization((0.5,) * 3, (0.5,) * 3)
+    teacher = FrozenTeacher(model(), half, half)
+    teacher.prepare(CPU, torch.channels_last, None)
+    images = torch.randn(96, 3, 32, 32).contiguous(memory_format=torch.channels_last)
+    whole = teacher(images).clone()
+    order = torch.randperm(96)
+    assert torch.equal(teacher(images[order]), whole[order])
+    for size in (32, 50):
+        part = images[:size].contiguous(memory_format=torch.channels_last)
+        assert torch.equal(teacher(part), whole[:size])
+
+
+def test_numbers_beyond_the_rounding_are_given_as_they_are_and_not_kept(tmp_path):
+    rows = {"a": make_rows(tmp_path / "a", (1,))}
+    cache_ = TeacherCache(rows, tmp_path, 1e9)
+    big = torch.tensor([[1.0], [1e9]])
+    for _ in range(2):
+        index = torch.tensor([1, 2])
+        got = cache_.fetch(index, index * 0, CPU, lambda: {"a": big})
+        assert torch.equal(got["a"], big)
+    assert rows["a"].read(index, index * 0)[1].tolist() == [True, False]
+
+
+def test_forgetting_while_a_training_reads_changes_nothing(tmp_path):
+    cache_ = make_memory(tmp_path)
+    recall(cache_, [1, 2], [0, 0])
+    for entry in stored(tmp_path):
+        memory.remove(entry.folder)
+    values, _ = recall(cache_, [1, 2, 3], [0, 0, 0])
+    assert torch.equal(values["a"][:, 0], expected([1, 2, 3], 0))
+    values, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
+    assert teacher.asked
+    assert torch.equal(values["a"][:, 0], expected([1, 2], 0))
+
+
+# Through the command line.
+
+
+def remembered(tmp_path):
+    return {entry.folder.name for entry in stored(tmp_path / "outputs" / "teachers" / "remembered")}
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many images the teacher was asked about, in training and in evaluation."""
+    counts = Counter()
+    for kind, name in (("training", "answer"), ("evaluation", "__call__")):
+        original = getattr(FrozenTeacher, name)
+
+        def counting(self, images, kind=kind, original=original):
+            counts[kind] += len(images)
+            return original(self, images)
+
+        monkeypatch.setattr(FrozenTeacher, name, counting)
+    return counts
+
+
+SHAPES = 8  # images that are asked about to know the shape of an output
+
+
+def test_a_second_training_asks_nothing_and_ends_with_the_same_student(train, tmp_path, asked):
+    results = []
+    for expected_count in ({"training": 2 * 33 + SHAPES, "evaluation": 12}, {"training": SHAPES}):
+        done = train("method=combined")
+        assert done.code == 0, done.err
+        assert asked == expected_count
+        asked.clear()
+        accuracies = {key: done.metrics[key] for key in ("agreement", "teacher_test_accuracy")}
+        results.append(((done.runs[0] / "student.safetensors").read_bytes(), accuracies))
+    assert results[0] == results[1]
+    # Other methods, students and seeds, too.
+    assert train("method=logit", "method.terms.logit.temperature=2", "seed=5").code == 0
+    assert train("method=attention", "student.model.hidden=16", "optimizer.lr=0.02").code == 0
+    assert asked == {"training": 2 * SHAPES}
+    assert [name.split("-")[1] for name in sorted(remembered(tmp_path))] == [
+        "attention", "evaluation", "logit",
+    ]  # fmt: skip
+
+
+def test_in_float32_remembering_changes_nothing_at_all(train, asked):
+    exact = ("method=combined", "trainer.precision=32-true", "trainer.max_epochs=3")
+    students = []
+    for settings_ in (
+        ("remember.disk_gb=0",),
+        ("remember.dtype=float32",),
+        ("remember.dtype=float32",),
+    ):
+        asked.clear()
+        done = train(*exact, *settings_)
+        assert done.code == 0, done.err
+        students.append((done.runs[0] / "student.safetensors").read_bytes())
+    assert asked == {"training": SHAPES}
+    assert students[0] == students[1] == students[2]
+
+
+def test_on_real_data_the_rounding_costs_no_accuracy(train):
+    """Handwritten digits, 14 steps an epoch; the two students differ by float16 targets alone."""
+    command = (
+        "method=combined", "data=digits", "student=small", "optimizer.lr=0.05",
+        "trainer.max_epochs=5", "trainer.precision=32-true", "trainer.accelerator=cpu",
+        "teacher.model.channels=[16,32]", "teacher.model.hidden=32",
+        "teacher.layers=[stage1,stage2]", "teacher.trainer.max_epochs=3",
+    )  # fmt: skip
+    exact, rounded = (
+        train(*command, setting, data=False, tiny=False)
+        for setting in ("remember.disk_gb=0", "remember.dtype=float16")
+    )
+    assert (exact.code, rounded.code) == (0, 0), exact.err + rounded.err
+    weights = [(done.runs[0] / "student.safetensors").read_bytes() for done in (exact, rounded)]
+    assert weights[0] != weights[1]  # there was a rounding
+    assert exact.metrics["test_accuracy"] > 0.8
+    for part in ("val_accuracy", "test_accuracy"):
+        assert abs(exact.metrics[part] - rounded.metrics[part]) <= 0.01, part
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="needs Linux")
+def test_memory_does_not_grow_with_the_number_of_views(tmp_path):
+    rows = make_rows(tmp_path)
+    cache_ = TeacherCache({"term": rows}, tmp_path, limit=1e9)
+    index = torch.arange(IMAGES)
+    for view in range(5 * Rows.OPEN_FILES):
+        cache_.fetch(
+            index, torch.full_like(index, view), CPU, lambda: {"term": torch.zeros(IMAGES, 3)}
+        )
+    maps = Path("/proc/self/maps").read_text().splitlines()
+    mapped = sum(str(tmp_path) in line for line in maps)
+    assert 0 < mapped <= Rows.OPEN_FILES
+
+
+def test_k_views_are_gone_through_again_and_again(train, tmp_path, asked):
+    assert train("method=logit", "data.views=2", "trainer.max_epochs=5").code == 0
+    assert asked["training"] == 2 * 33 + SHAPES
+    views = {
+        entry.folder.name.split("-")[1]: entry.views
+        for entry in stored(tmp_path / "outputs" / "teachers" / "remembered")
+    }
+    assert views == {"logit": 2, "evaluation": 1}
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("data.padding=1", False),
+        ("data.flip=false", False),
+        ("data.cutout=4", False),
+        ("data.view_seed=1", False),
+        ("data.val_fraction=0.2", False),
+        ("data.mean=[0.4,0.5,0.5]", False),
+        ("teacher.seed=1", False),
+        ("teacher.layers=[stage1]", False),
+        ("trainer.precision=32-true", False),
+        ("remember.dtype=bfloat16", False),
+        ("data.batch_size=11", False),  # of the teacher's own training, too
+        ("seed=3", True),
+        ("optimizer.lr=0.001", True),
+        ("student.model.channels=[4,6]", True),
+        ("+method.terms.attention.distance=norm", True),
+        ("data.eval_batch_size=7", True),
+    ],
+)
+def test_what_is_stored_is_shared_by_those_who_would_compute_the_same(
+    train, tmp_path, override, same
+):
+    base = ("method=attention", "trainer.precision=bf16-mixed", "trainer.max_epochs=1")
+    assert train(*base).code == 0
+    before = remembered(tmp_path)
+    done = train(*base, override)
+    assert done.code == 0, done.err
+    attention = {name for name in remembered(tmp_path) - before if "-attention-" in name}
+    assert len(attention) == (0 if same else 1)
+
+
+class Restless(FolderDataModule):
+    """Pictures with noise of the moment in them."""
+
+    reproducible = False
+
+
+def test_views_that_are_not_reproducible_are_not_remembered(train, tmp_path):
+    done = train("method=logit", "data._target_=test_memory.Restless")
+    assert done.code == 0, done.err
+    assert "not reproducible" in (done.runs[0] / "train.log").read_text()
+    assert all("-evaluation-" in name for name in remembered(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("remember.disk_gb=-1", ["remember.disk_gb", "at least 0"]),
+        ("remember.disk_gb=lots", ["remember.disk_gb", "lots"]),
+        ("remember.dtype=int8", ["remember.dtype", "float16"]),
+        ("data.views=0", ["views", "at least 1"]),
+    ],
+)
+def test_bad_settings_are_answered_with_a_sentence(train, override, words):
+    done = train("method=logit", override)
+    assert done.code == 2
+    assert all(word in done.err for word in words), done.err
+    assert len(done.err.splitlines()) == 1
+
+
+def test_the_script_shows_and_removes(train, tmp_path, monkeypatch, capsys):
+    def script(*arguments):
+        command = ["remembered.py", "--output-dir", str(tmp_path / "outputs"), *arguments]
+        monkeypatch.setattr(sys, "argv", command)
+        runpy.run_path(str(REPOSITORY / "scripts" / "remembered.py"), run_name="__main__")
+        return capsys.readouterr().out
+
+    assert train("method=combined").code == 0
+    names = remembered(tmp_path)
+    assert all(name in script() for name in names)
+    with pytest.raises(SystemExit, match="2"):
+        script("--remove", "nothing")
+    assert "nothing is stored under nothing" in capsys.readouterr().err
+    assert remembered(tmp_path) == names
+    script("--remove", min(names))
+    assert remembered(tmp_path) == names - {min(names)}
+    script("--remove", "all")
+    assert not remembered(tmp_path)
+
+
+def test_a_row_of_zeros_is_never_taken_for_a_written_one(tmp_path):
+    """A new file is all zeros, and zeros are what a term may remember."""
+    rows = Rows(tmp_path, {}, images=300, shape=(3,), dtype=torch.float16)
+    index = torch.arange(300)
+    for number in (PLAIN, 0, 7):
+        view = torch.full_like(index, number)
+        rows.reserve(number)
+        assert not rows.read(index, view)[1].any()
+        rows.write(index, view, torch.zeros(300, 3, dtype=torch.float16))
+        assert rows.read(index, view)[1].all()
+        # The same numbers, where another image's belong.
+        file = rows.path(number)
+        content = file.read_bytes()
+        file.write_bytes(content[16:] + content[:16])
+        assert not Rows(tmp_path, {}, 300, (3,), torch.float16).read(index, view)[1].any()
