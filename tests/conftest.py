@@ -1,13 +1,13 @@
 """What tests share: a small image folder, and the command line driven as a user would."""
 
 import json
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import processes
 import pytest
 from hypothesis import Phase, settings
 from PIL import Image
@@ -119,17 +119,20 @@ def trainer_plan(settings: dict[str, Any], precision: str = "32-true") -> Traine
     return TrainerPlan(settings, precision, channels_last=True, processes=1)
 
 
-def in_a_new_process(*command: str, cwd: Path = REPOSITORY, **env: str) -> Finished:
-    """Run a Python command line as a user would, from another process."""
-    import os
+def in_a_new_process(
+    *command: str, cwd: Path = REPOSITORY, fresh: bool = False, **env: str
+) -> Finished:
+    """Run a Python command line as a user would, from another process.
 
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=cwd,
-        env={**os.environ, **env},
-        capture_output=True,
-        text=True,
-        timeout=240,
-        check=False,
-    )
-    return Finished(done.returncode, done.stdout, done.stderr, [])
+    Args:
+        command: a script and its arguments, or any of Python's own.
+        cwd: the folder that it is run in.
+        fresh: whether a new interpreter is needed; options of Python's need one at any rate.
+        env: further environment variables.
+    """
+    if fresh or not command[0].endswith(".py"):
+        done = processes.run_fresh(*command, cwd=cwd, **env)
+        return Finished(done.returncode, done.stdout, done.stderr, [])
+    process = processes.start(*command, cwd=cwd, **env)
+    out, err = process.communicate()
+    return Finished(process.wait(), out, err, [])

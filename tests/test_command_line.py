@@ -305,7 +305,7 @@ def test_the_module_is_the_command(tmp_path):
     assert metrics.parent.name.startswith("none-small-s0")
     again = in_a_new_process(
         str(REPOSITORY / "train.py"), *JOB, f"output_dir={tmp_path}", cwd=tmp_path,
-        PYTHONSAFEPATH="1", LC_ALL="C",
+        PYTHONSAFEPATH="1", LC_ALL="C", fresh=True,
     )  # fmt: skip
     assert again.code == 0, again.err
     assert "finished before" in again.out
@@ -331,7 +331,11 @@ def test_no_traceback_whatever_becomes_of_the_output(redirected):
 
 def test_a_terminal_without_unicode_is_printed_to(tmp_path):
     done = in_a_new_process(
-        "train.py", "data.root=/é=", f"output_dir={tmp_path}", PYTHONIOENCODING="ascii:strict"
+        "train.py",
+        "data.root=/é=",
+        f"output_dir={tmp_path}",
+        PYTHONIOENCODING="ascii:strict",
+        fresh=True,
     )
     assert done.code == 2
     assert "Traceback" not in done.err

@@ -449,13 +449,13 @@ def test_a_single_process_is_its_own_whatever_a_scheduler_says(folder, tmp_path)
         "trainer.accelerator=cpu", f"output_dir={tmp_path / 'outputs'}",
         f"data_dir={tmp_path / 'data'}",
     )  # fmt: skip
-    done = in_a_new_process(*command, **variables)
+    done = in_a_new_process(*command, fresh=True, **variables)
     assert done.code == 0, done.err
     (run,) = (tmp_path / "outputs" / "runs").glob("*/*")
     left = {path.name.partition(".out")[0] for path in run.iterdir()}
     assert {"config.yaml", "metrics.json", "student.safetensors", "checkpoints", "events"} <= left
     assert RunDirectory(run).read_metrics()["status"] == "finished"
-    evaluated = in_a_new_process("scripts/evaluate.py", str(run), **variables)
+    evaluated = in_a_new_process("scripts/evaluate.py", str(run), fresh=True, **variables)
     assert evaluated.code == 0, evaluated.err
 
 

@@ -7,10 +7,12 @@ import resource
 import shutil
 import signal
 import subprocess
-import sys
+import time
+from functools import partial
 
+import processes
 import pytest
-from conftest import REPOSITORY, TINY
+from conftest import TINY, Finished
 from filelock import FileLock
 
 from kd_lightning.storage import teacher_cache as memory
@@ -26,15 +28,17 @@ COMMAND = (
 def train(root, *arguments, largest_file=None):
     """In a process that cannot write a file of more bytes than this."""
 
-    def limit():
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of the process's end
-        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
-
-    return subprocess.run(
-        [sys.executable, *COMMAND, *arguments, f"output_dir={root}", f"data_dir={root}/data"],
-        cwd=REPOSITORY, capture_output=True, text=True, timeout=240, check=False,
-        preexec_fn=limit if largest_file else None,
+    process = processes.start(
+        *COMMAND, *arguments, f"output_dir={root}", f"data_dir={root}/data",
+        prepare=partial(limit, largest_file) if largest_file else None,
     )  # fmt: skip
+    out, err = process.communicate()
+    return Finished(process.returncode, out, err, [])
+
+
+def limit(largest_file):
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of the process's end
+    resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +46,7 @@ def whole(tmp_path_factory):
     """A run in which nothing went wrong."""
     root = tmp_path_factory.mktemp("whole")
     done = train(root)
-    assert done.returncode == 0, done.stderr
+    assert done.code == 0, done.err
     return run_of(root)
 
 
@@ -61,15 +65,15 @@ def left(run):
 @pytest.mark.parametrize("size", [3_000, 20_000])
 def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, whole, size):
     done = train(tmp_path, largest_file=size)
-    assert done.returncode == 1
-    assert "error: File too large" in done.stderr
-    assert "free some space, the same command goes on" in done.stderr
-    assert "Traceback" not in done.stderr
+    assert done.code == 1
+    assert "error: File too large" in done.err
+    assert "free some space, the same command goes on" in done.err
+    assert "Traceback" not in done.err
     run = run_of(tmp_path)
     assert RunDirectory(run).read_metrics()["status"] == "failed"
     assert not list(tmp_path.rglob("*partial*"))
     again = train(tmp_path)
-    assert again.returncode == 0, again.stderr
+    assert again.code == 0, again.err
     assert left(run) == left(whole)
 
 
@@ -107,8 +111,8 @@ def test_the_clock_may_go_backwards(tmp_path, whole):
     for path in sorted(whole.rglob("*")):
         os.utime(path, (4e9, 4e9))  # the year 2096
     done = train(whole.parents[2])
-    assert done.returncode == 0, done.stderr
-    assert "finished before" in done.stdout
+    assert done.code == 0, done.err
+    assert "finished before" in done.out
     assert json.loads((whole / "metrics.json").read_text())["status"] == "finished"
 
 
@@ -275,7 +279,7 @@ def test_a_folder_that_cannot_be_written_is_said_at_once(train, disk):
 HOLDER = """
 import sys, time
 from pathlib import Path
-from kd_lightning.runs import RunDirectory
+from kd_lightning.storage.run_directory import RunDirectory
 with RunDirectory(Path(sys.argv[1])).lock():
     print("held", flush=True)
     time.sleep(600)
@@ -283,16 +287,17 @@ with RunDirectory(Path(sys.argv[1])).lock():
 
 
 def test_a_lock_of_a_process_that_died_holds_nobody_up(tmp_path):
-    holder = subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(tmp_path)], stdout=subprocess.PIPE, text=True
-    )
-    assert holder.stdout.readline() == "held\n"
+    script = tmp_path / "holder.py"
+    script.write_text(HOLDER)
+    holder = processes.start(str(script), str(tmp_path))
+    while holder.out != "held\n":
+        assert holder.poll() is None
+        time.sleep(0.01)
     lock = FileLock(tmp_path / ".lock")
     with pytest.raises(TimeoutError):
         lock.acquire(timeout=0)
     holder.kill()
     holder.wait()
-    holder.stdout.close()
     assert (tmp_path / ".lock").exists()
     with RunDirectory(tmp_path).lock(wait=False):
         pass
@@ -300,16 +305,11 @@ def test_a_lock_of_a_process_that_died_holds_nobody_up(tmp_path):
 
 def test_two_grids_in_one_folder_do_the_work_once(tmp_path):
     command = [
-        sys.executable, "train.py", "-m", *TINY, "method=none,logit", "seed=0,1", "setting=grid",
+        "train.py", "-m", *TINY, "method=none,logit", "seed=0,1", "setting=grid",
         "data=digits", "trainer.max_epochs=2", f"output_dir={tmp_path}", f"data_dir={tmp_path}/d",
     ]  # fmt: skip
-    grids = [
-        subprocess.Popen(
-            command, cwd=REPOSITORY, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-        )
-        for _ in range(2)
-    ]
-    said = [grid.communicate(timeout=240) for grid in grids]
+    grids = [processes.start(*command) for _ in range(2)]
+    said = [grid.communicate() for grid in grids]
     # A cell that the other one is working on is passed over, and said: exit code 1.
     for grid, (_, err) in zip(grids, said, strict=True):
         passed_over = "another process is working on" in err

@@ -16,7 +16,9 @@ from kd_lightning.data.folder import FolderDataModule
 from kd_lightning.errors import InputError
 from kd_lightning.models import ConvNet
 from kd_lightning.reports.documents import markdown, write_report
-from kd_lightning.reports.runs import COLUMNS, read_histories, read_runs, summarise
+from kd_lightning.reports.runs import read_histories, read_runs
+from kd_lightning.reports.statistics import summarise
+from kd_lightning.results import COLUMNS
 from kd_lightning.storage import teacher_cache as memory
 from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
 from kd_lightning.storage.teacher_store import TeacherStore

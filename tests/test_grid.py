@@ -6,16 +6,15 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import time
 
+import processes
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, in_a_new_process
+from conftest import TINY, in_a_new_process
 
 from kd_lightning.errors import RunError
-from kd_lightning.reports.runs import read_runs, summarise
+from kd_lightning.reports.runs import read_runs
+from kd_lightning.reports.statistics import summarise
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as training
 
@@ -203,15 +202,9 @@ def results(root):
 def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
     tmp_path, uninterrupted, cell, how
 ):
-    command = [sys.executable, *COMMAND, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
-    process = subprocess.Popen(
-        command, cwd=REPOSITORY, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    deadline = time.monotonic() + 120
-    while not list((tmp_path / "runs").glob(f"grid/{cell}*/checkpoints/last.ckpt")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    command = [*COMMAND, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
+    process = processes.start(*command)
+    processes.wait_for(f"runs/grid/{cell}*/checkpoints/last.ckpt", tmp_path, process)
     process.send_signal(signal.Signals[how])
     _, said = process.communicate(timeout=60)
     if how != "SIGKILL":
@@ -224,7 +217,7 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
         assert "error" not in said
         assert "Traceback" not in said
         assert statuses(tmp_path / "runs" / "grid")[f"{cell}-small-s0"] == "running"
-    done = in_a_new_process(*command[1:])
+    done = in_a_new_process(*command)
     assert done.code == 0, done.err
     assert "resuming " in done.err
     assert results(tmp_path) == uninterrupted

@@ -496,7 +496,7 @@ def test_an_ascii_locale_reads_and_prints_other_names(folder, tmp_path):
     done = in_a_new_process(
         "train.py", "data=folder", "method=none", "data.image_size=16", "data.batch_size=8",
         f"data.root='{root}'", f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path}",
-        LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii",
+        LC_ALL="C", PYTHONUTF8="0", PYTHONCOERCECLOCALE="0", PYTHONIOENCODING="ascii", fresh=True,
     )  # fmt: skip
     assert done.code == 2
     assert "Traceback" not in done.err

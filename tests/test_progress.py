@@ -159,7 +159,7 @@ def test_a_run_on_an_ascii_terminal(folder, tmp_path):
         "train.py", "-m", *TINY, "method=none", "data=folder", f"data.root={folder}",
         "data.image_size=16", "data.batch_size=16", "trainer.max_epochs=1",
         f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path}",
-        LC_ALL="C", PYTHONIOENCODING="ascii", TERM="dumb",
+        LC_ALL="C", PYTHONIOENCODING="ascii", TERM="dumb", fresh=True,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.out.isascii()

@@ -3,13 +3,11 @@
 import json
 import os
 import signal
-import subprocess
-import sys
-import time
 
+import processes
 import pytest
 import torch
-from conftest import REPOSITORY, TINY, in_a_new_process
+from conftest import TINY, in_a_new_process
 from safetensors.torch import load
 
 from kd_lightning.data.loading import ViewSampler
@@ -71,15 +69,8 @@ def test_stopped_and_started_again_in_a_grid_they_end_as_if_nothing_had_been(
     tmp_path, uninterrupted, how
 ):
     command = [*COMMAND, *GRID, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
-    process = subprocess.Popen(
-        [sys.executable, *command], cwd=REPOSITORY, stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL, start_new_session=True,
-    )  # fmt: skip
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("runs/*/logit*/checkpoints/last.ckpt")):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    process = processes.start(*command)
+    processes.wait_for("runs/*/logit*/checkpoints/last.ckpt", tmp_path, process)
     if how == "SIGKILL":
         process.kill()
     else:  # as a terminal does it: to all of them

@@ -13,7 +13,8 @@ from conftest import REPOSITORY
 
 from kd_lightning.reports import documents
 from kd_lightning.reports.documents import write_report
-from kd_lightning.reports.runs import groups, interval, read_runs, summarise
+from kd_lightning.reports.runs import read_runs
+from kd_lightning.reports.statistics import groups, interval, summarise
 
 PARAMETERS = {"small": 530_090, "medium": 2_117_962}
 

@@ -4,7 +4,8 @@ import pytest
 from conftest import REPOSITORY
 
 from kd_lightning.reports.documents import write_report
-from kd_lightning.reports.runs import read_runs, summarise
+from kd_lightning.reports.runs import read_runs
+from kd_lightning.reports.statistics import summarise
 
 RUNS = REPOSITORY / "docs" / "results" / "runs.csv"
 

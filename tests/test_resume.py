@@ -1,7 +1,6 @@
 """Whenever and however a run is interrupted, the same command ends as if nothing had been."""
 
 import json
-import multiprocessing
 import os
 import random
 import signal
@@ -14,6 +13,7 @@ import torch
 from conftest import TINY, write_folder
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback
+from processes import SERVER
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -53,14 +53,6 @@ def configuration(root, *overrides):
         config = plain(compose("train", [*SETTING, *given, *overrides]))
     config["student"]["model"] = {"_target_": "test_resume.Dropping"}
     return config
-
-
-@pytest.fixture(scope="module")
-def processes():
-    """Processes that begin with everything imported and nothing computed."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resume"])
-    return context
 
 
 def answers(output):
@@ -210,11 +202,11 @@ def asked_twice(root, folder):
     training.run(configuration(root), folder, callbacks=[Ask(7), Ask(7)])
 
 
-def test_asked_twice_it_ends_at_once(tmp_path, whole, processes):
+def test_asked_twice_it_ends_at_once(tmp_path, whole):
     """Within the step: nothing of it is saved, and what was saved before is gone on with."""
     root, _ = whole
     folder = tmp_path / "run"
-    process = processes.Process(target=asked_twice, args=(root, folder))
+    process = SERVER.Process(target=asked_twice, args=(root, folder))
     process.start()
     process.join()
     assert process.exitcode == -signal.SIGTERM
@@ -298,11 +290,11 @@ def command_line(root, output):
 
 
 @pytest.fixture(scope="module")
-def start(whole, processes):
+def start(whole):
     """Starts that command in a process of its own."""
 
     def begin(output):
-        process = processes.Process(target=command_line, args=(whole[0], output))
+        process = SERVER.Process(target=command_line, args=(whole[0], output))
         process.start()
         return process
 

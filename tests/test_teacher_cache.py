@@ -5,12 +5,12 @@ import os
 import resource
 import runpy
 import signal
-import subprocess
 import sys
 import time
 from collections import Counter
 from pathlib import Path
 
+import processes
 import pytest
 import torch
 from conftest import REPOSITORY
@@ -123,16 +123,14 @@ while True:
 
 
 def test_two_writers_killed_at_work_leave_no_mixed_row(tmp_path):
-    command = [sys.executable, "-c", WRITER, str(tmp_path)]
+    script = tmp_path / "writer.py"
+    script.write_text(WRITER)
     rows, seen = Rows(tmp_path, {}, 50, (512,), torch.float32), 0
     for _ in range(2):
-        writers = [
-            subprocess.Popen([*command, str(i)], stdout=subprocess.PIPE, cwd=REPOSITORY)
-            for i in (0, 1)
-        ]
+        writers = [processes.start(str(script), str(tmp_path), str(i)) for i in (0, 1)]
         try:
-            for writer in writers:
-                writer.stdout.readline()
+            while not all(writer.out for writer in writers):
+                time.sleep(0.01)
             end = time.monotonic() + 1.0
             while time.monotonic() < end:
                 seen += check_whole(rows)
@@ -140,7 +138,6 @@ def test_two_writers_killed_at_work_leave_no_mixed_row(tmp_path):
             for writer in writers:
                 writer.send_signal(signal.SIGKILL)
                 writer.wait()
-                writer.stdout.close()
         seen += check_whole(rows)
     assert seen > 1000
 

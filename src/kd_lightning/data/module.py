@@ -12,6 +12,7 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from kd_lightning.data.loading import Batch, ViewLoader, ViewSampler
+from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import Augmentation, check_seed
 from kd_lightning.errors import InputError
 
@@ -262,7 +263,7 @@ class ImageDataModule(LightningDataModule):
         return self.augmentation.render(self._pixels, index.to(device), view.to(device))
 
     def _finish(self, index: Tensor, view: Tensor, views: Tensor) -> Batch:
-        labels = self.labels[index.to(views.device, non_blocking=True)]
+        labels = self.labels[to_device(index, views.device)]
         return {"images": self._normalize(views), "labels": labels, "index": index, "view": view}
 
     def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
@@ -293,9 +294,9 @@ def _shift_and_scale(
     Repeated for each pixel, so that the inner loop is long and contiguous, which broadcasting three
     numbers is not.
     """
-    average, deviation = torch.tensor((mean, std), device=device).double()
+    average, deviation = torch.tensor((mean, std)).double()  # on the CPU: not all GPUs have float64
     shift, scale = -average / deviation, 1 / (255 * deviation)
-    return shift.float().repeat(pixels), scale.float().repeat(pixels)
+    return shift.float().repeat(pixels).to(device), scale.float().repeat(pixels).to(device)
 
 
 def stratified_split(

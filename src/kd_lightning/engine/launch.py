@@ -113,7 +113,7 @@ class _Workers:
     def __init__(self, processes: int, work: Callable[..., Any], arguments: Any) -> None:
         context: Any = multiprocessing.get_context(START)
         if START == "forkserver":  # imports once for all of them; nothing is computed before
-            context.set_forkserver_preload([work.__module__])
+            context.set_forkserver_preload(["kd_lightning.engine.trainer", work.__module__])
         threads = max(1, torch.get_num_threads() // processes)
         # What Lightning reads; a scheduler or torchrun may have left values of its own.
         place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}

@@ -13,22 +13,13 @@ from kd_lightning.config.naming import tidy
 from kd_lightning.files import replacing, write_text
 from kd_lightning.reports import plots
 from kd_lightning.reports.differences import IMAGES, TEACHER
-from kd_lightning.reports.runs import (
-    AXES,
-    CONFIDENCE,
-    Group,
-    groups,
-    read_histories,
-    read_numbers,
-    read_runs,
-    setting_columns,
-    summarise,
-)
+from kd_lightning.reports.runs import read_histories, read_numbers, read_runs, setting_columns
+from kd_lightning.reports.statistics import AXES, CONFIDENCE, Group, groups, summarise
+from kd_lightning.results import DASH, FIGURE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-DASH = "-"
 MOST_DRAWN = 12  # settings that get pictures: each takes a second or two
 _OVERVIEW = "Test accuracy of the last epoch in per cent, mean ± standard deviation (runs)."
 _GAIN = (
@@ -41,7 +32,7 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
     """Write `results.csv`, `results.md` and the pictures they show.
 
     Args:
-        sources: as `report.read_runs` takes them.
+        sources: as `runs.read_runs` takes them.
         out: where to write.
         page: `report.html` as well: everything in one file.
 
@@ -103,7 +94,7 @@ def draw(runs: pd.DataFrame, cells: pd.DataFrame, words: str = "") -> dict[str, 
 
     Args:
         runs: of the setting.
-        cells: from `report.summarise`.
+        cells: from `statistics.summarise`.
         words: what tells the setting from others, to write above every picture.
     """
     finished = runs[runs["status"] == "finished"]
@@ -210,8 +201,8 @@ def details(cells: pd.DataFrame) -> pd.DataFrame:
         {
             "student": cells["student"],
             "method": cells["label"],
-            "parameters": cells["parameters"].map(lambda v: DASH if pd.isna(v) else f"{v:,.0f}"),
-            "ratio": cells["compression_ratio"].map(lambda v: DASH if pd.isna(v) else f"{v:.1f}"),
+            "parameters": cells["parameters"].map(FIGURE["parameters"].show),
+            "ratio": cells["compression_ratio"].map(FIGURE["compression_ratio"].show),
             "runs": [_runs(cell) for cell in cells.itertuples()],
             "validation": [_spread(c.val, c.val_std) for c in cells.itertuples()],
             "test": [_spread(c.test, c.test_std) for c in cells.itertuples()],
@@ -219,8 +210,8 @@ def details(cells: pd.DataFrame) -> pd.DataFrame:
             "gap closed": [
                 DASH if pd.isna(v) else f"{round(100 * v)} %" for v in cells["gap_closed"]
             ],
-            "agreement": cells["agreement"].map(_percent),
-            "seconds": cells["seconds"].map(lambda v: DASH if pd.isna(v) else f"{v:,.0f}"),
+            "agreement": cells["agreement"].map(FIGURE["agreement"].show),
+            "seconds": cells["seconds"].map(FIGURE["train_seconds"].show),
         }
     )
 
@@ -255,7 +246,7 @@ def _spread(mean: float, deviation: float) -> str:
 
 
 def _percent(value: float) -> str:
-    return DASH if pd.isna(value) else f"{100 * value:.2f}"
+    return FIGURE["test_accuracy"].show(value)
 
 
 def _failed(runs: pd.DataFrame) -> pd.DataFrame:

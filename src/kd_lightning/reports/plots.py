@@ -86,7 +86,7 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
     """Test accuracy against parameters, a line a method, with the spread over seeds.
 
     Args:
-        cells: from `report.summarise`, of one setting.
+        cells: from `statistics.summarise`, of one setting.
         runs: the finished runs, from which the teacher's accuracy is taken.
     """
     import seaborn
@@ -136,7 +136,7 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
     Where there is nothing to compare with, test accuracy instead.
 
     Args:
-        cells: from `report.summarise`, of one setting.
+        cells: from `statistics.summarise`, of one setting.
     """
     import seaborn
     from matplotlib.figure import Figure

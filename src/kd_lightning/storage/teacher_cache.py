@@ -31,6 +31,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from kd_lightning.data.transfer import ToHost, to_device
 from kd_lightning.data.views import PLAIN, counter_random
 from kd_lightning.files import read_json, write_json
 
@@ -224,7 +225,7 @@ class TeacherCache:
         for name, rows in self.rows.items():
             stored[name], there[name] = rows.read(index, view)
         if all(known.all() for known in there.values()):
-            return {name: _move(values, device).float() for name, values in stored.items()}
+            return {name: to_device(values, device).float() for name, values in stored.items()}
         computed = ask()
         result = {}
         for name, rows in self.rows.items():
@@ -233,7 +234,7 @@ class TeacherCache:
             known = there[name]
             if known.any():
                 where = known.nonzero().flatten()
-                result[name][where.to(device)] = _move(stored[name][where], device).float()
+                result[name][where.to(device)] = to_device(stored[name][where], device).float()
             new = (~known).nonzero().flatten()
             if len(new) < len(index):
                 rounded = rounded[new.to(device)]
@@ -273,26 +274,19 @@ class TeacherCache:
 
 
 class _Unwritten:
-    """Numbers on their way from the device to a file, without anyone waiting for them."""
+    """Numbers on their way from the device to a file."""
 
     def __init__(self, rows: Rows, index: Tensor, view: Tensor, values: Tensor) -> None:
         self.rows, self.index, self.view = rows, index, view
-        self.values, self.copied = values, None
-        if values.device.type == "cuda":
-            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-            self.values.copy_(values, non_blocking=True)
-            self.copied = torch.cuda.Event()
-            self.copied.record()
+        self.values = ToHost(values)
 
     def ready(self) -> bool:
         """Whether the numbers have arrived."""
-        return self.copied is None or self.copied.query()
+        return self.values.ready()
 
     def write(self) -> None:
         """Write them, waiting for them if need be."""
-        if self.copied is not None:
-            self.copied.synchronize()
-        self.rows.write(self.index, self.view, self.values.cpu())
+        self.rows.write(self.index, self.view, self.values.wait())
 
 
 class Stored(NamedTuple):
@@ -327,10 +321,3 @@ def folder_name(teacher: str, term: str, key: Mapping[str, Any]) -> str:
     """`<teacher>-<term>-<hash>`."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
     return f"{teacher}-{term}-{digest[:16]}"
-
-
-def _move(values: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting."""
-    if device.type == "cuda":
-        values = values.pin_memory()
-    return values.to(device, non_blocking=True)

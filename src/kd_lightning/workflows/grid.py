@@ -163,7 +163,8 @@ def time_left(cells: Sequence[str], jobs: Sequence[Job], elapsed: float) -> floa
 def show(folders: Sequence[Path]) -> None:
     """Print the results of folders of runs: methods by students, a table a setting."""
     from kd_lightning.reports.documents import details, overview
-    from kd_lightning.reports.runs import groups, read_runs, summarise
+    from kd_lightning.reports.runs import read_runs
+    from kd_lightning.reports.statistics import groups, summarise
     from kd_lightning.terminal import fits, say, table_of, watched
 
     say("\ntest accuracy in per cent, mean ± standard deviation (runs)")

@@ -1,0 +1,127 @@
+"""What `train.py` does, for notebooks and programs.
+
+from kd_lightning import api
+
+metrics = api.run("experiment=demo", "method=logit")
+student = api.load_student(metrics["folder"])
+student.predict(["one.png", "two.png"])
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from torch import Tensor, nn
+
+from kd_lightning.config import naming, overrides
+from kd_lightning.config.checks import check_sections
+from kd_lightning.config.commandline import check_overrides
+from kd_lightning.config.nodes import Node
+from kd_lightning.config.tree import plain, tree_folder
+from kd_lightning.data.decoding import decode
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import student as workflow
+
+
+def compose(*arguments: str) -> Node:
+    """The complete configuration of a command, as `train.py` would use it.
+
+    Args:
+        arguments: as on the command line: ``method=logit``, ``optimizer.lr=0.05``.
+
+    Raises:
+        InputError: one of them cannot be read, or does not exist.
+    """
+    naming.register()
+    overrides.install()
+    given = check_overrides(arguments)
+    with initialize_config_dir(tree_folder(), version_base="1.3"):
+        # `name` says what the command changed, which only the command line's Hydra knows.
+        config = plain(hydra_compose("train", given))
+    if not any(argument.startswith("name=") for argument in given):
+        config["name"] += naming.variant(given)
+    check_sections(config)
+    return config
+
+
+def run(*arguments: str) -> dict[str, Any]:
+    """Train and test one student; see `workflows.student.run`.
+
+    Returns:
+        What `metrics.json` holds, and its ``folder``.
+    """
+    config = compose(*arguments)
+    folder = Path(config["output_dir"]) / "runs" / config["setting"] / config["name"]
+    metrics = workflow.run(config, folder)
+    return {"folder": str(folder), **metrics}
+
+
+@dataclass(frozen=True)
+class Student:
+    """A trained student and all that is needed to use it.
+
+    Attributes:
+        model: in evaluation mode; images (B, 3, H, W), normalised, to logits (B, C).
+        classes: names of the classes, in the order of the logits; empty if the run does not say.
+        image_size: height and width that the model expects, in pixels.
+        mean: per channel, of pixel values scaled to [0, 1].
+        std: per channel.
+        config: the run's configuration.
+    """
+
+    model: nn.Module
+    classes: tuple[str, ...]
+    image_size: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    config: Node
+
+    def preprocess(self, images: Sequence[str | Path] | Tensor) -> Tensor:
+        """Image files, or pixels (B, 3, H, W) in [0, 1], to what the model expects.
+
+        Raises:
+            InputError: a file is not an image that can be read.
+        """
+        if not isinstance(images, Tensor):
+            pixels = np.stack([decode(Path(path), self.image_size) for path in images])
+            images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
+        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
+        return (images.float() - mean) / std
+
+    @torch.no_grad()
+    def probabilities(self, images: Sequence[str | Path] | Tensor) -> Tensor:
+        """Image files, or pixels (B, 3, H, W) in [0, 1], to probabilities (B, C)."""
+        return torch.softmax(self.model(self.preprocess(images)).float(), dim=1)
+
+    def predict(self, images: Sequence[str | Path] | Tensor) -> list[str]:
+        """The most probable class of each image: its name, or its number if names are not known."""
+        labels = self.probabilities(images).argmax(dim=1).tolist()
+        return [self.classes[label] if self.classes else str(label) for label in labels]
+
+
+def load_student(run_dir: str | Path, trust: Iterable[str] = ()) -> Student:
+    """The student of a run, from its folder alone.
+
+    Args:
+        run_dir: folder of the run.
+        trust: packages of one's own that the run may name; see `storage.trust.check_trusted`.
+
+    Raises:
+        InputError: something is missing or damaged, or names code that is not trusted.
+    """
+    directory = RunDirectory(run_dir)
+    model, config = directory.load_student(trust)
+    data = config["data"]
+    return Student(
+        model=model,
+        classes=tuple(directory.read_metrics().get("class_names", ())),
+        image_size=data["image_size"],
+        mean=tuple(data["mean"]),
+        std=tuple(data["std"]),
+        config=config,
+    )

@@ -1,0 +1,189 @@
+"""What can be concluded from runs: comparable groups, cells over seeds, paired gains."""
+
+from numbers import Real
+from typing import Any, NamedTuple
+
+import pandas as pd
+from scipy import stats
+
+from kd_lightning.reports.differences import IMAGES, TEACHER, Settings, differences, in_words
+from kd_lightning.reports.runs import setting_columns, short_hash
+from kd_lightning.results import FIGURE
+
+CONFIDENCE = 0.95
+
+
+AXES = ("method.", "student.")  # settings that differ within a group
+
+
+class Group(NamedTuple):
+    """Runs that can be compared: of one setting, made of the same images and teacher.
+
+    Attributes:
+        title: what to call it among others: what differs, in words, and the setting's name.
+        words: only what differs; empty if it is not known, or there is no other group.
+        setting: its name.
+        runs: a part of what `read_runs` returned.
+    """
+
+    title: str
+    words: str
+    setting: str
+    runs: pd.DataFrame
+
+
+def groups(runs: pd.DataFrame) -> list[Group]:
+    """Settings, and parts of settings whose images or teacher's weights were not the same.
+
+    A run without a teacher belongs to the groups of all teachers, as what their runs are measured
+    against. Finished runs that are too old to say what they were made of are put with the others as
+    long as those agree, else they are a group of their own.
+
+    Args:
+        runs: from `read_runs`.
+    """
+    found: list[tuple[str, Settings, pd.DataFrame]] = []
+    for setting, part in runs[runs["status"] != "unreadable"].groupby("setting", sort=False):
+        for images, same in _split(part, "images_sha256"):
+            for teacher, own in _split(same, "teacher_sha256"):
+                contents = {IMAGES: images, TEACHER: teacher}
+                known = {name: value for name, value in contents.items() if value}
+                found.append((str(setting), known, own))
+    keys = [key for key in setting_columns(runs) if not key.startswith(AXES)]
+    facts = ["teacher", "data", *keys]
+    if not any(runs[key].notna().any() for key in keys if key == "trainer.max_epochs"):
+        facts.append("epochs")  # of tables that are too old to have settings
+    rows = []
+    for setting, known, own in found:
+        values = {key: own[key].dropna().unique() for key in facts}
+        constant = {key: _plain(value[0]) for key, value in values.items() if len(value) == 1}
+        rows.append({**constant, **known, "setting": setting})
+    named = []
+    for (setting, _, own), differing in zip(found, differences(rows), strict=True):
+        words = in_words(differing)
+        named.append(Group(f"{words} ({setting})" if words else setting, words, setting, own))
+    return named
+
+
+def _plain(value: Any) -> str:
+    return f"{value:.0f}" if isinstance(value, Real) else str(value)
+
+
+def _split(part: pd.DataFrame, column: str) -> list[tuple[str | None, pd.DataFrame]]:
+    """The parts in which a column is the same, and how to call each; see `groups`."""
+    known = part[column].dropna().unique()
+    if not len(known):
+        return [(None, part)]
+    if len(known) == 1:
+        return [(short_hash(known[0]), part)]
+    free = part[column].isna() & (part["status"] != "finished")
+    if column == "teacher_sha256":
+        free |= part[column].isna() & part["teacher_test_accuracy"].isna()
+    parts: list[tuple[str | None, pd.DataFrame]] = [
+        (short_hash(value), part[(part[column] == value) | free]) for value in known
+    ]
+    if (part[column].isna() & ~free).any():
+        parts.append(("unknown", part[part[column].isna()]))
+    return parts
+
+
+def summarise(runs: pd.DataFrame) -> pd.DataFrame:
+    """One line for each cell.
+
+    Args:
+        runs: from `read_runs`.
+
+    Returns:
+        Columns ``setting, group`` (the title of the `Group`), ``method, student, variant, label``;
+        ``n`` finished runs, and how many are ``failed``, ``unfinished`` or ``missing`` of those
+        that another cell of the group has; ``parameters, compression_ratio``; mean ``val``,
+        ``test``, ``agreement`` and their standard deviations over seeds ``val_std``, ``test_std``;
+        ``gain``, the mean difference of test accuracy to `none` with the same student and seed, its
+        confidence interval ``gain_low, gain_high`` (Student's t over ``pairs`` of seeds, NaN for
+        fewer than two); and ``gap_closed``, the gain as a share of the teacher's lead over `none`.
+        Accuracies are fractions.
+    """
+    cells = []
+    for title, _, setting, part in groups(runs):
+        seeds = set(part["seed"])
+        place = {"setting": setting, "group": title}
+        # As they were sorted: students by size, methods in the usual order.
+        for key, cell in part.groupby(["method", "student", "variant"], sort=False):
+            cells.append(
+                {
+                    **place,
+                    **dict(zip(("method", "student", "variant"), key, strict=True)),
+                    "label": cell["label"].iloc[0],
+                    **_cell(cell, _baseline(part, *key), seeds),
+                }
+            )
+        # A method that has not come to some student yet is missing there altogether.
+        plain = part[part["variant"] == ""]
+        for student in plain["student"].unique():
+            for method in plain["method"].unique():
+                if not ((plain["method"] == method) & (plain["student"] == student)).any():
+                    row = {**place, "method": method, "student": student}
+                    missing = {"variant": "", "label": method, "missing": len(seeds)}
+                    cells.append({**row, **missing})
+    counts = ["n", "failed", "unfinished", "missing", "pairs"]
+    table = pd.DataFrame(cells, columns=list(_CELL_COLUMNS))
+    table[counts] = table[counts].fillna(0).astype(int)
+    return table
+
+
+_CELL_COLUMNS = (
+    "setting", "group", "method", "student", "variant", "label", "n", "failed", "unfinished",
+    "missing", "parameters", "compression_ratio", "val", "val_std", "test", "test_std", "agreement",
+    "gain", "gain_low", "gain_high", "pairs", "gap_closed", "seconds",
+)  # fmt: skip
+
+
+def _baseline(part: pd.DataFrame, method: str, student: str, variant: str) -> pd.DataFrame:
+    """The finished `none` runs that a cell is measured against: those of the same student."""
+    none = part[
+        (part["method"] == "none") & (part["student"] == student) & (part["status"] == "finished")
+    ]
+    same = none[none["variant"] == variant]
+    return none.iloc[:0] if method == "none" else same if len(same) else none[none["variant"] == ""]
+
+
+def _cell(cell: pd.DataFrame, none: pd.DataFrame, seeds: set[int]) -> dict[str, float]:
+    finished = cell[cell["status"] == "finished"]
+    row: dict[str, float] = {
+        "n": len(finished),
+        "failed": int((cell["status"] == "failed").sum()),
+        "unfinished": int((cell["status"] == "running").sum()),
+        "missing": len(seeds - set(cell["seed"])),
+        "parameters": _over_seeds(finished, "parameters"),
+        "compression_ratio": _over_seeds(finished, "compression_ratio"),
+        "agreement": _over_seeds(finished, "agreement"),
+        "seconds": _over_seeds(finished, "train_seconds"),
+    }
+    for short in ("val", "test"):
+        row[short] = _over_seeds(finished, f"{short}_accuracy")
+        row[f"{short}_std"] = finished[f"{short}_accuracy"].std(ddof=1)
+    compared = ["seed", "test_accuracy"]
+    pairs = finished[compared].merge(none[compared], on="seed", suffixes=("", "_none"))
+    difference = (pairs["test_accuracy"] - pairs["test_accuracy_none"]).astype(float)
+    row["pairs"] = len(pairs)
+    if len(pairs):
+        row["gain"] = difference.mean()
+        lead = _over_seeds(finished, "teacher_test_accuracy") - pairs["test_accuracy_none"].mean()
+        if lead > 0:
+            row["gap_closed"] = row["gain"] / lead
+    if len(pairs) > 1:
+        row["gain_low"], row["gain_high"] = interval(difference.tolist())
+    return row
+
+
+def _over_seeds(runs: pd.DataFrame, name: str) -> float:
+    """A figure of a cell, as `results.FIGURES` says that it is reduced."""
+    return float(runs[name].astype(float).agg(FIGURE[name].over_seeds))
+
+
+def interval(differences: list[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Student's t interval of the mean of paired differences."""
+    n = len(differences)
+    values = pd.Series(differences)
+    half = stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / n**0.5
+    return values.mean() - half, values.mean() + half

@@ -1,0 +1,142 @@
+"""Every figure of a run, once: its name in `metrics.json`, what it is, how it is reduced over
+seeds, and how it is shown.
+
+Accuracies are fractions in files and per cent for people.
+"""
+
+from dataclasses import dataclass
+from numbers import Real
+from typing import Any, Literal
+
+Kind = Literal["text", "count", "fraction", "number", "list"]
+DASH = "-"
+
+
+@dataclass(frozen=True)
+class Figure:
+    """One figure of a run.
+
+    Attributes:
+        name: its key.
+        kind: a ``count`` is a whole number, a ``number`` any, a ``fraction`` is shown in per cent.
+        meaning: in a few words, with its unit.
+        over_seeds: how the runs of a cell are reduced to one figure; None: they are not.
+        since: what runs have had it from the beginning: those of this status and all later ones.
+            None: runs of older versions, or of some methods, lack it.
+        column: whether `results.csv` has it.
+        old_tables_have_it: whether tables that older versions wrote have that column.
+    """
+
+    name: str
+    kind: Kind
+    meaning: str
+    over_seeds: Literal["mean", "median"] | None = None
+    since: Literal["running", "finished"] | None = None
+    column: bool = True
+    old_tables_have_it: bool = True
+
+    @property
+    def is_number(self) -> bool:
+        """Whether its values are numbers."""
+        return self.kind in ("count", "fraction", "number")
+
+    def fits(self, value: Any) -> bool:
+        """Whether a value that was read from a file can be this figure's."""
+        if self.is_number:
+            number = isinstance(value, Real) and not isinstance(value, bool)
+            return number and -(2**53) <= value <= 2**53
+        return isinstance(value, list if self.kind == "list" else str)
+
+    def show(self, value: float | None) -> str:
+        """A number for people, without its unit: `92.31`, `530,090`, `16.0`; a dash for none."""
+        if value is None or value != value:
+            return DASH
+        formats = {"fraction": f"{100 * value:.2f}", "count": f"{value:,.0f}"}
+        return formats.get(self.kind, f"{value:.1f}")
+
+
+FIGURES = (
+    # Which run it is.
+    Figure("setting", "text", "what runs share that may be compared"),
+    Figure("method", "text", "name of the method", since="running"),
+    Figure("student", "text", "name of the student", since="running"),
+    Figure("seed", "count", "of initial weights and batch order", since="running"),
+    Figure("variant", "text", "what else tells the run from others"),
+    Figure("status", "text", "running, finished or failed", since="running"),
+    # What came of it.
+    Figure("parameters", "count", "of the student", "median", "finished"),
+    Figure("compression_ratio", "number", "teacher's parameters by the student's", "median"),
+    Figure("val_accuracy", "fraction", "on validation images, last epoch", "mean", "finished"),
+    Figure("test_accuracy", "fraction", "on test images, last epoch", "mean"),
+    Figure("best_val_accuracy", "fraction", "on validation images, best epoch", "mean"),
+    Figure("best_epoch", "count", "the epoch of the best validation accuracy"),
+    Figure("test_accuracy_at_best", "fraction", "on test images, best epoch", "mean"),
+    Figure("agreement", "fraction", "of student and teacher on test images", "mean"),
+    Figure("teacher", "text", "name of the teacher"),
+    Figure("teacher_parameters", "count", "of the teacher"),
+    Figure("teacher_val_accuracy", "fraction", "of the teacher on validation images"),
+    Figure("teacher_test_accuracy", "fraction", "of the teacher on test images", "median"),
+    Figure("data", "text", "name of the data set"),
+    Figure("epochs", "count", "that were trained"),
+    Figure("train_seconds", "count", "of training, validation included", "median"),
+    Figure("images_per_second", "count", "of training, validation left out"),
+    # How it was made.
+    Figure("precision", "text", "as Lightning calls it"),
+    Figure("device", "text", "that trained"),
+    Figure("git_commit", "text", "of this package"),
+    Figure("torch", "text", "version"),
+    Figure("lightning", "text", "version"),
+    Figure("python", "text", "version"),
+    Figure("teacher_key", "text", "hash of all that the teacher's weights depend on"),
+    Figure("images_sha256", "text", "of all images and labels", old_tables_have_it=False),
+    Figure("teacher_sha256", "text", "of a teacher of the user's own", old_tables_have_it=False),
+    Figure("code_sha256", "text", "of the user's own code", old_tables_have_it=False),
+    Figure("name", "text", "of the run"),
+    Figure("error", "text", "why it failed"),
+    Figure("folder", "text", "of the run"),
+    # In `metrics.json` alone.
+    Figure("val_accuracy_batch_statistics", "fraction", "with BatchNorm's batch statistics",
+           column=False),
+    Figure("processes", "count", "that trained together", column=False),
+    Figure("class_names", "list", "in the order of their labels", column=False),
+    Figure("config_key", "text", "hash of the configuration", column=False),
+    Figure("key_without_teacher", "text", "the same but for the teacher", column=False),
+    Figure("baseline_key", "text", "the same but for teacher and method", column=False),
+    Figure("stamps", "text", "digest of sizes and times of the files", column=False),
+)  # fmt: skip
+
+FIGURE = {figure.name: figure for figure in FIGURES}
+"""The same by name."""
+
+COLUMNS = tuple(figure.name for figure in FIGURES if figure.column)
+"""Of `results.csv`, beside one for each setting that differs."""
+
+NUMBERS = tuple(name for name in COLUMNS if FIGURE[name].is_number)
+
+STATUSES: dict[str, tuple[str, ...]] = {
+    "unreadable": (),
+    "running": ("running",),
+    "failed": ("running",),
+    "finished": ("running", "finished"),
+}
+"""A run's status, and the figures that it has at least: those since any of these."""
+
+
+def wrong_figure(run: Any) -> str | None:
+    """The first figure of a run that is not what a run would say, if any.
+
+    Args:
+        run: a mapping from names to values; NaN is how a table says that there is none.
+    """
+    status = run.get("status")
+    if not isinstance(status, str) or status not in STATUSES:
+        return "status"
+    for figure in FIGURES:
+        value = run.get(figure.name)
+        if value is None or value != value:
+            fits = figure.since not in STATUSES[status]
+        else:
+            fits = figure.fits(value)
+        if not fits:
+            return figure.name
+    return None

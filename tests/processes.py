@@ -1,0 +1,159 @@
+"""Commands in processes of their own, as a user starts them.
+
+Importing torch and Lightning takes ten seconds. A server imports them once and is forked for every
+command; nothing is computed in it. What depends on how Python starts runs in a fresh interpreter.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import runpy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(
+    [
+        "kd_lightning.cli", "kd_lightning.workflows.student", "kd_lightning.workflows.evaluate",
+        "kd_lightning.reports.documents", "kd_lightning.reports.summary", "torchvision.datasets",
+        "seaborn", "scipy.stats", "sklearn.datasets", "torch.distributed.nn.functional",
+        "lightning.pytorch.strategies", "tensorboard.compat.tensorflow_stub",
+    ]
+)  # fmt: skip
+
+
+class Started:
+    """A command that runs, in a fork of the server."""
+
+    def __init__(
+        self,
+        command: tuple[str, ...],
+        cwd: Path,
+        env: dict[str, str],
+        prepare: Callable[[], None] | None = None,
+    ) -> None:
+        self._folder = tempfile.TemporaryDirectory()
+        self._paths = [Path(self._folder.name) / name for name in ("out", "err")]
+        self._process: Any = SERVER.Process(
+            target=_run,
+            args=(command, str(cwd), {**os.environ, **env}, prepare, *map(str, self._paths)),
+        )
+        self._process.start()
+        self.pid = self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """None while it runs; negative if a signal has ended it."""
+        return self._process.exitcode
+
+    def poll(self) -> int | None:
+        """As `returncode`."""
+        return self._process.exitcode
+
+    @property
+    def out(self) -> str:
+        """What it has printed so far."""
+        path = self._paths[0]
+        return path.read_text(encoding="utf-8") if path.exists() else ""
+
+    def kill(self) -> None:
+        """Kill it."""
+        self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    def wait(self, timeout: float = 240) -> int:
+        """Wait until it has ended; its exit code."""
+        self._process.join(timeout)
+        if self._process.exitcode is None:
+            self._process.kill()
+            raise TimeoutError
+        return self._process.exitcode
+
+    def communicate(self, timeout: float = 240) -> tuple[str, str]:
+        """Wait until it has ended; what it has printed."""
+        self.wait(timeout)
+        out, err = (path.read_text(encoding="utf-8") for path in self._paths)
+        return out, err
+
+
+def start(
+    *command: str,
+    cwd: Path = REPOSITORY,
+    prepare: Callable[[], None] | None = None,
+    **env: str,
+) -> Started:
+    """Start a script.
+
+    Args:
+        command: its path, then its arguments.
+        cwd: the folder that it is run in.
+        prepare: called in the process first.
+        env: further environment variables.
+    """
+    return Started(command, cwd, env, prepare)
+
+
+def _run(
+    command: tuple[str, ...],
+    cwd: str,
+    env: dict[str, str],
+    prepare: Callable[[], None] | None,
+    *outputs: str,
+) -> None:
+    from kd_lightning.engine import launch
+
+    launch.START = "fork"  # as cheap as this process itself; test_gathering.py has the real one
+    with contextlib.suppress(OSError):
+        os.setpgid(0, 0)
+    os.environ.clear()
+    os.environ.update(env)
+    os.chdir(cwd)
+    for number, path in enumerate(outputs, start=1):
+        os.dup2(os.open(path, os.O_CREAT | os.O_WRONLY | os.O_APPEND), number)
+    sys.stdout = os.fdopen(1, "w", encoding="utf-8", closefd=False)
+    sys.stderr = os.fdopen(2, "w", encoding="utf-8", closefd=False, buffering=1)
+    sys.argv = list(command)
+    if prepare is not None:
+        prepare()
+    script = Path(cwd) / command[0]
+    sys.path.insert(0, str(script.parent))
+    try:
+        runpy.run_path(str(script), run_name="__main__")
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(Exception):
+                stream.flush()
+
+
+def run_fresh(
+    *command: str, cwd: Path = REPOSITORY, **env: str
+) -> "subprocess.CompletedProcess[str]":
+    """Run a Python command line in a fresh interpreter."""
+    return subprocess.run(
+        [sys.executable, *command],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=240,
+        check=False,
+    )
+
+
+def wait_for(pattern: str, root: Path, process: Started, seconds: float = 120) -> None:
+    """Wait until a path below `root` exists, while a process runs."""
+    deadline = time.monotonic() + seconds
+    while not list(root.glob(pattern)):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.005)

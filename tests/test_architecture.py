@@ -1,0 +1,86 @@
+"""The layout: imports point downwards only, and there are no cycles."""
+
+import ast
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+SOURCE = Path(__file__).resolve().parents[1] / "src" / "kd_lightning"
+
+# From the lowest to the highest. What stands in one line does not know each other.
+LAYERS = (
+    {"errors", "results", "schedules"},
+    {"files", "streams", "terminal"},
+    {"models"},
+    {"data", "losses"},
+    {"config"},
+    {"storage"},
+    {"reports"},
+    {"distill"},
+    {"engine"},
+    {"workflows"},
+    {"api"},
+    {"cli"},
+    {"__main__"},
+)
+RANK = {name: number for number, layer in enumerate(LAYERS) for name in layer}
+
+
+def modules():
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def imports(path, only_at_the_top=False):
+    """Modules of ours that a file imports, as they are called within the package."""
+    tree = ast.parse(path.read_text())
+    known = dict(modules())
+    for node in tree.body if only_at_the_top else ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("kd_lightning"):
+            base = node.module.removeprefix("kd_lightning").lstrip(".")
+            for alias in node.names:
+                name = f"{base}.{alias.name}".lstrip(".")
+                yield name if name in known else base
+        elif isinstance(node, ast.Import):
+            for alias in node.names:
+                if alias.name.startswith("kd_lightning"):
+                    yield alias.name.removeprefix("kd_lightning").lstrip(".")
+
+
+def test_every_module_has_a_layer():
+    assert {name.partition(".")[0] for name, _ in modules() if name} == RANK.keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "path"), [m for m in modules() if m[0]], ids=lambda m: str(m)[-40:]
+)
+def test_imports_point_downwards(name, path):
+    package = name.partition(".")[0]
+    for imported in imports(path):
+        other = imported.partition(".")[0]
+        if other and other != package:
+            assert RANK[other] < RANK[package], f"{name} imports {imported}"
+
+
+def test_there_are_no_cycles():
+    graph = {name: set(imports(path, only_at_the_top=True)) - {name} for name, path in modules()}
+    list(TopologicalSorter(graph).static_order())  # raises an error that names the cycle
+
+
+def test_below_resolve_nobody_takes_the_whole_configuration():
+    """Where the configuration is still whole: what makes the plan of it, and what names it."""
+    allowed = {"config", "storage.identity", "storage.run_directory", "cli", "api", "workflows"}
+    for name, path in modules():
+        if any(name == place or name.startswith(f"{place}.") for place in allowed):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = {a.arg for a in [*node.args.args, *node.args.kwonlyargs]}
+                assert "config" not in arguments, f"{name}.{node.name}"
+
+
+def test_no_file_is_longer_than_400_lines():
+    long = {name: n for name, path in modules() if (n := len(path.read_text().splitlines())) > 400}
+    assert not long

@@ -1,0 +1,200 @@
+"""The contract that every loss term keeps: ours, and those that users may write."""
+
+import json
+from typing import ClassVar
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from kd_lightning.data.views import Normalization
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.losses import Attention, Context, CrossEntropy, Logit, Reads, Term, TermBatch
+from kd_lightning.models import ConvNet, layer_shapes
+from kd_lightning.models.features import FeatureReader
+
+LAYERS = ("stage1", "stage2")
+
+
+class Projected(Term):
+    """Penultimate features, through a projector that is trained: parameters, inputs of layers."""
+
+    def setup(self, context):
+        student, teacher = (
+            s.inputs["classifier.2:input"] for s in (context.student, context.teacher)
+        )
+        self.projector = nn.Linear(*student, *teacher)
+        return Reads(("classifier.2:input",), ("classifier.2:input",), teacher_logits=False)
+
+    def remember(self, teacher):
+        return teacher.features["classifier.2:input"].float()
+
+    def depends_on(self):
+        return {}
+
+    def forward(self, student, remembered, batch):
+        features = self.projector(student.features["classifier.2:input"].float())
+        return F.mse_loss(features, remembered)
+
+
+class Several(Term):
+    """Two things of the teacher, by name."""
+
+    def setup(self, context):
+        return Reads(student=("stage2",), teacher=("stage2",))
+
+    def remember(self, teacher):
+        return {
+            "logits": teacher.logits.float(),
+            "means": teacher.features["stage2"].float().mean((2, 3)),
+        }
+
+    def depends_on(self):
+        return {"layer": "stage2"}
+
+    def forward(self, student, remembered, batch):
+        loss = (student.logits.float() - remembered["logits"]).square().mean()
+        # Later in the training the features count, too.
+        return loss + batch.progress * remembered["means"].square().mean()
+
+
+class Relations(Term):
+    """Which images are alike (Tung & Mori 2019): depends on what else is in the batch."""
+
+    relational: ClassVar[bool] = True
+
+    def remember(self, teacher):
+        return teacher.logits.float()
+
+    def depends_on(self):
+        return {}
+
+    def forward(self, student, remembered, batch):
+        alike = [F.normalize(x @ x.T, dim=1) for x in (student.logits.float(), remembered)]
+        return F.mse_loss(*alike)
+
+
+TERMS = {
+    "cross-entropy": CrossEntropy,
+    "smoothed cross-entropy": lambda: CrossEntropy(label_smoothing=0.1),
+    "logit": Logit,
+    "attention": lambda: Attention(LAYERS, LAYERS),
+    "attention, norm": lambda: Attention(LAYERS, LAYERS, distance="norm"),
+    "attention, inputs": lambda: Attention(pairs=[["stage2:input", "stage2:input"]]),
+    "projected": Projected,
+    "several": Several,
+    "relations": Relations,
+}
+
+
+@pytest.fixture
+def networks():
+    torch.manual_seed(0)
+    student = ConvNet([4, 8], 8, num_classes=3, image_size=16)
+    return student, ConvNet([6, 10], 12, num_classes=3, image_size=16).eval().requires_grad_(False)
+
+
+@pytest.fixture(params=TERMS)
+def term(request, networks):
+    """A term that has been set up, and what reads both networks for it."""
+    term = TERMS[request.param]()
+    student, teacher = networks
+    context = Context(layer_shapes(student, 16), layer_shapes(teacher, 16), 3, 100)
+    reads = term.setup(context)
+    return term, FeatureReader(student, reads.student), FeatureReader(teacher, reads.teacher)
+
+
+def remembered(term, read, images):
+    """What a term keeps of the teacher: by name, whatever it returns."""
+    if not term.needs_teacher:
+        return {}
+    value = term.remember(read(images, complete=True))
+    return {"": value} if isinstance(value, torch.Tensor) else value
+
+
+def value(term, read_student, read_teacher, images, labels, **given):
+    kept = remembered(term, read_teacher, images)
+    targets = kept.get("", kept or None)
+    index = torch.arange(len(labels))
+    return term(read_student(images), targets, TermBatch(labels, index, index, **given))
+
+
+IMAGES, LABELS = (
+    torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1)),
+    torch.arange(6) % 3,
+)
+
+
+def test_what_is_remembered_is_a_row_for_each_image_and_of_it_alone(term):
+    term, _, read = term
+    whole, part = (remembered(term, read, images) for images in (IMAGES, IMAGES[2:4]))
+    for name, rows in whole.items():
+        assert rows.dtype == torch.float32
+        assert len(rows) == len(IMAGES)
+        torch.testing.assert_close(rows[2:4], part[name])
+    assert bool(whole) == term.needs_teacher
+    assert json.loads(json.dumps(term.depends_on())) == term.depends_on()
+
+
+def test_the_loss_is_a_finite_scalar_that_trains_student_and_term(term, networks):
+    term, *read = term
+    loss = value(term, *read, IMAGES, LABELS)
+    assert loss.shape == ()
+    assert loss.dtype == torch.float32
+    assert loss.isfinite()
+    loss.backward()
+    assert any(p.grad is not None and p.grad.any() for p in networks[0].parameters())
+    assert all(p.grad is not None and p.grad.any() for p in term.parameters())
+
+
+def test_the_loss_is_the_mean_over_the_batch_unless_it_is_relational(term):
+    term, *read = term
+    whole = value(term, *read, IMAGES, LABELS)
+    halves = [value(term, *read, IMAGES[part], LABELS[part]) for part in (slice(3), slice(3, 6))]
+    mean = torch.stack(halves).mean()
+    assert term.relational != torch.allclose(whole, mean, rtol=1e-4)
+
+
+def test_the_loss_survives_autocast(term):
+    term, *read = term
+    plain = value(term, *read, IMAGES, LABELS)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = value(term, *read, IMAGES, LABELS)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, plain, rtol=0.2, atol=0.02)
+
+
+def test_progress_reaches_a_term():
+    torch.manual_seed(0)
+    student, teacher = ConvNet([4, 8], 8, 3, 16), ConvNet([4, 8], 8, 3, 16)
+    context = Context(layer_shapes(student, 16), layer_shapes(teacher, 16), 3)
+    term = Several()
+    reads = term.setup(context)
+    read = FeatureReader(student, reads.student), FeatureReader(teacher, reads.teacher)
+    early, late = (value(term, *read, IMAGES, LABELS, progress=p) for p in (0.0, 1.0))
+    assert late > early
+
+
+def test_the_module_shows_every_term_what_it_asks_for():
+    """Dictionaries, inputs of layers, labels and progress, through the module itself."""
+    torch.manual_seed(0)
+    half = Normalization((0.5,) * 3, (0.5,) * 3)
+    teacher = FrozenTeacher(ConvNet([6, 10], 12, 3, 16), expects=half, given=half)
+    node = {"_target_": "kd_lightning.models.ConvNet", "channels": [4, 8], "hidden": 8,
+            "num_classes": 3, "image_size": 16}  # fmt: skip
+    names = ("Projected", "Several", "Relations")
+    terms = {n.lower(): {"_target_": f"{__name__}.{n}", "weight": 1.0} for n in names}
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.1}
+    module = DistillationModule(node, terms, sgd, None, 3, 16, train_size=7, teacher=teacher)
+    batch = {"images": IMAGES, "labels": LABELS, "index": torch.arange(6), "view": torch.arange(6)}
+    losses, _ = module.losses(batch, progress=0.5)
+    assert list(losses) == ["projected", "several", "relations"]
+    assert module.ask_teacher(IMAGES).keys() == {
+        "projected", "several/logits", "several/means", "relations"
+    }  # fmt: skip
+    # Parameters of a term are trained with the student's, and are no part of it.
+    trained = {name for name, _ in module.named_parameters()}
+    assert "terms.projected.projector.weight" in trained
+    assert not any("projector" in name for name in module.student.state_dict())
