@@ -159,7 +159,7 @@ def test_a_key_chooses_among_several_networks(tmp_path):
 def test_what_does_not_fit_is_named_without_its_prefix(tmp_path):
     path = tmp_path / "a.pt"
     torch.save(prefixed("model.", {**THEIRS, "3.weight": torch.zeros(7, 4)}), path)
-    assert "'3.weight' has the shape (7, 4) there and (2, 4) here" in refusal(path)
+    assert "'3.weight' has the shape (7, 4) instead of (2, 4)" in refusal(path)
     renamed = {name.replace("3.", "fc."): tensor for name, tensor in THEIRS.items()}
     torch.save(prefixed("model.", renamed), path)
     sentence = refusal(path)
@@ -198,7 +198,7 @@ def test_what_could_run_code_is_named_and_can_be_converted(tmp_path, content, na
 def test_the_command_to_convert_works_as_it_is_printed(tmp_path):
     path = tmp_path / "it's a.pt"
     torch.save({"state_dict": THEIRS, "args": argparse.Namespace(lr=0.1)}, path)
-    command = refusal(path).split("write its weights alone: ")[1]
+    command = refusal(path).split("extract the weights: ")[1]
     command = command.replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, check=True, capture_output=True)
     assert_theirs(loaded(path.with_suffix(".safetensors")))
@@ -278,7 +278,7 @@ def test_places_without_a_file_are_named(tmp_path):
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}, {"state_dict": {"a": "b"}}, 3])
 def test_what_holds_no_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")
-    assert "holds no state dict" in refusal(tmp_path / "a.pt")
+    assert "contains no state dict" in refusal(tmp_path / "a.pt")
 
 
 def test_a_checkpoint_of_a_gpu_is_read_on_the_cpu(tmp_path, monkeypatch):

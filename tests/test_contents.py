@@ -121,12 +121,12 @@ def test_files_that_only_look_newer_change_nothing(train, tmp_path, folder, monk
     before = (run / "student.safetensors").stat().st_mtime_ns
     for path in [checkpoint, *folder.rglob("*.png")]:
         os.utime(path, (1e9, 1e9))
-    assert "finished before" in train(*command).out + train(*command).out
+    assert "already finished" in train(*command).out + train(*command).out
     assert (run / "student.safetensors").stat().st_mtime_ns == before
     assert not superseded(tmp_path)
     # Now that it is known, nothing is loaded to see it again.
     monkeypatch.setattr(training, "prepare", lambda *_: pytest.fail("loaded the images"))
-    assert "finished before" in train(*command).out
+    assert "already finished" in train(*command).out
 
 
 def test_a_corrected_forward_of_a_teacher_invalidates_its_stored_outputs(train, tmp_path, own):
@@ -227,7 +227,7 @@ def test_a_run_of_an_older_version_is_believed(train, tmp_path):
     new = ("images_sha256", "teacher_sha256", "code_sha256", "stamps")
     old = {key: value for key, value in metrics.items() if key not in new}
     (run / "metrics.json").write_text(json.dumps(old))
-    assert "finished before" in train("method=none", *SETTING).out
+    assert "already finished" in train("method=none", *SETTING).out
     assert json.loads((run / "metrics.json").read_text()) == old
 
 
@@ -237,7 +237,7 @@ def test_evaluating_on_other_images_says_so(train, folder, capsys):
     assert capsys.readouterr().err == ""
     (folder / "test" / "class0" / "0.jpg").rename(folder / "test" / "class1" / "moved.jpg")
     evaluate(run)
-    assert "the images are not those" in capsys.readouterr().err
+    assert "the images differ" in capsys.readouterr().err
 
 
 def test_a_student_without_a_teacher_is_not_copied_from_other_images(train, folder):

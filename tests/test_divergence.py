@@ -124,7 +124,7 @@ def test_a_teacher_that_answers_with_nan_is_named(folder, tmp_path, accelerator)
         next(teacher.model.parameters()).fill_(NAN)
     callbacks = [Accelerator()] if accelerator else []
     with pytest.raises(
-        RunError, match=r"the teacher's answers are not finite .*teacher\.checkpoint"
+        RunError, match=r"the teacher's outputs are not finite .*teacher\.checkpoint"
     ):
         run(folder, tmp_path, *callbacks, teacher=teacher)
 

@@ -67,7 +67,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, whole,
     done = train(tmp_path, largest_file=size)
     assert done.code == 1
     assert "error: File too large" in done.err
-    assert "free some space, the same command goes on" in done.err
+    assert "rerun the same command to resume" in done.err
     assert "Traceback" not in done.err
     run = run_of(tmp_path)
     assert RunDirectory(run).read_metrics()["status"] == "failed"
@@ -112,7 +112,7 @@ def test_the_clock_may_go_backwards(tmp_path, whole):
         os.utime(path, (4e9, 4e9))  # the year 2096
     done = train(whole.parents[2])
     assert done.code == 0, done.err
-    assert "finished before" in done.out
+    assert "already finished" in done.out
     assert json.loads((whole / "metrics.json").read_text())["status"] == "finished"
 
 
@@ -198,7 +198,7 @@ def test_a_full_disk_where_a_result_is_written(train, tmp_path, disk, monkeypatc
         done = train(*settings, "setting=full")
     assert (done.code, done.err.count("error: ")) == (1, 1)
     assert "error: No space left on device: " in done.err
-    assert "free some space, the same command goes on" in done.err
+    assert "rerun the same command to resume" in done.err
     assert "Traceback" not in done.err
     assert not list(disk.place.rglob(".*.partial"))
     disk.free()
@@ -231,7 +231,7 @@ def test_a_full_disk_where_an_answer_is_remembered(train, disk, monkeypatch, cap
         done = train(*settings, "setting=full")
     assert done.code == 0, done.err
     assert set(refused) == {errno.ENOSPC}
-    assert "no more of the teacher's answers are stored" in caplog.text + done.err
+    assert "no further teacher outputs are cached" in caplog.text + done.err
     assert not list(disk.place.glob("teachers/remembered/*/*.rows"))
     assert left(disk.place / "runs" / "full" / reference.name) == left(reference)
 
@@ -245,7 +245,7 @@ def test_a_full_disk_where_a_grid_writes_its_table(train, disk, monkeypatch):
         before(patch, disk, documents, "write_text")
         patch.setattr(sweep, "update", once_full(disk, sweep.update))
         done = train(*grid)
-    assert "could not be brought up to date: [Errno 28] No space left on device" in done.err
+    assert "could not be updated: [Errno 28] No space left on device" in done.err
     done = train(*grid)
     assert done.code == 0, done.err
     assert (disk.place / "runs" / "grid" / "results.csv").read_text().count("finished") == 2

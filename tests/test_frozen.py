@@ -283,7 +283,7 @@ class BatchMean(ConvBN):
     ("model", "reason"),
     [
         (ConvBN, ""),
-        (Noisy, "differently each time"),
+        (Noisy, "two passes"),
         (BatchMean, "other images"),
         (MODELS["no_statistics"], "other images"),
     ],

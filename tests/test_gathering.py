@@ -74,5 +74,5 @@ def test_an_error_of_rank_0_is_raised_as_it_is():
 
 
 def test_an_error_of_another_process_says_which():
-    with pytest.raises(RunError, match="process 1 of 2: disk is full"):
+    with pytest.raises(RunError, match="worker 1 of 2: disk is full"):
         launch(2, fails, 1, OSError("disk is full"))

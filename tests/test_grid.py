@@ -57,7 +57,7 @@ def test_a_grid_fills_reports_and_is_then_left_alone(train, tmp_path):
     kept = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "multirun.yaml"}
     again = train(*GRID)
     assert again.code == 0
-    assert again.out.count("was finished before") == 4
+    assert again.out.count("is already finished") == 4
     assert again.err == ""  # nothing was done that could say how long the rest will take
     files = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "multirun.yaml"}
     for path, at in kept.items():
@@ -65,7 +65,7 @@ def test_a_grid_fills_reports_and_is_then_left_alone(train, tmp_path):
     assert files.keys() == kept.keys()
     # One more seed: what is there is not trained again.
     wider = train("-m", "setting=grid", "method=none,logit", "seed=0,1,2")
-    assert wider.out.count("was finished before") == 4
+    assert wider.out.count("is already finished") == 4
     assert len(wider.runs) == 2
 
 
@@ -141,7 +141,7 @@ def test_without_a_teacher_a_run_is_trained_once_for_all_teachers(train, tmp_pat
     assert str(first) in again.out
     assert not (tmp_path / "outputs" / "runs" / "another").exists()  # nothing is left for it
     in_a_grid = train("-m", "method=none", *other)
-    assert f"was finished before, in {first}" in in_a_grid.out
+    assert f"is already finished, in {first}" in in_a_grid.out
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()} == files
     # What does depend on the teacher, or differs in more, is trained.
     (distilled,) = train("method=logit", *other).runs
@@ -233,7 +233,7 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(train, tmp_path, caplog):
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     done = train("method=none", "setting=grid")
     assert done.code == 0
-    assert "is damaged: training begins anew" in done.err + caplog.text
+    assert "is damaged; training restarts" in done.err + caplog.text
     assert (run / "student.safetensors").read_bytes() == weights
 
 

@@ -1,4 +1,4 @@
-"""What a layer puts out becomes the map that it is, however its axes are ordered."""
+"""What a layer outputs becomes the map that it is, however its axes are ordered."""
 
 import pytest
 import torch
@@ -107,7 +107,7 @@ def test_tokens_that_form_no_grid_are_refused_in_a_sentence(rows):
     torch.manual_seed(0)
     shapes = layer_shapes(Sequence(rows), 32)
     assert "embed" not in shapes.layouts
-    with pytest.raises(ValueError, match=rf"puts out \({32 // rows}, 24\), but attention needs"):
+    with pytest.raises(ValueError, match=rf"outputs \({32 // rows}, 24\), but attention needs"):
         Attention(pairs=[["stage1", "embed"]]).setup(
             Context(layer_shapes(ConvNet([4, 8], 8), 32), shapes)
         )
@@ -221,8 +221,8 @@ def test_a_layer_that_puts_out_no_tensor_is_named_as_such():
     assert isinstance(shapes, LayerShapes)
     student = layer_shapes(ConvNet([4, 8], 8), 32)
     for layer, message in (
-        ("attention", "of the teacher puts out tuple"),
-        ("unused", "of the teacher puts out nothing"),
+        ("attention", "of the teacher outputs tuple"),
+        ("unused", "of the teacher outputs nothing"),
         ("nowhere", "in the teacher there is no layer"),
     ):
         with pytest.raises(ValueError, match=message):

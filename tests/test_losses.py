@@ -277,7 +277,7 @@ def test_without_a_common_resolution_the_deepest_are_paired():
             {"student_layers": ["a"], "teacher_layers": ["x"], "distance": "far"},
             "^distance must be 'mean_square' or 'norm', not 'far'$",
         ),
-        ({}, "^attention needs layers of both networks, or pairs of them$"),
+        ({}, "^attention needs layers of both networks, or pairs of layers$"),
         ({"student_layers": ["a"]}, "^attention needs layers of both"),
         ({"teacher_layers": ["x"]}, "^attention needs layers of both"),
     ],
@@ -289,7 +289,7 @@ def test_attention_refuses_what_cannot_work(arguments, message):
 
 def test_attention_refuses_a_layer_without_a_map():
     term = Attention(pairs=[["a", "x"]])
-    needs = r"puts out \(10,\), but attention needs a map \(channels, height, width\)$"
+    needs = r"outputs \(10,\), but attention needs a map \(channels, height, width\)$"
     with pytest.raises(ValueError, match=f"^layer 'a' of the student {needs}"):
         term.setup(Context({"a": (10,)}, {"x": (2, 8, 8)}))
     with pytest.raises(ValueError, match=f"^layer 'x' of the teacher {needs}"):

