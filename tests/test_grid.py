@@ -279,7 +279,7 @@ def test_workers_and_jobs_of_a_cluster_share_one_teacher(tmp_path, launcher, set
     done = in_a_new_process(
         "train.py", "-m", *TINY, f"hydra/launcher={launcher}", setting, "method=none,logit",
         "seed=0,1", "setting=grid", "data=digits", "trainer.max_epochs=1",
-        f"output_dir={tmp_path}", f"data_dir={tmp_path}/data",
+        f"output_dir={tmp_path}", f"data_dir={tmp_path}/data", fresh=True,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert list(statuses(tmp_path / "runs" / "grid").values()) == ["finished"] * 4

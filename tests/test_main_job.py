@@ -24,7 +24,7 @@ KEYS = {
     "test_accuracy_at_best", "teacher_val_accuracy", "teacher_test_accuracy", "agreement",
     "epochs", "train_seconds", "images_per_second", "teacher_key", "git_commit", "python", "torch",
     "lightning", "images_sha256", "teacher_sha256", "code_sha256", "stamps", "device",
-    "processes", "precision",
+    "processes", "precision", "class_names",
 }  # fmt: skip
 
 
