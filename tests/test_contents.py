@@ -455,7 +455,7 @@ def test_a_single_process_is_its_own_whatever_a_scheduler_says(folder, tmp_path)
     left = {path.name.partition(".out")[0] for path in run.iterdir()}
     assert {"config.yaml", "metrics.json", "student.safetensors", "checkpoints", "events"} <= left
     assert RunDirectory(run).read_metrics()["status"] == "finished"
-    evaluated = in_a_new_process("scripts/evaluate.py", str(run), fresh=True, **variables)
+    evaluated = in_a_new_process("scripts/evaluate.py", str(run), **variables)
     assert evaluated.code == 0, evaluated.err
 
 
