@@ -277,7 +277,7 @@ def test_a_strangers_run_cannot_name_any_code(train, target):
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["student"]["model"] = {"_target_": target}
     (run / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(InputError, match="refused"):
+    with pytest.raises(InputError, match="rejected"):
         evaluate(run)
 
 

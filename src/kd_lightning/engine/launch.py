@@ -48,10 +48,17 @@ rank_zero_only.rank = 0  # type: ignore[attr-defined]
 
 
 def launched() -> ClusterEnvironment | None:
-    """The environment of a launcher (torchrun or SLURM) with several processes, if any."""
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):
-        if kind.detect() and (environment := kind()).world_size() > 1:
-            return environment
+    """The environment of a launcher (torchrun or SLURM) with several processes, if any.
+
+    Raises:
+        InputError: the launcher's configuration is not supported by Lightning.
+    """
+    try:
+        for kind in (TorchElasticEnvironment, SLURMEnvironment):
+            if kind.detect() and (environment := kind()).world_size() > 1:
+                return environment
+    except RuntimeError as error:
+        raise InputError(f"trainer: {error}") from error
     return None
 
 
@@ -64,8 +71,8 @@ def started_by_a_launcher(processes: int) -> bool:
     Raises:
         InputError: the launcher has started a different number of processes.
     """
-    environment = launched()
-    if processes == 1 or environment is None:
+    environment = launched() if processes > 1 else None
+    if environment is None:
         return False
     if environment.world_size() != processes:
         raise InputError(
