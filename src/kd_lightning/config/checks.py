@@ -198,5 +198,5 @@ def _is_integer(value: Any) -> bool:
 
 
 def _named(value: Any) -> str:
-    """A value for a message, also if there is nothing to see of it."""
+    """Format a value for a message; an empty string becomes `empty`."""
     return "empty" if value == "" else str(value)

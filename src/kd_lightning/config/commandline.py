@@ -208,7 +208,7 @@ def composition_error(error: Exception) -> str:
             f"{key}=[{value}] for a list, {in_shell(key, value)} for one string"
         )
     if found := re.search(r"interpolation: Key '(\w+)' is not in struct", text):
-        return f"{found[1]} cannot be left out: other settings refer to it"
+        return f"{found[1]} cannot be removed: other settings refer to it"
     if found := re.match(r"Multiple values for (\S+?)\. ", text):
         return f"{found[1]} already exists: omit the +"
     return "; ".join(line for line in dict.fromkeys(lines[:2]) if not line.endswith(":"))

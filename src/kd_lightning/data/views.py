@@ -68,19 +68,19 @@ def counter_random(index: Tensor, view: Tensor, seed: int) -> Tensor:
 
 
 class Views(Protocol):
-    """What renders the views of images.
+    """Interface of classes that render views of images.
 
-    A view is a pure function of the image, its index, the view number and the renderer's own
-    settings: no random state, no state at all. The view `PLAIN` is the image as it is.
+    A view must be a pure function of the image, its index, the view number and the renderer's
+    settings, without any (random) state. The view `PLAIN` is the original image.
     """
 
     def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        """Views of some images.
+        """Render a batch of views.
 
         Args:
-            images: all images (N, H, W, 3), uint8, on the device that trains.
-            index: which images (B,), int64.
-            view: which view of each (B,), int64; see `counter_random`.
+            images: all images (N, H, W, 3), uint8, on the training device.
+            index: image indices (B,), int64.
+            view: view numbers (B,), int64; see `counter_random`.
 
         Returns:
             (B, 3, H, W), uint8, channels-last in memory.

@@ -42,7 +42,7 @@ def open_caches(
         return
     fingerprint = module.teacher.fingerprint()
     if fingerprint is None:
-        log.warning("the teacher's outputs are not stored: they change")
+        log.warning("the teacher's outputs are not cached: the teacher has no fingerprint")
         return
     root, limit = plan.cache.root, plan.cache.limit
     code = source_sha256(plan.teacher.model)

@@ -35,22 +35,22 @@ class _Place(NamedTuple):
 
 
 class Teacher(Protocol):
-    """What the DistillationModule needs of a teacher. It is never a submodule of it."""
+    """Interface of a teacher for the DistillationModule. It is never a submodule."""
 
     def shapes(self, image_size: int) -> LayerShapes:
-        """Shapes of its layers for images of this height and width, in pixels."""
+        """Layer shapes for images of this height and width, in pixels."""
         ...
 
     def read(
         self, layers: Collection[str], logits: bool = True, num_classes: int | None = None
     ) -> None:
-        """Choose what `answer` returns from now on."""
+        """Select the outputs of `answer`."""
         ...
 
     def prepare(
         self, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype | None
     ) -> None:
-        """Choose where it computes; `dtype` is autocast's, None if that is off."""
+        """Set device and precision; `dtype` is the autocast dtype, None if autocast is off."""
         ...
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -58,20 +58,20 @@ class Teacher(Protocol):
         ...
 
     def answer(self, images: Tensor) -> Output:
-        """Images (B, 3, H, W), normalised as the student's, to what `read` asked for."""
+        """Images (B, 3, H, W), normalised as the student's, to the outputs selected by `read`."""
         ...
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of all that its outputs depend on; None: they change, and are never stored."""
+        """SHA-256 of everything its outputs depend on; None disables the teacher-output cache."""
         ...
 
     def why_not_stored(self, images: Tensor) -> str:
-        """Why outputs must not be stored, judged by some images (B, 3, H, W); empty if they may."""
+        """Reason why outputs must not be cached, checked on images (B, 3, H, W); empty if none."""
         ...
 
     @property
     def parameters(self) -> int:
-        """How many it has."""
+        """Number of parameters."""
         ...
 
 
@@ -144,7 +144,7 @@ class FrozenTeacher:
         return self._ask(images, complete=False)
 
     def shapes(self, image_size: int) -> LayerShapes:
-        """Shapes of its layers for images of this height and width, in pixels."""
+        """Layer shapes for images of this height and width, in pixels."""
         return layer_shapes(self.model, image_size)
 
     def fingerprint(self) -> str | None:
@@ -153,7 +153,7 @@ class FrozenTeacher:
 
     @property
     def parameters(self) -> int:
-        """How many it has."""
+        """Number of parameters."""
         return count_parameters(self.model)
 
     def why_not_stored(self, images: Tensor) -> str:
