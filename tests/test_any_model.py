@@ -107,9 +107,7 @@ def batches(count):
 @pytest.mark.parametrize(
     "kind", [Base, Pair, FeaturesFirst, Named, Auxiliary, Lazy, KeepsGrid], ids=lambda k: k.__name__
 )
-def test_a_model_trains_and_teaches_whatever_it_returns_and_whenever_it_is_made(
-    kind, role, precision, tmp_path
-):
+def test_any_model_works_as_student_and_teacher(kind, role, precision, tmp_path):
     seed_everything(0, verbose=False)
     nodes = {name: {"_target_": f"{__name__}.Base"} for name in ("student", "teacher")}
     nodes[role] = {"_target_": f"{__name__}.{kind.__name__}"}

@@ -64,12 +64,12 @@ def test_imports_point_downwards(name, path):
             assert RANK[other] < RANK[package], f"{name} imports {imported}"
 
 
-def test_there_are_no_cycles():
+def test_no_import_cycles():
     graph = {name: set(imports(path, only_at_the_top=True)) - {name} for name, path in modules()}
     list(TopologicalSorter(graph).static_order())  # raises an error that names the cycle
 
 
-def test_below_resolve_nobody_takes_the_whole_configuration():
+def test_only_resolve_reads_the_whole_configuration():
     """Where the configuration is still whole: what makes the plan of it, and what names it."""
     allowed = {"config", "storage.identity", "storage.run_directory", "cli", "api", "workflows"}
     for name, path in modules():

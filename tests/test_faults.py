@@ -63,7 +63,7 @@ def left(run):
 
 # The first checkpoint does not fit; or it does, but not TensorBoard's file.
 @pytest.mark.parametrize("size", [3_000, 20_000])
-def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, whole, size):
+def test_full_disk_is_reported_and_the_run_resumes(tmp_path, whole, size):
     done = train(tmp_path, largest_file=size)
     assert done.code == 1
     assert "error: File too large" in done.err
@@ -78,7 +78,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, whole,
 
 
 @pytest.mark.parametrize("tenth", range(10))
-def test_a_checkpoint_cut_off_anywhere_is_not_gone_on_with(tmp_path, whole, tenth):
+def test_truncated_checkpoint_is_not_resumed(tmp_path, whole, tenth):
     run = RunDirectory(tmp_path)
     content = (whole / "checkpoints" / "last.ckpt").read_bytes()
     (tmp_path / "checkpoints").mkdir()
@@ -92,7 +92,7 @@ def test_a_checkpoint_cut_off_anywhere_is_not_gone_on_with(tmp_path, whole, tent
 @pytest.mark.parametrize(
     "garbage", [b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"status": "finished"}', b"\0" * 4096]
 )
-def test_metrics_of_garbage_are_no_finished_run(tmp_path, garbage):
+def test_garbage_metrics_are_not_a_finished_run(tmp_path, garbage):
     (tmp_path / "metrics.json").write_bytes(garbage)
     from kd_lightning.errors import InputError
     from kd_lightning.storage.identity import finished
@@ -106,7 +106,7 @@ def test_metrics_of_garbage_are_no_finished_run(tmp_path, garbage):
         assert RunDirectory(tmp_path).read_metrics() == {}
 
 
-def test_the_clock_may_go_backwards(tmp_path, whole):
+def test_clock_set_back_has_no_effect(tmp_path, whole):
     """A run is found by what it is, whatever the times of its files."""
     for path in sorted(whole.rglob("*")):
         os.utime(path, (4e9, 4e9))  # the year 2096
@@ -188,7 +188,7 @@ def is_teacher(run, model, name="student"):
         ("write_metrics", is_finished),
     ],
 )
-def test_a_full_disk_where_a_result_is_written(train, tmp_path, disk, monkeypatch, name, which):
+def test_full_disk_while_a_result_is_written(train, tmp_path, disk, monkeypatch, name, which):
     settings = ("method=logit", "trainer.precision=32-true")
     (reference,) = train(*settings, "setting=whole").runs
     expected = left(reference)
@@ -208,7 +208,7 @@ def test_a_full_disk_where_a_result_is_written(train, tmp_path, disk, monkeypatc
     assert left(run) == expected
 
 
-def test_a_full_disk_where_an_answer_is_remembered(train, disk, monkeypatch, caplog):
+def test_full_disk_while_an_output_is_cached(train, disk, monkeypatch, caplog):
     """The teacher computes; the student is the same."""
     settings = ("method=logit", "trainer.precision=32-true", "remember.dtype=float32")
     (reference,) = train(*settings, "setting=whole").runs
@@ -236,7 +236,7 @@ def test_a_full_disk_where_an_answer_is_remembered(train, disk, monkeypatch, cap
     assert left(disk.place / "runs" / "full" / reference.name) == left(reference)
 
 
-def test_a_full_disk_where_a_grid_writes_its_table(train, disk, monkeypatch):
+def test_full_disk_while_a_grid_writes_its_table(train, disk, monkeypatch):
     """No run is lost, and the table is written by the same command."""
     grid = ("-m", "method=none", "seed=0,1", "setting=grid")
     with monkeypatch.context() as patch:
@@ -261,7 +261,7 @@ def once_full(disk, update):
     return updated
 
 
-def test_a_folder_that_cannot_be_written_is_said_at_once(train, disk):
+def test_folder_not_writable_is_reported_before_training(train, disk):
     run = disk.place / "runs" / "old"
     run.mkdir(parents=True)
     (run / "metrics.json").write_text("{}")
@@ -286,7 +286,7 @@ with RunDirectory(Path(sys.argv[1])).lock():
 """
 
 
-def test_a_lock_of_a_process_that_died_holds_nobody_up(tmp_path):
+def test_lock_of_a_dead_process_is_released(tmp_path):
     script = tmp_path / "holder.py"
     script.write_text(HOLDER)
     holder = processes.start(str(script), str(tmp_path))
@@ -303,7 +303,7 @@ def test_a_lock_of_a_process_that_died_holds_nobody_up(tmp_path):
         pass
 
 
-def test_two_grids_in_one_folder_do_the_work_once(tmp_path):
+def test_concurrent_grids_in_one_folder_train_every_run_once(tmp_path):
     command = [
         "train.py", "-m", *TINY, "method=none,logit", "seed=0,1", "setting=grid",
         "data=digits", "trainer.max_epochs=2", f"output_dir={tmp_path}", f"data_dir={tmp_path}/d",

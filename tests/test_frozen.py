@@ -136,7 +136,7 @@ def build(name):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prepared_teacher_answers_what_the_model_does(name, dtype):
+def test_prepared_teacher_has_the_outputs_of_the_model(name, dtype):
     model = build(name)
     layers = [layer for layer, _ in model.named_children() if layer != "other"]
     layers = [layer for layer in layers if (name, layer) != ("alias", "same")]
@@ -161,18 +161,18 @@ def test_a_prepared_teacher_answers_what_the_model_does(name, dtype):
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("name", MODELS)
-def test_only_what_nothing_else_sees_is_folded(name):
+def test_only_unshared_batchnorms_are_folded(name):
     count = fold_batchnorm(copy.deepcopy(build(name)) if name == "plain" else build(name))
     assert count == (name in {"plain", "nested", "no_affine", "stores"})
 
 
 @pytest.mark.parametrize("layer", ["stem", "stem.0"])
-def test_a_container_that_ends_with_a_convolution_keeps_its_output(layer):
+def test_container_that_ends_with_a_convolution_keeps_its_output(layer):
     assert fold_batchnorm(build("nested"), keep=[layer]) == 0
     assert fold_batchnorm(build("nested"), keep=["block", "block.0"]) == 1
 
 
-def test_a_copy_that_answers_otherwise_is_not_used(monkeypatch):
+def test_copy_with_different_outputs_is_not_used(monkeypatch):
     def fold_wrongly(model, keep=()):
         del keep
         model.bn.bias.data.add_(0.5)
@@ -186,7 +186,7 @@ def test_a_copy_that_answers_otherwise_is_not_used(monkeypatch):
     assert torch.equal(teacher(images), expected)
 
 
-def test_a_copy_that_fails_is_not_used(monkeypatch):
+def test_failing_copy_is_not_used(monkeypatch):
     def fail(*_arguments, **_keywords):
         raise RuntimeError("not foldable")
 
@@ -216,7 +216,7 @@ def test_weights_used_in_float32_too_are_not_converted():
         assert torch.equal(teacher(images), model(images))
 
 
-def test_the_model_itself_is_bit_equal_and_in_evaluation_mode_after_answering():
+def test_original_model_is_unchanged_and_in_evaluation_mode():
     torch.manual_seed(0)
     model = ResNet9(width=4)
     before = copy.deepcopy(model.state_dict())
@@ -231,7 +231,7 @@ def test_the_model_itself_is_bit_equal_and_in_evaluation_mode_after_answering():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_preparing_and_answering_draw_no_random_numbers():
+def test_teacher_draws_no_random_numbers():
     teacher = FrozenTeacher(build("plain"), HALF, HALF)
     teacher.prepare(CPU, torch.channels_last, None)
     images = torch.randn(8, 3, 9, 9)
@@ -253,7 +253,7 @@ class Position(nn.Module):
         return self.fc((images + self.grid).flatten(1))
 
 
-def test_what_a_teacher_keeps_of_its_first_images_is_not_kept_before_it_is_in_place():
+def test_lazy_buffers_are_created_only_after_placement():
     model = Position()
     teacher = FrozenTeacher(model, HALF, HALF)
     teacher(torch.randn(4, 3, 2, 2))
@@ -288,7 +288,7 @@ class BatchMean(ConvBN):
         (MODELS["no_statistics"], "other images"),
     ],
 )
-def test_answers_that_cannot_be_repeated_must_not_be_stored(model, reason):
+def test_nondeterministic_outputs_must_not_be_cached(model, reason):
     torch.manual_seed(0)
     teacher = FrozenTeacher(model(), HALF, HALF)
     images, before = torch.randn(4, 3, 9, 9), torch.get_rng_state()
@@ -298,7 +298,7 @@ def test_answers_that_cannot_be_repeated_must_not_be_stored(model, reason):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_answers_can_be_used_in_training():
+def test_teacher_outputs_can_be_used_in_training():
     teacher = FrozenTeacher(build("plain"), HALF, HALF)
     with torch.inference_mode():
         logits = teacher(torch.randn(4, 3, 9, 9))
@@ -306,7 +306,7 @@ def test_answers_can_be_used_in_training():
     assert not logits.requires_grad
 
 
-def test_a_layer_that_is_read_with_and_without_logits_is_the_same():
+def test_features_are_equal_with_and_without_logits():
     model = nn.Sequential(convolution(), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten())
     images = torch.randn(4, 3, 9, 9)
     answers = []

@@ -149,7 +149,7 @@ def test_results_csv(tmp_path, column, row, value, data):
 )
 @example(b"a,b\n1,2\n", b"a,b\n1,2\n")
 @example(b"epoch,val_accuracy\nlate,good\n", b"cat,dog\nmany,few\n3,4\n")
-def test_what_a_run_has_beside_its_metrics(tmp_path, history, confusion):
+def test_other_files_of_a_run(tmp_path, history, confusion):
     """The report is written all the same, without the picture."""
     run = tmp_path / "runs" / "run"
     write(run / "metrics.json", metrics())
@@ -223,7 +223,7 @@ def test_checkpoint(tmp_path, data):
 
 @fuzz
 @given(st.data())
-def test_a_stored_teacher(tmp_path_factory, data):
+def test_damaged_stored_teacher(tmp_path_factory, data):
     store = TeacherStore(tmp_path_factory.mktemp("store"))
     trained = []
 
@@ -247,7 +247,7 @@ def test_a_stored_teacher(tmp_path_factory, data):
 
 @fuzz
 @given(st.data())
-def test_rows_that_were_changed_are_not_known(tmp_path_factory, data):
+def test_modified_rows_are_invalid(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("rows")
     rows = memory.Rows(root / "t", {"a": 1}, images=5, shape=(3,), dtype=torch.float16)
     index, view = torch.arange(5), torch.zeros(5, dtype=torch.int64)
@@ -271,7 +271,7 @@ def test_rows_that_were_changed_are_not_known(tmp_path_factory, data):
 
 @fuzz
 @given(st.data())
-def test_decoded_images(tmp_path_factory, data):
+def test_damaged_decoded_images(tmp_path_factory, data):
     from conftest import write_folder
 
     root = tmp_path_factory.mktemp("images")
@@ -298,7 +298,7 @@ def test_decoded_images(tmp_path_factory, data):
 
 @fuzz
 @given(values | garbage)
-def test_what_a_grid_remembers_of_its_results(tmp_path, content):
+def test_state_file_of_a_grid(tmp_path, content):
     write(tmp_path / "run" / "metrics.json", {**metrics(), "status": "failed", "error": "why"})
     write(tmp_path / ".results.json", content)
     (tmp_path / "results.csv").unlink(missing_ok=True)
@@ -306,7 +306,7 @@ def test_what_a_grid_remembers_of_its_results(tmp_path, content):
     assert (tmp_path / "results.csv").exists()
 
 
-def test_a_strangers_setting_leads_nowhere(tmp_path):
+def test_untrusted_setting_name_stays_in_the_report_folder(tmp_path):
     """Its name is part of the pictures' names."""
     for number, setting in enumerate(("../../elsewhere", "/tmp/x", "<script>alert(1)</script>")):
         write(tmp_path / "runs" / str(number) / "metrics.json", {**metrics(), "setting": setting})

@@ -52,7 +52,7 @@ def _rank():
 
 
 @pytest.mark.parametrize("sizes", [(4, 3), (7, 0)])
-def test_gathered_loss_and_gradient_are_those_of_the_whole_batch(sizes):
+def test_gathered_loss_and_gradient_equal_those_of_the_whole_batch(sizes):
     model = network()
     index = torch.arange(7)
     loss = Relations()(Output(model(ROWS), {}), TARGETS, TermBatch(index, index, index))
@@ -68,11 +68,11 @@ def fails(where, how):
     return "fine"
 
 
-def test_an_error_of_rank_0_is_raised_as_it_is():
+def test_error_of_rank_0_is_raised_unchanged():
     with pytest.raises(RunError, match="of rank 0"):
         launch(2, fails, 0, RunError("of rank 0"))
 
 
-def test_an_error_of_another_process_says_which():
+def test_error_of_another_worker_names_it():
     with pytest.raises(RunError, match="worker 1 of 2: disk is full"):
         launch(2, fails, 1, OSError("disk is full"))

@@ -44,14 +44,14 @@ def machine(monkeypatch):
         ({"mps": True, "cpu": ["avx2"]}, "32-true", torch.contiguous_format),
     ],
 )
-def test_what_is_chosen(machine, what, precision, memory_format):
+def test_choice_of_precision_and_memory_format(machine, what, precision, memory_format):
     machine(**what)
     assert hardware.choose_precision() == precision
     assert hardware.choose_memory_format(precision) == memory_format
 
 
 @pytest.mark.parametrize("best", [{"cuda": True}, {"cuda": False}, {"mps": True}])
-def test_the_cpu_can_be_asked_for_on_a_machine_with_a_gpu(machine, best):
+def test_cpu_can_be_selected_on_a_gpu_machine(machine, best):
     machine(**best, cpu=["avx2"])
     assert hardware.choose_precision("cpu") == "32-true"
     # The accelerator that trains decides, not the best one that there is.
@@ -79,7 +79,7 @@ GROUPED = {
 
 
 @pytest.mark.parametrize(("name", "grouped"), GROUPED.items())
-def test_grouped_convolutions_are_found_in_any_family(name, grouped):
+def test_grouped_convolutions_are_detected(name, grouped):
     with torch.device("cpu" if name.startswith("regnet") else "meta"):  # it computes its widths
         assert hardware.has_groups(getattr(torchvision.models, name)()) == grouped
 
@@ -97,9 +97,7 @@ def test_grouped_convolutions_are_found_in_any_family(name, grouped):
         ("mobilenet_v3_small", {"cpu": ["amx_bf16"]}, {"precision": "bf16-mixed"}, "bf16-mixed"),
     ],
 )  # fmt: skip
-def test_a_model_with_grouped_convolutions_is_trained_in_float32_on_a_cpu(
-    machine, student, what, trainer, precision
-):
+def test_grouped_convolutions_use_float32_on_a_cpu(machine, student, what, trainer, precision):
     machine(**what)
     node = {"_target_": f"torchvision.models.{student}", "num_classes": 3}
     state = torch.get_rng_state()
@@ -107,7 +105,7 @@ def test_a_model_with_grouped_convolutions_is_trained_in_float32_on_a_cpu(
     assert torch.equal(torch.get_rng_state(), state)  # looking at a model draws nothing
 
 
-def test_every_published_network_keeps_its_precision(machine):
+def test_precision_of_every_configured_network(machine):
     machine(cpu=["avx512_bf16"])
     for model in (ConvNet([4], 8), ResNet9(), CifarResNet(depth=20)):
         assert hardware.choose_precision("auto", model) == "bf16-mixed"
@@ -124,13 +122,13 @@ def test_every_published_network_keeps_its_precision(machine):
         (5, 1, "one of auto, gpu"),
     ],
 )
-def test_an_accelerator_that_is_not_there_is_refused(machine, accelerator, devices, part):
+def test_unavailable_accelerator_is_rejected(machine, accelerator, devices, part):
     machine()
     with pytest.raises(InputError, match=part):
         hardware.check_accelerator(accelerator, devices, "trainer")
 
 
-def test_more_devices_than_there_are_are_refused(machine, monkeypatch):
+def test_too_many_devices_are_rejected(machine, monkeypatch):
     machine(cuda=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     hardware.check_accelerator("gpu", 2, "trainer")
@@ -141,7 +139,7 @@ def test_more_devices_than_there_are_are_refused(machine, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_is_asked_for_before_anything_is_loaded(train, monkeypatch):
+def test_missing_gpu_is_reported_before_loading_data(train, monkeypatch):
     from kd_lightning.data.module import ImageDataModule
 
     monkeypatch.setattr(ImageDataModule, "setup", lambda *_: pytest.fail("data were loaded"))
@@ -152,12 +150,12 @@ def test_a_gpu_is_asked_for_before_anything_is_loaded(train, monkeypatch):
 
 
 @pytest.mark.parametrize(("override", "expected"), [("32-true", "32-true"), ("auto", None)])
-def test_one_key_overrides_it(train, override, expected):
+def test_precision_can_be_overridden(train, override, expected):
     metrics = train("method=none", f"trainer.precision={override}", "trainer.max_epochs=1").metrics
     assert metrics["precision"] == (expected or hardware.choose_precision())
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
+def test_keep_freed_memory_without_glibc(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 

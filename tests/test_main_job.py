@@ -28,7 +28,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tmp_path):
+def test_complete_run_with_one_command(train, tmp_path):
     first = train("method=combined")
     assert first.code == 0, first.err
     metrics = first.metrics
@@ -71,7 +71,7 @@ def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tm
     assert weights[0] == weights[1]
 
 
-def test_tensorboard_shows_losses_accuracies_rate_speed_and_pictures(train):
+def test_tensorboard_contents(train):
     (run,) = train("method=combined", "trainer.log_every_n_steps=1").runs
     events = EventAccumulator(str(run), size_guidance={"images": 0})
     events.Reload()
@@ -106,7 +106,7 @@ def test_every_method_runs(train, tmp_path, method):
         ["teacher=resnet20"],
     ],
 )
-def test_every_teacher_teaches(train, teacher):
+def test_every_teacher_works(train, teacher):
     done = train(
         "method=combined", "optimizer=adamw", "scheduler=cosine", *teacher, "trainer.max_epochs=1",
         "teacher.trainer.max_epochs=1", "student.model.channels=[4,8]", "student.model.hidden=8",
@@ -116,7 +116,7 @@ def test_every_teacher_teaches(train, teacher):
     assert done.metrics["teacher_val_accuracy"] is not None
 
 
-def test_a_teacher_of_ones_own(train, tmp_path):
+def test_user_checkpoint_as_teacher(train, tmp_path):
     (run,) = train("method=none", "student.name=mine").runs
     checkpoint = run / "student.safetensors"
     done = train(
@@ -133,7 +133,7 @@ def test_a_teacher_of_ones_own(train, tmp_path):
     assert not list((tmp_path / "outputs" / "teachers").rglob("teacher.*"))
 
 
-def test_a_student_and_a_term_of_ones_own_from_yaml_alone(train):
+def test_user_student_and_term_from_yaml(train):
     done = train(
         "method=logit", "student.name=squeezed",
         "student.model._target_=torchvision.models.squeezenet1_1",
@@ -146,7 +146,7 @@ def test_a_student_and_a_term_of_ones_own_from_yaml_alone(train):
     assert done.metrics["student"] == "squeezed"
 
 
-def test_a_sweep_goes_on_after_a_failed_cell_and_says_so(train, tmp_path):
+def test_sweep_continues_after_a_failed_run(train, tmp_path):
     done = train("-m", "method=none", "optimizer.lr=0.01,-1,0.02")
     assert done.code == 2
     assert done.err.count("error:") == 1, done.err
@@ -170,7 +170,7 @@ def test_best_epoch_and_last_epoch_are_both_recorded(train):
         pytest.param(("+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3"), id="between"),
     ],
 )
-def test_the_headline_is_of_the_last_weights_wherever_training_stops(train, stop):
+def test_reported_result_is_of_the_last_weights(train, stop):
     done = train("method=none", "trainer.precision=32-true", *stop)
     assert done.code == 0, done.err
     student, config = RunDirectory(done.runs[0]).load_student()
@@ -183,7 +183,7 @@ def test_the_headline_is_of_the_last_weights_wherever_training_stops(train, stop
     assert done.metrics["best_val_accuracy"] >= done.metrics["val_accuracy"]
 
 
-def test_a_finished_run_is_shown_again_and_not_overwritten(train, tmp_path):
+def test_finished_run_is_shown_and_not_repeated(train, tmp_path):
     place = ("setting=here", "name=there")
     first = train("method=none", *place)
     (run,) = first.runs
@@ -198,7 +198,7 @@ def test_a_finished_run_is_shown_again_and_not_overwritten(train, tmp_path):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_the_command_in_a_process_of_its_own(folder, tmp_path):
+def test_command_in_a_new_process(folder, tmp_path):
     """Prints the table, and a line of progress; the evaluate script prints the same accuracy."""
     done = in_a_new_process(
         "train.py", "method=none", "data=folder", f"data.root={folder}", "data.image_size=16",
@@ -217,7 +217,7 @@ def test_the_command_in_a_process_of_its_own(folder, tmp_path):
     assert evaluated.out.count(f"{100 * accuracy:.2f} %") == 2
 
 
-def test_two_commands_started_together_train_one_teacher(folder, tmp_path):
+def test_concurrent_commands_train_one_teacher(folder, tmp_path):
     command = [
         "train.py", "method=logit", "data=folder", f"data.root={folder}", "data.image_size=16",
         "data.batch_size=16", "student.model.channels=[4,8]", "teacher.model.channels=[4,8]",
@@ -233,7 +233,7 @@ def test_two_commands_started_together_train_one_teacher(folder, tmp_path):
     assert len(list((tmp_path / "outputs" / "teachers").glob("*/teacher.json"))) == 1
 
 
-def test_help_lists_every_choice_without_importing_torch():
+def test_help_lists_all_choices_without_importing_torch():
     done = in_a_new_process("-X", "importtime", "train.py", "--help")
     assert done.code == 0
     for choice in ("combined", "small", "resnet9", "folder", "one_cycle", "adamw"):
@@ -253,7 +253,7 @@ def shared(name: str) -> Path:
 @pytest.mark.parametrize(
     ("depth", "accuracy"), [(20, 0.9173), pytest.param(56, 0.9338, marks=pytest.mark.slow)]
 )
-def test_published_networks_of_strangers_reach_their_accuracy(train, tmp_path, depth, accuracy):
+def test_third_party_checkpoints_reach_their_accuracy(train, tmp_path, depth, accuracy):
     """Their keys, their normalisation, our evaluator, on the CIFAR-10 test set."""
     from PIL import Image
 

@@ -7,7 +7,7 @@ import zipfile
 from conftest import REPOSITORY, in_a_new_process
 
 
-def test_an_installed_wheel_runs_anywhere(tmp_path):
+def test_installed_wheel_runs_from_any_directory(tmp_path):
     # From a copy, so that building leaves nothing in the checkout.
     source = tmp_path / "source"
     tracked = ["pyproject.toml", "README.md", "LICENSE", "configs", "src"]

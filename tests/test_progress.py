@@ -44,7 +44,7 @@ def train(bar, clock, epochs, seconds, rank_zero=True):
     bar.on_train_end(trainer, None)
 
 
-def test_without_a_terminal_every_epoch_has_a_line(capsys, clock):
+def test_one_line_per_epoch_without_a_terminal(capsys, clock):
     train(ProgressBar("combined-small-s0"), clock, epochs=3, seconds=60)
     assert capsys.readouterr().err.splitlines() == [
         "combined-small-s0: epoch 1/3, val 71.20 %, 6,120 images/s, 2 min left",
@@ -53,19 +53,19 @@ def test_without_a_terminal_every_epoch_has_a_line(capsys, clock):
     ]
 
 
-def test_short_epochs_do_not_flood_a_log_but_the_last_is_there(capsys, clock):
+def test_short_epochs_are_rate_limited(capsys, clock):
     train(ProgressBar("x"), clock, epochs=300, seconds=0.1)
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 7
     assert "epoch 300/300" in lines[-1]
 
 
-def test_only_the_first_of_several_processes_prints(capsys, clock):
+def test_only_rank_0_prints(capsys, clock):
     train(ProgressBar("x"), clock, epochs=3, seconds=60, rank_zero=False)
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_is_for_a_terminal_that_can_redraw(monkeypatch):
+def test_progress_bar_needs_a_capable_terminal(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
@@ -84,11 +84,11 @@ def test_a_bar_is_for_a_terminal_that_can_redraw(monkeypatch):
     [(0.2, "1 s"), (41, "41 s"), (59.9, "60 s"), (2400, "40 min"), (3600, "1 h"),
      (12_000, "3 h 20 min"), (190_000, "2 d 4 h")],
 )  # fmt: skip
-def test_how_long_something_takes(seconds, words):
+def test_format_of_durations(seconds, words):
     assert about(seconds) == words
 
 
-def test_the_time_left_of_a_grid_follows_from_the_runs_that_worked():
+def test_remaining_time_is_estimated_from_trained_runs():
     cells = ["small", "large"] * 3
     done = [Job("x", 0, 10.0), Job("x", 1, 100.0)]
     assert time_left(cells, done, elapsed=110) == 2 * 10 + 2 * 100
@@ -104,7 +104,7 @@ def grid(task, **sweeper):
     return OmegaConf.create({"hydra": {"sweeper": sweeper, "overrides": {"task": task}}})
 
 
-def test_the_runs_of_a_grid_are_counted_as_the_sweeper_does(monkeypatch):
+def test_runs_of_a_grid_match_the_sweeper(monkeypatch):
     monkeypatch.setattr(
         sweep.GlobalHydra, "instance", lambda: SimpleNamespace(config_loader=lambda: None)
     )
@@ -143,7 +143,7 @@ def test_tables_can_be_printed_in_any_encoding(monkeypatch, encoding):
         assert "1.00 +- 0.20" in text
 
 
-def test_a_reader_that_goes_away_is_no_failure():
+def test_broken_pipe_is_not_a_failure():
     done = subprocess.run(
         f"{sys.executable} -c \"from kd_lightning.terminal import say\nfor n in range(9999):"
         ' say(str(n))" | head -1',
@@ -152,7 +152,7 @@ def test_a_reader_that_goes_away_is_no_failure():
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
-def test_a_run_on_an_ascii_terminal(folder, tmp_path):
+def test_run_on_an_ascii_terminal(folder, tmp_path):
     (folder / "train" / "class0").rename(folder / "train" / "äöü")
     (folder / "test" / "class0").rename(folder / "test" / "äöü")
     done = in_a_new_process(
@@ -185,7 +185,7 @@ def in_a_terminal(*arguments, columns=80):
     return process.wait(timeout=60), text.decode()
 
 
-def test_on_a_terminal_a_grid_ends_with_a_table_that_fits(tmp_path):
+def test_final_table_of_a_grid_fits_the_terminal(tmp_path):
     arguments = (
         "-m", *TINY, "method=none", "data=digits", "student.name=a,b", "trainer.max_epochs=1",
         "data.batch_size=512", "setting=grid", f"output_dir={tmp_path}", f"data_dir={tmp_path}/d",
@@ -198,7 +198,7 @@ def test_on_a_terminal_a_grid_ends_with_a_table_that_fits(tmp_path):
     assert ": epoch" not in text  # there is a bar
 
 
-def test_many_students_become_a_line_each(tmp_path, monkeypatch, capsys):
+def test_wide_table_has_one_row_per_cell(tmp_path, monkeypatch, capsys):
     from test_report import PARAMETERS, write_run
 
     for number in range(12):

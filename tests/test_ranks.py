@@ -33,7 +33,7 @@ def results(root, method=""):
     return metrics, (run / "student.safetensors").read_bytes(), history
 
 
-def test_two_processes_train_the_student_that_one_would(tmp_path):
+def test_two_processes_train_the_same_student_as_one(tmp_path):
     for name, arguments in (("one", ()), ("two", TWO)):
         train(tmp_path / name, *arguments)
     one, weights, history = results(tmp_path / "one")
@@ -65,9 +65,7 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
-def test_stopped_and_started_again_in_a_grid_they_end_as_if_nothing_had_been(
-    tmp_path, uninterrupted, how
-):
+def test_resume_of_a_distributed_grid(tmp_path, uninterrupted, how):
     command = [*COMMAND, *GRID, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
     process = processes.start(*command)
     processes.wait_for("runs/*/logit*/checkpoints/last.ckpt", tmp_path, process)
@@ -84,7 +82,7 @@ def test_stopped_and_started_again_in_a_grid_they_end_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("where", ["open_caches", "DistillationModule.on_train_epoch_end"])
 @pytest.mark.parametrize("how", ["raise OSError('no more of it')", "os._exit(9)"])
-def test_what_goes_wrong_in_another_process_is_said_in_a_sentence(tmp_path, where, how):
+def test_failed_worker_is_reported(tmp_path, where, how):
     script = tmp_path / "breaks.py"
     script.write_text(
         "import os\n"
@@ -116,14 +114,14 @@ def test_what_goes_wrong_in_another_process_is_said_in_a_sentence(tmp_path, wher
         ("+teacher.trainer.devices=2", "teacher.trainer.devices must be 1"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path, wrong, sentence):
+def test_unsupported_ddp_settings_are_rejected(tmp_path, wrong, sentence):
     done = in_a_new_process(*COMMAND, "trainer=ddp", wrong, f"output_dir={tmp_path}")
     assert done.code == 2
     assert sentence in done.err
 
 
 @pytest.mark.parametrize("images", [100, 101, 103])
-def test_every_image_is_seen_once_an_epoch_and_weighs_the_same(images):
+def test_every_image_has_equal_weight_in_an_epoch(images):
     world, seen, weights = 3, [], {}
     samplers = [
         ViewSampler(torch.arange(images), 25, shuffle=True, seed=1, rank=rank, world=world)

@@ -19,7 +19,7 @@ def tables(tmp_path_factory):
     return [line for line in lines if line.startswith("| ") and "---" not in line]
 
 
-def test_the_results_are_what_the_runs_say(tables):
+def test_results_follow_from_the_runs(tables):
     text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
     assert len(tables) > 30
     for line in tables:
@@ -44,7 +44,7 @@ def test_comparison_with_the_original_table():
             assert shown.strip() == f"{test:.2f} ({test - float(original):+.2f})"
 
 
-def test_the_readme_shows_the_same(tables):
+def test_readme_tables_follow_from_the_runs(tables):
     text = (REPOSITORY / "README.md").read_text()
     shown = [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
     assert len(shown) >= 4
@@ -52,7 +52,7 @@ def test_the_readme_shows_the_same(tables):
         assert line in tables
 
 
-def test_the_grids_are_complete():
+def test_grids_are_complete():
     runs = read_runs([RUNS])
     assert set(runs["status"]) == {"finished"}
     assert sorted(len(grid) for _, grid in runs.groupby("setting")) == [2 * 3 * 3, 36, 36]

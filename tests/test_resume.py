@@ -126,9 +126,7 @@ def whole(tmp_path_factory):
         (15, True, "epoch 3"),
     ],
 )
-def test_asked_to_stop_it_finishes_the_step_and_goes_on_with_the_next(
-    tmp_path, whole, step, validation, place
-):
+def test_resume_after_signal_is_bit_identical(tmp_path, whole, step, validation, place):
     root, shown = whole
     config, folder = configuration(root), tmp_path / "run"
     before, after = Steps(), Steps()
@@ -146,13 +144,13 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on_with_the_next(
     assert left(folder) == left(root / "run")
 
 
-def test_stopped_before_anything_is_saved():
+def test_signal_before_the_first_checkpoint():
     said = str(Stopped(signal.SIGINT, "teacher convnet", None))
     assert said.startswith("stopped by Ctrl-C: teacher convnet is not saved yet")
     assert Stopped(signal.SIGINT, "x", None).exit_code == 130
 
 
-def test_stopped_again_and_again(tmp_path, whole):
+def test_resume_after_repeated_signals(tmp_path, whole):
     root, shown = whole
     seen = Steps()
     for step in (2, 3, 8, 9):
@@ -163,7 +161,7 @@ def test_stopped_again_and_again(tmp_path, whole):
     assert left(tmp_path / "run") == left(root / "run")
 
 
-def test_its_curves_in_tensorboard_are_those_of_one_training(tmp_path, whole):
+def test_tensorboard_curves_after_resume(tmp_path, whole):
     root, _ = whole
     with pytest.raises(Stopped):
         training.run(configuration(root), tmp_path / "run", callbacks=[Ask(8)])
@@ -187,7 +185,7 @@ def curves(folder):
      "+trainer.accumulate_grad_batches=2"],
 )  # fmt: skip
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_stopped_where_lightning_does_something_of_its_own(tmp_path, whole, setting, step):
+def test_signal_during_validation_or_gradient_accumulation(tmp_path, whole, setting, step):
     root, _ = whole
     config = configuration(root, setting)
     reference = root / f"run-{setting}"
@@ -202,7 +200,7 @@ def asked_twice(root, folder):
     training.run(configuration(root), folder, callbacks=[Ask(7), Ask(7)])
 
 
-def test_asked_twice_it_ends_at_once(tmp_path, whole):
+def test_second_signal_ends_immediately(tmp_path, whole):
     """Within the step: nothing of it is saved, and what was saved before is gone on with."""
     root, _ = whole
     folder = tmp_path / "run"
@@ -227,7 +225,7 @@ class Spoil(Callback):
                 module.student[0].weight.fill_(float("nan"))
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, whole):
+def test_nonfinite_loss_keeps_the_last_valid_checkpoint(tmp_path, whole):
     root, _ = whole
     config, folder = configuration(root), tmp_path / "run"
     said = r"the loss is not finite at step 7 \(term: cross_entropy, logit, attention\)"
@@ -243,7 +241,7 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, who
     assert left(folder) == left(root / "run")
 
 
-def test_bf16_is_as_reproducible_as_float32(tmp_path, whole):
+def test_bf16_is_reproducible(tmp_path, whole):
     root, _ = whole
     config = configuration(root, "trainer.precision=bf16-mixed")
     training.run(config, tmp_path / "one")
@@ -253,7 +251,7 @@ def test_bf16_is_as_reproducible_as_float32(tmp_path, whole):
     assert left(tmp_path / "one") == left(tmp_path / "two")
 
 
-def test_answers_that_were_lost_are_given_again_to_the_last_bit(tmp_path):
+def test_lost_cache_rows_are_recomputed_bit_identically(tmp_path):
     """About three images of a batch the teacher would say it in another order of additions."""
     training.run(configuration(tmp_path, "remember.dtype=float32"), tmp_path / "first")
     before = answers(tmp_path / "outputs")
@@ -267,7 +265,7 @@ def test_answers_that_were_lost_are_given_again_to_the_last_bit(tmp_path):
     assert answers(tmp_path / "outputs") == before
 
 
-def test_two_runs_of_one_seed_are_the_same_and_of_another_are_not(tmp_path, whole):
+def test_result_depends_only_on_the_seed(tmp_path, whole):
     root, shown = whole
     seen = Steps()
     training.run(configuration(root), tmp_path / "same", callbacks=[seen])
@@ -311,7 +309,7 @@ def everything(output):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path, start, kills):
+def test_resume_after_kill_at_random_moments(tmp_path, start, kills):
     """In the teacher's training or the student's, at any instruction of it."""
 
     def finish(output):

@@ -49,7 +49,7 @@ def read_again(rows, view=0):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (10,), (4, 4, 2)])
-def test_what_was_written_is_read_bit_for_bit(tmp_path, shape, dtype):
+def test_written_rows_are_read_bit_identically(tmp_path, shape, dtype):
     rows = make_rows(tmp_path, shape, dtype)
     for view in (0, 7):
         rows.reserve(view)
@@ -66,7 +66,7 @@ def test_what_was_written_is_read_bit_for_bit(tmp_path, shape, dtype):
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_a_damaged_file_gives_the_right_numbers_or_none(tmp_path_factory, data):
+def test_damaged_file_never_gives_wrong_rows(tmp_path_factory, data):
     rows, values = filled(tmp_path_factory.mktemp("rows"))
     path = rows.path(0)
     content = bytearray(path.read_bytes())
@@ -82,7 +82,7 @@ def test_a_damaged_file_gives_the_right_numbers_or_none(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize("part", range(11))
-def test_a_truncated_file_is_made_whole_and_what_was_lost_is_unknown(tmp_path, part):
+def test_truncated_file_is_extended_and_lost_rows_are_invalid(tmp_path, part):
     rows, values = filled(tmp_path)
     path = rows.path(0)
     os.truncate(path, rows.file_size * part // 10)
@@ -95,7 +95,7 @@ def test_a_truncated_file_is_made_whole_and_what_was_lost_is_unknown(tmp_path, p
     assert torch.equal(got[known], values[known])
 
 
-def test_a_row_in_the_wrong_place_is_not_believed(tmp_path):
+def test_row_at_the_wrong_position_is_invalid(tmp_path):
     rows, _ = filled(tmp_path)
     size = rows.file_size // IMAGES
     content = rows.path(0).read_bytes()
@@ -122,7 +122,7 @@ while True:
 """
 
 
-def test_two_writers_killed_at_work_leave_no_mixed_row(tmp_path):
+def test_killed_concurrent_writers_leave_no_mixed_row(tmp_path):
     script = tmp_path / "writer.py"
     script.write_text(WRITER)
     rows, seen = Rows(tmp_path, {}, 50, (512,), torch.float32), 0
@@ -179,7 +179,7 @@ def expected(index, view, dtype=torch.float16):
     return (torch.as_tensor(index) * 100 + torch.as_tensor(view) + 1 / 3).to(dtype).float()
 
 
-def test_what_is_there_is_not_asked_and_the_rounding_is_the_same(tmp_path):
+def test_cached_outputs_are_not_recomputed_and_equally_rounded(tmp_path):
     first, teacher = recall(make_memory(tmp_path), [1, 2, 3], [0, 0, 0])
     assert teacher.asked == [(1, 0), (2, 0), (3, 0)]
     again, teacher = recall(make_memory(tmp_path), [3, 1, 2], [0, 0, 0])
@@ -192,7 +192,7 @@ def test_what_is_there_is_not_asked_and_the_rounding_is_the_same(tmp_path):
         assert torch.equal(values, expected([1, 2, 5, 3], [0, 1, 0, 0]))
 
 
-def test_a_term_more_is_computed_and_the_others_stay_what_they_were(tmp_path):
+def test_additional_term_does_not_change_the_others(tmp_path):
     recall(make_memory(tmp_path, terms=("a",)), [1, 2], [0, 0])
     both, teacher = recall(make_memory(tmp_path), [1, 2, 3], [0, 0, 0])
     assert teacher.asked == [(1, 0), (2, 0), (3, 0)]
@@ -201,7 +201,7 @@ def test_a_term_more_is_computed_and_the_others_stay_what_they_were(tmp_path):
     assert not teacher.asked
 
 
-def test_at_the_limit_it_computes_and_says_so_once(tmp_path, caplog):
+def test_disk_limit_causes_one_warning(tmp_path, caplog):
     size = sum(rows.file_size for rows in make_memory(tmp_path).rows.values())
     cache_ = make_memory(tmp_path, limit=1.5 * size)
     with caplog.at_level(logging.WARNING):
@@ -217,7 +217,7 @@ def test_at_the_limit_it_computes_and_says_so_once(tmp_path, caplog):
     assert not teacher.asked  # what fitted is still used
 
 
-def test_a_full_disk_is_survived_with_a_warning(tmp_path, caplog):
+def test_full_disk_causes_a_warning(tmp_path, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
@@ -237,7 +237,7 @@ def test_a_full_disk_is_survived_with_a_warning(tmp_path, caplog):
     [lambda: ConvNet(channels=[64, 128, 256], hidden=512), ResNet9],
     ids=["convnet", "resnet9"],
 )
-def test_a_teacher_says_the_same_of_an_image_in_whatever_company(model):
+def test_teacher_output_does_not_depend_on_the_batch(model):
     """So that what one seed's batches were answered serves another's: not in batches of a few."""
     torch.manual_seed(0)
     half = Normalization((0.5,) * 3, (0.5,) * 3)
@@ -252,7 +252,7 @@ def test_a_teacher_says_the_same_of_an_image_in_whatever_company(model):
         assert torch.equal(teacher(part), whole[:size])
 
 
-def test_numbers_beyond_the_rounding_are_given_as_they_are_and_not_kept(tmp_path):
+def test_overflowing_outputs_are_returned_but_not_cached(tmp_path):
     rows = {"a": make_rows(tmp_path / "a", (1,))}
     cache_ = TeacherCache(rows, tmp_path, 1e9)
     big = torch.tensor([[1.0], [1e9]])
@@ -263,7 +263,7 @@ def test_numbers_beyond_the_rounding_are_given_as_they_are_and_not_kept(tmp_path
     assert rows["a"].read(index, index * 0)[1].tolist() == [True, False]
 
 
-def test_forgetting_while_a_training_reads_changes_nothing(tmp_path):
+def test_removing_a_cache_in_use_has_no_effect(tmp_path):
     cache_ = make_memory(tmp_path)
     recall(cache_, [1, 2], [0, 0])
     for entry in stored(tmp_path):
@@ -300,7 +300,7 @@ def asked(monkeypatch):
 SHAPES = 8  # images that are asked about to know the shape of an output
 
 
-def test_a_second_training_asks_nothing_and_ends_with_the_same_student(train, tmp_path, asked):
+def test_second_training_uses_only_the_cache(train, tmp_path, asked):
     results = []
     for expected_count in ({"training": 2 * 33 + SHAPES, "evaluation": 12}, {"training": SHAPES}):
         done = train("method=combined")
@@ -319,7 +319,7 @@ def test_a_second_training_asks_nothing_and_ends_with_the_same_student(train, tm
     ]  # fmt: skip
 
 
-def test_in_float32_remembering_changes_nothing_at_all(train, asked):
+def test_float32_cache_is_bit_identical(train, asked):
     exact = ("method=combined", "trainer.precision=32-true", "trainer.max_epochs=3")
     students = []
     for settings_ in (
@@ -335,7 +335,7 @@ def test_in_float32_remembering_changes_nothing_at_all(train, asked):
     assert students[0] == students[1] == students[2]
 
 
-def test_on_real_data_the_rounding_costs_no_accuracy(train):
+def test_rounding_does_not_reduce_accuracy(train):
     """Handwritten digits, 14 steps an epoch; the two students differ by float16 targets alone."""
     command = (
         "method=combined", "data=digits", "student=small", "optimizer.lr=0.05",
@@ -369,7 +369,7 @@ def test_memory_does_not_grow_with_the_number_of_views(tmp_path):
     assert 0 < mapped <= Rows.OPEN_FILES
 
 
-def test_k_views_are_gone_through_again_and_again(train, tmp_path, asked):
+def test_k_views_are_repeated_cyclically(train, tmp_path, asked):
     assert train("method=logit", "data.views=2", "trainer.max_epochs=5").code == 0
     assert asked["training"] == 2 * 33 + SHAPES
     views = {
@@ -400,9 +400,7 @@ def test_k_views_are_gone_through_again_and_again(train, tmp_path, asked):
         ("data.eval_batch_size=7", True),
     ],
 )
-def test_what_is_stored_is_shared_by_those_who_would_compute_the_same(
-    train, tmp_path, override, same
-):
+def test_equal_outputs_share_a_cache(train, tmp_path, override, same):
     base = ("method=attention", "trainer.precision=bf16-mixed", "trainer.max_epochs=1")
     assert train(*base).code == 0
     before = remembered(tmp_path)
@@ -418,7 +416,7 @@ class Restless(FolderDataModule):
     reproducible = False
 
 
-def test_views_that_are_not_reproducible_are_not_remembered(train, tmp_path):
+def test_non_reproducible_views_are_not_cached(train, tmp_path):
     done = train("method=logit", "data._target_=test_teacher_cache.Restless")
     assert done.code == 0, done.err
     assert "not reproducible" in (done.runs[0] / "train.log").read_text()
@@ -434,14 +432,14 @@ def test_views_that_are_not_reproducible_are_not_remembered(train, tmp_path):
         ("data.views=0", ["views", "at least 1"]),
     ],
 )
-def test_bad_settings_are_answered_with_a_sentence(train, override, words):
+def test_invalid_cache_settings_are_rejected(train, override, words):
     done = train("method=logit", override)
     assert done.code == 2
     assert all(word in done.err for word in words), done.err
     assert len(done.err.splitlines()) == 1
 
 
-def test_the_script_shows_and_removes(train, tmp_path, monkeypatch, capsys):
+def test_script_lists_and_removes_caches(train, tmp_path, monkeypatch, capsys):
     def script(*arguments):
         command = ["remembered.py", "--output-dir", str(tmp_path / "outputs"), *arguments]
         monkeypatch.setattr(sys, "argv", command)
@@ -461,7 +459,7 @@ def test_the_script_shows_and_removes(train, tmp_path, monkeypatch, capsys):
     assert not remembered(tmp_path)
 
 
-def test_a_row_of_zeros_is_never_taken_for_a_written_one(tmp_path):
+def test_row_of_zeros_is_invalid(tmp_path):
     """A new file is all zeros, and zeros are what a term may remember."""
     rows = Rows(tmp_path, {}, images=300, shape=(3,), dtype=torch.float16)
     index = torch.arange(300)

@@ -58,7 +58,7 @@ def scalars(folder):
         ({"accumulate_grad_batches": 2, "log_every_n_steps": 2}, [0, 2, 4, 5]),
     ],
 )
-def test_a_loss_stands_at_its_own_step(folder, tmp_path, settings, steps):
+def test_losses_are_logged_at_their_own_step(folder, tmp_path, settings, steps):
     spy = Spy()
     trainer = build_trainer(
         trainer_plan({**CPU, **settings}), tmp_path / "run", "x", callbacks=[spy]
@@ -95,7 +95,7 @@ class TwoOfThem:
         pass
 
 
-def test_the_loss_of_several_processes_is_that_of_the_whole_batch():
+def test_logged_loss_of_several_processes_is_of_the_whole_batch():
     from kd_lightning.engine.callbacks.curves import Curves
 
     trainer, curves = TwoOfThem(), Curves()
@@ -122,7 +122,7 @@ PLAN = SimpleNamespace(
 
 
 @pytest.mark.parametrize("method", ["none", "logit"])
-def test_the_page_of_hyperparameters_begins_with_what_tells_runs_apart(tmp_path, method):
+def test_hparams_columns_start_with_the_differences(tmp_path, method):
     """Five columns are shown at first, in the order in which TensorBoard's server sends them."""
     logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
     results = {"epochs": 2, "val_accuracy": 0.5, "test_accuracy": 0.25}
@@ -139,7 +139,7 @@ def test_the_page_of_hyperparameters_begins_with_what_tells_runs_apart(tmp_path,
     assert events.Scalars("final/test_accuracy")[0].step == 9
 
 
-def test_terms_are_described_with_their_weights_and_temperature():
+def test_description_of_terms():
     terms = {
         "cross_entropy": {"_target_": "x", "weight": 0.6},
         "logit": {"_target_": "x", "weight": 1.1, "temperature": 5.0},

@@ -127,7 +127,7 @@ IMAGES, LABELS = (
 )
 
 
-def test_what_is_remembered_is_a_row_for_each_image_and_of_it_alone(term):
+def test_targets_are_one_independent_row_per_image(term):
     term, _, read = term
     whole, part = (remembered(term, read, images) for images in (IMAGES, IMAGES[2:4]))
     for name, rows in whole.items():
@@ -138,7 +138,7 @@ def test_what_is_remembered_is_a_row_for_each_image_and_of_it_alone(term):
     assert json.loads(json.dumps(term.depends_on())) == term.depends_on()
 
 
-def test_the_loss_is_a_finite_scalar_that_trains_student_and_term(term, networks):
+def test_loss_is_a_finite_scalar_with_gradients(term, networks):
     term, *read = term
     loss = value(term, *read, IMAGES, LABELS)
     assert loss.shape == ()
@@ -149,7 +149,7 @@ def test_the_loss_is_a_finite_scalar_that_trains_student_and_term(term, networks
     assert all(p.grad is not None and p.grad.any() for p in term.parameters())
 
 
-def test_the_loss_is_the_mean_over_the_batch_unless_it_is_relational(term):
+def test_loss_is_the_batch_mean_unless_relational(term):
     term, *read = term
     whole = value(term, *read, IMAGES, LABELS)
     halves = [value(term, *read, IMAGES[part], LABELS[part]) for part in (slice(3), slice(3, 6))]
@@ -157,7 +157,7 @@ def test_the_loss_is_the_mean_over_the_batch_unless_it_is_relational(term):
     assert term.relational != torch.allclose(whole, mean, rtol=1e-4)
 
 
-def test_the_loss_survives_autocast(term):
+def test_loss_works_with_autocast(term):
     term, *read = term
     plain = value(term, *read, IMAGES, LABELS)
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,7 +166,7 @@ def test_the_loss_survives_autocast(term):
     torch.testing.assert_close(loss, plain, rtol=0.2, atol=0.02)
 
 
-def test_progress_reaches_a_term():
+def test_terms_receive_the_progress():
     torch.manual_seed(0)
     student, teacher = ConvNet([4, 8], 8, 3, 16), ConvNet([4, 8], 8, 3, 16)
     context = Context(layer_shapes(student, 16), layer_shapes(teacher, 16), 3)
@@ -177,7 +177,7 @@ def test_progress_reaches_a_term():
     assert late > early
 
 
-def test_the_module_shows_every_term_what_it_asks_for():
+def test_module_passes_requested_features_to_terms():
     """Dictionaries, inputs of layers, labels and progress, through the module itself."""
     torch.manual_seed(0)
     half = Normalization((0.5,) * 3, (0.5,) * 3)

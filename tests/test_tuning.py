@@ -20,7 +20,7 @@ def overrides(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_study_searches_what_the_method_has_and_goes_on(overrides, tmp_path):
+def test_study_uses_the_method_space_and_resumes(overrides, tmp_path):
     study = tuning.tune(overrides, trials=2)
     assert len(study.trials) == 2
     assert set(study.best_params) == {
@@ -49,7 +49,7 @@ def test_a_study_searches_what_the_method_has_and_goes_on(overrides, tmp_path):
     assert len(list((tmp_path / "outputs").rglob("teacher.safetensors"))) == 1
 
 
-def test_a_trial_without_prospects_is_ended(overrides):
+def test_unpromising_trial_is_pruned(overrides):
     class Hopeless:
         def report(self, value, epoch):
             self.reported = epoch
@@ -74,7 +74,7 @@ def test_a_trial_without_prospects_is_ended(overrides):
     assert trial.reported == 5
 
 
-def test_the_space_can_be_given():
+def test_search_space_can_be_given():
     assert tuning.parse_range("optimizer.lr=0.01:0.3:log") == (
         "optimizer.lr", tuning.Range(0.01, 0.3, log=True),
     )  # fmt: skip
@@ -84,6 +84,6 @@ def test_the_space_can_be_given():
 @pytest.mark.parametrize(
     "text", ["lr", "lr=1", "lr=2:1", "lr=0:1:log", "lr=a:b", "=1:2", "lr=1:1e"]
 )
-def test_a_range_that_is_none_is_refused(text):
+def test_invalid_range_is_rejected(text):
     with pytest.raises(InputError, match="KEY=LOW:HIGH"):
         tuning.parse_range(text)
