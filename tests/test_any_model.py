@@ -1,4 +1,4 @@
-"""Students and teachers as people bring them: trained, validated and tested by Lightning."""
+"""User-defined students and teachers of many kinds: trained, validated and tested by Lightning."""
 
 from collections import namedtuple
 
@@ -50,21 +50,21 @@ class FeaturesFirst(Base):
 
 
 class Named(Base):
-    """As in Hugging Face's transformers."""
+    """Like Hugging Face transformers."""
 
     def returns(self, logits, _features):
         return Classified(None, logits)
 
 
 class Auxiliary(Base):
-    """More in training mode, as GoogLeNet."""
+    """Additional outputs in training mode, like GoogLeNet."""
 
     def returns(self, logits, _features):
         return (logits, logits * 0.5) if self.training else logits
 
 
 class Lazy(Base):
-    """Channels are found out from the first images."""
+    """Lazy: channels are inferred from the first images."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ class Lazy(Base):
 
 
 class KeepsGrid(Base):
-    """Makes a grid of the first images, a plain attribute."""
+    """Creates a grid, a plain attribute, from the first images."""
 
     def __init__(self):
         super().__init__()

@@ -22,7 +22,7 @@ def test_run_uses_the_folder_of_the_command_line(given, train, folder):
     metrics = api.run(*given)
     assert metrics["status"] == "finished"
     assert RunDirectory(metrics["folder"]).read_metrics()["name"] == metrics["name"]
-    # The command finds it, although it was run from Python.
+    # The command line finds the run of the API.
     done = train("trainer.max_epochs=3", "method=none", f"setting={metrics['setting']}")
     assert "already finished" in done.out
     assert api.run(*given)["train_seconds"] == metrics["train_seconds"]  # not trained again

@@ -1,4 +1,4 @@
-"""Errors are part of the interface: one sentence, exit code 2, nothing lost, no time spent."""
+"""Invalid input: a one-sentence error, exit code 2, before training, and no files lost."""
 
 import shutil
 
@@ -12,7 +12,7 @@ from torchvision.datasets import CIFAR10
 
 @pytest.fixture
 def refused(train, tmp_path, monkeypatch):
-    """Run a command that must be refused before any training; return its sentence."""
+    """Run a command that must be rejected before training; return its error message."""
 
     def run(*arguments: str, **options: bool) -> str:
         monkeypatch.setattr(Trainer, "fit", lambda *_, **__: pytest.fail("training was begun"))
@@ -23,7 +23,7 @@ def refused(train, tmp_path, monkeypatch):
         assert len(lines) == 1, done.err
         assert lines[0].startswith("error: ")
         assert "Traceback" not in done.err
-        # Whatever the run wrote is whole: no partial file is left anywhere.
+        # No partially written file is left.
         assert not [path for path in tmp_path.rglob("*partial*") if path.is_file()]
         return lines[0]
 

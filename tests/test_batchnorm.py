@@ -1,4 +1,4 @@
-"""BatchNorm: statistics that lag are noticed and re-estimated; no batch is too small."""
+"""BatchNorm: lagging statistics are detected and re-estimated; small batches are handled."""
 
 import copy
 
@@ -25,7 +25,7 @@ test.__test__ = False
 
 
 class Lagging(nn.Sequential):
-    """Its running statistics are wrong at first, and hardly move."""
+    """Running statistics are initially wrong, and the momentum is small."""
 
     def __init__(self, num_classes=3, momentum=1e-4, dropout=0.1):
         super().__init__(
@@ -61,7 +61,7 @@ def test_lagging_statistics_are_detected_and_reestimated(folder, tmp_path, caplo
     assert updated["test_accuracy"] > 0.9
     assert updated["best_epoch"] == 6
     assert "running statistics" not in caplog.text
-    # Nothing else was changed, and the file has the new statistics.
+    # Nothing else has changed, and the file has the new statistics.
     for (name, one), two in zip(
         module.student.named_parameters(), again.student.parameters(), strict=True
     ):
@@ -87,7 +87,7 @@ def test_best_epoch_is_tested_with_its_own_statistics(folder, tmp_path):
     results = fit(trainer, module, data, directory, "student", update_bn=True)
     last = copy.deepcopy(module.state_dict())
     tested = test(trainer, module, data, directory, {**results, "best_epoch": 3}, True)
-    assert tested["test_accuracy_at_best"] > 0.5  # that of the stored weights is at chance level
+    assert tested["test_accuracy_at_best"] > 0.5  # the stored weights are at chance level
     assert all(torch.equal(value, last[name]) for name, value in module.state_dict().items())
 
 
@@ -206,7 +206,7 @@ def test_two_images_needed_if_a_layer_sees_one_value_per_image():
 
 @pytest.mark.parametrize("batch_size", [4, 31, 32])
 def test_batchnorm_student_trains_with_any_last_batch(folder, tmp_path, batch_size):
-    """33 images: one is left over from batches of 4 and 32."""
+    """33 images: batches of 4 and 32 leave a last batch of 1."""
     data = make_data(folder).variant(batch_size=batch_size)
     trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 1}), tmp_path, "x")
     module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, student=STUDENT)

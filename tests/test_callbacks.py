@@ -1,4 +1,4 @@
-"""The user's callbacks, by YAML: early stopping and others, resumed like everything else."""
+"""User callbacks from the configuration: early stopping and others, including resume."""
 
 import copy
 import time
@@ -24,7 +24,7 @@ OURS = {"_target_": f"{LIGHTNING}.ModelCheckpoint", "monitor": "val/accuracy", "
 
 
 class Counter(Callback):
-    """A user's own, with a state."""
+    """A user callback with a state."""
 
     def __init__(self, start: int = 0) -> None:
         self.count = start
@@ -45,7 +45,7 @@ def root(tmp_path_factory):
 
 
 def curves(folder):
-    """TensorBoard's curves of the training; it is validated once more after its end."""
+    """TensorBoard's curves of the training, without the final validation."""
     shown = scalars(folder)
     return {name: shown[name] for name in shown if name.startswith(("lr", "loss", "train/"))}
 
@@ -56,7 +56,7 @@ def setting(root, epochs=6, callbacks=(), **changes):
 
 
 def test_early_stopping_finishes_the_run(root, tmp_path):
-    """Nothing is better by 200 points: it stops after the second epoch, and stays stopped."""
+    """No improvement by 200 points: stops after the second epoch, and is not continued."""
     config = setting(root, callbacks={"stop": STOP})
     metrics = training.run(copy.deepcopy(config), tmp_path / "run")
     assert metrics["status"] == "finished"
@@ -64,17 +64,17 @@ def test_early_stopping_finishes_the_run(root, tmp_path):
     assert 1 <= metrics["best_epoch"] <= 2
     rows = (tmp_path / "run" / "history.csv").read_text().splitlines()
     assert len(rows) == 1 + 2
-    # The schedule is that of the six epochs that were planned.
+    # The scheduler still assumes the planned six epochs.
     rates = curves(tmp_path / "run")["lr-AdamW"]
     assert len(rates) == 10
     assert rates[-1][1] > 0.5 * max(rate for _, rate in rates)
 
-    # Interrupted after its last step and before it was tested, it is not trained on.
+    # If interrupted between the last step and the test, training is not continued.
     (tmp_path / "run" / "metrics.json").write_text(
         (tmp_path / "run" / "metrics.json").read_text().replace("finished", "running")
     )
     before, seen = left(tmp_path / "run"), curves(tmp_path / "run")
-    time.sleep(1.1)  # files are read in the order of the seconds in their names
+    time.sleep(1.1)  # event files are ordered by the seconds in their names
     again = training.run(copy.deepcopy(config), tmp_path / "run")
     assert again["epochs"] == 2
     assert left(tmp_path / "run")[:2] == before[:2]
@@ -103,7 +103,7 @@ def test_resume_keeps_the_patience_of_early_stopping(root, tmp_path):
     ids=["StepLR", "MultiStepLR", "ReduceLROnPlateau", "OneCycleLR"],
 )
 def test_resume_with_any_scheduler_is_bit_identical(root, tmp_path, scheduler):
-    """After an epoch, and within one."""
+    """Interrupted after an epoch, and within one."""
     config = setting(root, epochs=3, scheduler=scheduler)
     training.run(copy.deepcopy(config), tmp_path / "whole")
     for step in (5, 7):
@@ -114,7 +114,7 @@ def test_resume_with_any_scheduler_is_bit_identical(root, tmp_path, scheduler):
 
 
 def test_user_callbacks_do_not_collide_with_ours(root, tmp_path):
-    """Two checkpoints of one state key, two of one class, and a progress bar."""
+    """Two checkpoint callbacks with one state key, two of one class, and a progress bar."""
     callbacks = {
         "best": {**OURS, "dirpath": str(tmp_path / "own"), "filename": "mine"},
         "other": {**OURS, "dirpath": str(tmp_path / "other")},

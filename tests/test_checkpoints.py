@@ -1,4 +1,4 @@
-"""A teacher's checkpoint, however its training script has wrapped the weights."""
+"""Teacher checkpoints of various training scripts."""
 
 import argparse
 import gzip
@@ -32,7 +32,7 @@ def prefixed(prefix, state=None):
 
 
 def loaded(path, **settings):
-    """The weights of a model after it was given the file."""
+    """The weights of a model after loading the file."""
     model = network()
     load_checkpoint(model, path, settings.pop("rename_keys", {"module.": ""}), **settings)
     return model.state_dict()
@@ -123,7 +123,7 @@ def test_half_precision_weights_are_converted(tmp_path):
     ids=["int8", "complex", "sparse", "meta"],
 )
 def test_quantised_sparse_and_complex_weights_are_rejected(tmp_path, change):
-    """Whole numbers of a quantised network, for one, mean others."""
+    """For example, the integers of a quantised network are not the weights."""
     torch.save({**THEIRS, "0.weight": change(THEIRS["0.weight"])}, tmp_path / "a.pt")
     assert "'0.weight' is a" in refusal(tmp_path / "a.pt")
 
@@ -139,7 +139,7 @@ def test_extra_keys_are_ignored_by_pattern(tmp_path):
                tmp_path / "a.pt")  # fmt: skip
     assert "teacher.ignore_keys=[aux.0.*]" in refusal(tmp_path / "a.pt")
     assert_theirs(loaded(tmp_path / "a.pt", ignore_keys=["aux.*"]))
-    # What the model has is left out on request only.
+    # Keys of the model are ignored only on request.
     assert "it has no '0.bias'" in refusal(tmp_path / "a.pt", ignore_keys=["aux.*", "*.bias"])
 
 
@@ -168,7 +168,7 @@ def test_mismatch_is_reported_without_the_prefix(tmp_path):
 
 
 class Whole(nn.Module):
-    """A module that was pickled as it is."""
+    """A pickled module."""
 
     def __init__(self):
         super().__init__()

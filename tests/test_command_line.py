@@ -1,4 +1,4 @@
-"""The command line: what is understood, and for what is not, the spelling that would be."""
+"""The command line: accepted syntax, and suggestions for mistakes."""
 
 import re
 import shlex
@@ -120,7 +120,7 @@ def test_node_with_another_target_is_replaced():
     student = composed(f"student={model}")["student"]
     assert student["model"] == {"_target_": "torchvision.models.resnet18", "num_classes": 3}
     assert student["layers"] == ["stage1", "stage2"]
-    # With the same target, or none, it is merged, as it always was.
+    # With the same target, or none, it is merged.
     assert composed("optimizer={lr: 0.3}")["optimizer"]["momentum"] == 0.9
     same = composed("optimizer={_target_: torch.optim.SGD, lr: 0.3}")["optimizer"]
     assert (same["lr"], same["momentum"]) == (0.3, 0.9)
@@ -273,7 +273,7 @@ def test_home_is_expanded_in_every_path(monkeypatch, tmp_path):
     assert expand_home("~scheduler") == "~scheduler"
     monkeypatch.setenv("KD_DATA_DIR", "~/kept")
     assert composed()["data_dir"] == f"{tmp_path}/kept"
-    assert home("~/x") == f"{tmp_path}/x"  # as the scripts read their paths
+    assert home("~/x") == f"{tmp_path}/x"  # used by the scripts
     assert home("a/~/x") == "a/~/x"
 
 
@@ -311,7 +311,7 @@ def test_python_m_is_equivalent_to_train_py(tmp_path):
     assert "already finished" in again.out
 
 
-@pytest.mark.slow  # Python compiles every package anew
+@pytest.mark.slow  # Python recompiles every package
 def test_run_with_python_oo(tmp_path):
     done = in_a_new_process("-OO", "train.py", *JOB, f"output_dir={tmp_path}")
     assert done.code == 0, done.err

@@ -1,4 +1,4 @@
-"""Every source gives the same kind of images, splits are stratified and stay apart."""
+"""Data modules: image format, stratified and disjoint splits."""
 
 import errno
 import hashlib
@@ -72,7 +72,7 @@ def test_decoded_images_are_cached_until_a_file_changes(folder, tmp_path, monkey
     third.setup()
     assert third.fingerprint() != first.fingerprint()
     assert len(list(cache.iterdir())) == 2
-    # A damaged store is not believed.
+    # A damaged cache is not used.
     whole = stored.read_bytes()
     stored.write_bytes(whole[: len(whole) // 2])
     assert third._read_stored(stored, 48) is None
@@ -116,8 +116,8 @@ def test_training_views_are_augmented_and_evaluation_is_not(folder):
 
 
 def test_prefetched_batches_match_the_sampler(folder):
-    """Views are cut for several batches at once; each must still be what it would be alone."""
-    data = folder_data(folder, batch_size=2)  # 33 images: 17 batches, the last of one image
+    """Several batches are rendered at once; each must equal a separately rendered one."""
+    data = folder_data(folder, batch_size=2)  # 33 images: 17 batches, the last with one image
     data.setup()
     loader = data.train_dataloader()
     loader.sampler.set_epoch(3)
@@ -278,7 +278,7 @@ def disk(tmp_path):
 
 
 def read_only(monkeypatch, folder):
-    """Root may write anywhere, so the file system's refusals are made up."""
+    """Simulated permission errors, as root may write anywhere."""
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(folder))
@@ -292,7 +292,7 @@ def test_cifar10_in_a_read_only_folder(archive, tmp_path, monkeypatch, unpacked)
     place = tmp_path / "data"
     if unpacked:
         cifar10(place).setup()
-        (place / CIFAR10.filename).unlink()  # not needed any more
+        (place / CIFAR10.filename).unlink()  # no longer needed
     else:
         place.mkdir()
         (place / CIFAR10.filename).write_bytes(archive.read_bytes())

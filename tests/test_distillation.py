@@ -1,4 +1,4 @@
-"""The module: a teacher that stays frozen, a checkpoint of the student alone, a sum of terms."""
+"""The DistillationModule: frozen teacher, checkpoints of the student only, weighted terms."""
 
 import copy
 import pickle
@@ -238,7 +238,7 @@ def test_adamw_trains_too(folder, tmp_path):
     [
         (SGD, "32-true", True),
         (SGD, "bf16-mixed", True),
-        (SGD, "16-mixed", None),  # a fused optimizer and clipping exclude each other there
+        (SGD, "16-mixed", None),  # a fused optimizer is incompatible with clipping here
         ({**SGD, "fused": False}, "32-true", False),
         ({**SGD, "foreach": True}, "32-true", None),
         ({"_target_": "torch.optim.Adagrad", "lr": 0.1}, "32-true", None),

@@ -1,4 +1,4 @@
-"""A student that has diverged is never finished, on whatever device, and the cause is named."""
+"""A diverged run never counts as finished, on any device, and the error names the cause."""
 
 import math
 
@@ -18,11 +18,11 @@ from kd_lightning.errors import RunError
 from kd_lightning.storage.run_directory import RunDirectory
 
 NAN = float("nan")
-EPOCH = 5  # batches in an epoch
+EPOCH = 5  # batches per epoch
 
 
 class Accelerator(Callback):
-    """The module behaves as on a device whose numbers nobody waits for."""
+    """Makes the module behave as on an accelerator, without synchronisation at every step."""
 
     def on_train_start(self, trainer, module):
         (watch,) = [c for c in trainer.callbacks if isinstance(c, StopWhenDiverged)]
@@ -30,7 +30,7 @@ class Accelerator(Callback):
 
 
 class Spoil(Callback):
-    """A weight, a gradient or the loss of the nth batch is not a number."""
+    """Sets a weight, a gradient or the loss of the nth batch to NaN."""
 
     def __init__(self, what, batch):
         self.what, self.batch = what, batch
@@ -130,7 +130,7 @@ def test_teacher_with_nan_outputs_is_reported(folder, tmp_path, accelerator):
 
 
 class SpoilValidation(Callback):
-    """The last validation batch is not finite, in every epoch or up to one."""
+    """Makes the last validation batch NaN, in every epoch or up to one."""
 
     def __init__(self, until=99):
         self.until = until

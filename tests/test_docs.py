@@ -1,4 +1,4 @@
-"""What the documents say exists."""
+"""Tests and files mentioned in the documents exist."""
 
 import re
 

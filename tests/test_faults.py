@@ -1,4 +1,4 @@
-"""Real faults: a disk that takes no more, files cut off or full of garbage. Nothing is lost."""
+"""Real faults: full disks, truncated files, garbage. Nothing is lost."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ COMMAND = (
 
 
 def train(root, *arguments, largest_file=None):
-    """In a process that cannot write a file of more bytes than this."""
+    """Run in a process with a limited file size."""
 
     process = processes.start(
         *COMMAND, *arguments, f"output_dir={root}", f"data_dir={root}/data",
@@ -37,13 +37,13 @@ def train(root, *arguments, largest_file=None):
 
 
 def limit(largest_file):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of the process's end
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # raise an error instead of killing the process
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run in which nothing went wrong."""
+    """A run without faults."""
     root = tmp_path_factory.mktemp("whole")
     done = train(root)
     assert done.code == 0, done.err
@@ -61,7 +61,7 @@ def left(run):
     return (run / "student.safetensors").read_bytes(), kept
 
 
-# The first checkpoint does not fit; or it does, but not TensorBoard's file.
+# Too small for the first checkpoint; or large enough for it, but not for TensorBoard's file.
 @pytest.mark.parametrize("size", [3_000, 20_000])
 def test_full_disk_is_reported_and_the_run_resumes(tmp_path, whole, size):
     done = train(tmp_path, largest_file=size)
@@ -98,7 +98,7 @@ def test_garbage_metrics_are_not_a_finished_run(tmp_path, garbage):
     from kd_lightning.storage.identity import finished
 
     config = {"remember": {"dtype": "float16"}, "seed": 0}
-    if b"finished" in garbage:  # somebody's finished run is not written over
+    if b"finished" in garbage:  # a finished run is not overwritten
         with pytest.raises(InputError, match="another configuration"):
             finished(tmp_path, config)
     else:
@@ -107,7 +107,7 @@ def test_garbage_metrics_are_not_a_finished_run(tmp_path, garbage):
 
 
 def test_clock_set_back_has_no_effect(tmp_path, whole):
-    """A run is found by what it is, whatever the times of its files."""
+    """A run is identified by its configuration, not by the times of its files."""
     for path in sorted(whole.rglob("*")):
         os.utime(path, (4e9, 4e9))  # the year 2096
     done = train(whole.parents[2])
@@ -117,7 +117,7 @@ def test_clock_set_back_has_no_effect(tmp_path, whole):
 
 
 class Disk:
-    """A small file system of its own."""
+    """A small separate file system."""
 
     def __init__(self, place):
         self.place = place
@@ -147,14 +147,14 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path):
-    """Where `train` puts everything."""
+    """The output folder of `train`."""
     disk = Disk(tmp_path / "outputs")
     yield disk
     disk.remove()
 
 
 def before(monkeypatch, disk, owner, name, which=lambda *_, **__: True):
-    """Fill the disk just before that is written."""
+    """Fill the disk just before this is written."""
     original = getattr(owner, name)
 
     def write(*args, **kwargs):
@@ -209,7 +209,7 @@ def test_full_disk_while_a_result_is_written(train, tmp_path, disk, monkeypatch,
 
 
 def test_full_disk_while_an_output_is_cached(train, disk, monkeypatch, caplog):
-    """The teacher computes; the student is the same."""
+    """Outputs are computed instead; the student is the same."""
     settings = ("method=logit", "trainer.precision=32-true", "remember.dtype=float32")
     (reference,) = train(*settings, "setting=whole").runs
     shutil.rmtree(disk.place / "teachers" / "remembered")
@@ -237,7 +237,7 @@ def test_full_disk_while_an_output_is_cached(train, disk, monkeypatch, caplog):
 
 
 def test_full_disk_while_a_grid_writes_its_table(train, disk, monkeypatch):
-    """No run is lost, and the table is written by the same command."""
+    """No run is lost, and the same command writes the table."""
     grid = ("-m", "method=none", "seed=0,1", "setting=grid")
     with monkeypatch.context() as patch:
         from kd_lightning.reports import documents
@@ -252,7 +252,7 @@ def test_full_disk_while_a_grid_writes_its_table(train, disk, monkeypatch):
 
 
 def once_full(disk, update):
-    """The disk has room again after a table."""
+    """The disk has free space again after a table."""
 
     def updated(folder, **how):
         update(folder, **how)
@@ -310,7 +310,7 @@ def test_concurrent_grids_in_one_folder_train_every_run_once(tmp_path):
     ]  # fmt: skip
     grids = [processes.start(*command) for _ in range(2)]
     said = [grid.communicate() for grid in grids]
-    # A cell that the other one is working on is passed over, and said: exit code 1.
+    # A run that the other grid is executing is skipped with a message: exit code 1.
     for grid, (_, err) in zip(grids, said, strict=True):
         passed_over = "another process is working on" in err
         assert grid.returncode == (1 if passed_over else 0), err
@@ -319,7 +319,7 @@ def test_concurrent_grids_in_one_folder_train_every_run_once(tmp_path):
     assert len(runs) == 4
     for metrics in runs:
         assert json.loads(metrics.read_text())["status"] == "finished"
-        # The number before the last is that of the process that wrote it.
+        # The second last number is the PID of the writer.
         writers = {path.name.split(".")[-2] for path in metrics.parent.glob("events.*")}
         assert len(writers) == 1
     assert len(list((tmp_path / "teachers").glob("*/teacher.safetensors"))) == 1

@@ -1,4 +1,4 @@
-"""Features are what the layer put out, logits are found, and models made on first use work."""
+"""Features are exact layer outputs, logits are found, and lazy models work."""
 
 import copy
 import gc
@@ -16,11 +16,11 @@ from kd_lightning.models.features import count_parameters, layer_shapes
 from kd_lightning.models.outputs import find_logits
 from kd_lightning.models.preparing import materialize, to_memory_format
 
-# --- features are what the layer put out --------------------------------------------------------
+# --- features are exact layer outputs -----------------------------------------------------------
 
 
 def cloned_outputs(model, images):
-    """What every layer puts out, copied at once, and what the model returns."""
+    """The outputs of all layers, copied immediately, and of the model."""
     found, handles = {}, []
     for name, module in model.named_modules():
 
@@ -35,7 +35,7 @@ def cloned_outputs(model, images):
 
 
 class InPlace(torch.nn.Module):
-    """Every way in which a layer's output may be modified by what follows."""
+    """All ways in which a layer's output may be modified in place later."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class InPlace(torch.nn.Module):
         y = self.identity(self.relu(y))
         y = self.last(y * 1)
         with torch.no_grad():
-            y.data.clamp_(max=0.1)  # not counted by autograd
+            y.data.clamp_(max=0.1)  # does not increment the version
         y.view(-1)[::2].detach().mul_(0.5)
         return self.fc(y.mean((2, 3)))
 
@@ -117,7 +117,7 @@ def test_unmodified_features_are_not_copied():
 
 
 class Moody(torch.nn.Module):
-    """Modifies the output of a layer in place, but not the first time."""
+    """Modifies the output of a layer in place, but not in the first call."""
 
     def __init__(self):
         super().__init__()
@@ -161,7 +161,7 @@ def test_features_are_not_kept_between_calls():
     model, images = ConvNet([4, 8], 16), torch.randn(2, 3, 32, 32)
     read = FeatureReader(model, ["stage1"])
     feature = weakref.ref(read(images).features["stage1"])
-    model(images)  # as in validation: nobody reads
+    model(images)  # as in validation, without reading
     gc.collect()
     assert feature() is None
     assert read._reading is None
@@ -176,7 +176,7 @@ Prediction = namedtuple("Prediction", "loss logits")
 
 @dataclass
 class ModelOutput:
-    """As in Hugging Face's transformers."""
+    """Like Hugging Face transformers."""
 
     loss: object = None
     logits: object = None
@@ -229,11 +229,11 @@ def test_output_without_logits_is_reported(output):
         find_logits(output, 10, "the teacher")
 
 
-# --- models that are made on first use ----------------------------------------------------------
+# --- lazy models --------------------------------------------------------------------------------
 
 
 class LazyGrid(torch.nn.Module):
-    """Keeps a position grid, which is no buffer, of the first images."""
+    """Creates a position grid, which is not a buffer, from the first images."""
 
     def __init__(self):
         super().__init__()
@@ -248,7 +248,7 @@ class LazyGrid(torch.nn.Module):
 
 
 class LazyHead(torch.nn.Module):
-    """Makes its classifier when it knows the width, by hand."""
+    """Creates its classifier once the width is known."""
 
     def __init__(self):
         super().__init__()

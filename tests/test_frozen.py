@@ -1,4 +1,4 @@
-"""The frozen teacher answers what the plain model would, whatever the model is made of."""
+"""The frozen teacher has the outputs of the original model, for any architecture."""
 
 import copy
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class ConvBN(nn.Module):
-    """A convolution, its normalisation, a classifier."""
+    """A convolution, BatchNorm, a classifier."""
 
     def __init__(self, convolution=None, normalization=None):
         super().__init__()
@@ -47,7 +47,7 @@ def hooked():
 
 
 class Nested(nn.Module):
-    """A stem that ends with a convolution, a block that begins with a normalisation."""
+    """A stem that ends with a convolution, a block that starts with BatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Nested(nn.Module):
 
 
 class Reused(ConvBN):
-    """The normalisation is called twice."""
+    """BatchNorm is called twice."""
 
     def forward(self, images):
         x = self.bn(self.conv(images))
@@ -68,7 +68,7 @@ class Reused(ConvBN):
 
 
 class Functional(ConvBN):
-    """The convolution's weight is used a second time."""
+    """The convolution's weight is used twice."""
 
     def forward(self, images):
         other = F.conv2d(images.flip(-1), self.conv.weight)
@@ -76,7 +76,7 @@ class Functional(ConvBN):
 
 
 class Alias(ConvBN):
-    """The convolution has a second name, by which it is called."""
+    """The convolution has a second name, under which it is called."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ class Tied(ConvBN):
 
 
 class Stores(ConvBN):
-    """Keeps a feature with its history, which cannot be deep-copied."""
+    """Stores a non-leaf feature, which cannot be deep-copied."""
 
     def forward(self, images):
         self.feature = self.bn(self.conv(images))
@@ -126,7 +126,7 @@ MODELS = {
 
 
 def build(name):
-    """The model with statistics other than a new one's, trained for a step."""
+    """The model after one training step, with non-default statistics."""
     torch.manual_seed(0)
     model = MODELS[name]()
     model.train()(torch.randn(8, 3, 9, 9) * 2 + 1).sum().backward()
@@ -241,7 +241,7 @@ def test_teacher_draws_no_random_numbers():
 
 
 class Position(nn.Module):
-    """Makes a position grid on first use and keeps it."""
+    """Creates and stores a position grid on first use."""
 
     def __init__(self):
         super().__init__()
@@ -259,21 +259,21 @@ def test_lazy_buffers_are_created_only_after_placement():
     teacher(torch.randn(4, 3, 2, 2))
     assert teacher.why_not_stored(torch.randn(4, 3, 2, 2)) == ""
     assert model.grid is None
-    with torch.inference_mode():  # as Lightning may
+    with torch.inference_mode():  # as in Lightning's validation
         teacher.prepare(CPU, torch.channels_last, None)
         teacher(torch.randn(4, 3, 2, 2))
     assert model.grid is None or not model.grid.is_inference()
 
 
 class Noisy(ConvBN):
-    """Another answer each time."""
+    """Different outputs in every pass."""
 
     def forward(self, images):
         return super().forward(images + torch.rand_like(images))
 
 
 class BatchMean(ConvBN):
-    """An image is compared with the others."""
+    """Outputs depend on the other images of the batch."""
 
     def forward(self, images):
         return super().forward(images - images.mean(0, keepdim=True))

@@ -1,4 +1,4 @@
-"""Relational terms see the batches of all processes as one, and gradients find their way back."""
+"""Gathering: relational terms get the batches of all processes, with gradients."""
 
 import pytest
 import torch
@@ -33,10 +33,10 @@ def loss_of(model, rows, targets, size):
 
 
 def work(sizes):
-    """The gradient that DDP would average over the processes."""
+    """The gradient of this process, before DDP averages it."""
     dist.init_process_group("gloo", world_size=2, rank=_rank())
     ours = slice(0, sizes[0]) if _rank() == 0 else slice(sizes[0], sum(sizes))
-    # A process without an image of its own has one all the same, which does not count.
+    # A process without images gets one of weight 0.
     rows, targets = (x[ours] if sizes[_rank()] else x[:1] for x in (ROWS, TARGETS))
     model = network()
     loss = loss_of(model, rows, targets, sizes[_rank()])

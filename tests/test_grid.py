@@ -1,4 +1,4 @@
-"""A grid: every cell, results as they come, and after an interruption it goes on."""
+"""Grids: complete results, continuous updates, and resume after an interruption."""
 
 import csv
 import json
@@ -29,7 +29,7 @@ def statuses(folder):
 
 
 def test_grid_trains_reports_and_is_not_repeated(train, tmp_path):
-    # What happens in another grid meanwhile is not its affair.
+    # Unaffected by other grids.
     other = tmp_path / "outputs" / "runs" / "other"
     (other / "none-small-s9").mkdir(parents=True)
     (other / "none-small-s9" / "metrics.json").write_text('{"status": "failed"}')
@@ -58,12 +58,12 @@ def test_grid_trains_reports_and_is_not_repeated(train, tmp_path):
     again = train(*GRID)
     assert again.code == 0
     assert again.out.count("is already finished") == 4
-    assert again.err == ""  # nothing was done that could say how long the rest will take
+    assert again.err == ""  # nothing was trained, so there is no estimate
     files = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "multirun.yaml"}
     for path, at in kept.items():
         assert files[path] == at or not path.is_file() or path.suffix == ".lock", path
     assert files.keys() == kept.keys()
-    # One more seed: what is there is not trained again.
+    # One more seed: finished runs are not repeated.
     wider = train("-m", "setting=grid", "method=none,logit", "seed=0,1,2")
     assert wider.out.count("is already finished") == 4
     assert len(wider.runs) == 2
@@ -86,8 +86,8 @@ def test_none_is_trained_once_for_several_teachers(train, tmp_path):
     tables = list(tmp_path.glob("outputs/runs/*/results.md"))
     assert len(tables) == 2
     for teacher in ("resnet20", "resnet32"):
-        assert f"\nteacher {teacher} (" in done.out  # in words, above its table
-    # The baseline is trained once; the second table looks it up.
+        assert f"\nteacher {teacher} (" in done.out  # the title of its table
+    # The baseline is trained once and used in both tables.
     assert sorted(run.name.partition("-s0")[0] for run in done.runs) == [
         "logit-small", "logit-small", "none-small",
     ]  # fmt: skip
@@ -139,14 +139,14 @@ def test_run_without_teacher_is_shared_by_all_teachers(train, tmp_path):
     assert again.code == 0
     assert not again.runs
     assert str(first) in again.out
-    assert not (tmp_path / "outputs" / "runs" / "another").exists()  # nothing is left for it
+    assert not (tmp_path / "outputs" / "runs" / "another").exists()  # no empty folder is left
     in_a_grid = train("-m", "method=none", *other)
     assert f"is already finished, in {first}" in in_a_grid.out
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()} == files
-    # What does depend on the teacher, or differs in more, is trained.
+    # Runs that depend on the teacher, or differ otherwise, are trained.
     (distilled,) = train("method=logit", *other).runs
     (more,) = train("method=none", "setting=longer", "trainer.max_epochs=3").runs
-    # The table of the other setting has the baseline that belongs to it, and its gain.
+    # The table of the other setting contains the baseline and the gain.
     runs = read_runs([distilled.parent])
     assert list(runs["method"]) == ["none", "logit"]
     assert list(runs["folder"]) == [str(first), str(distilled)]
@@ -154,11 +154,11 @@ def test_run_without_teacher_is_shared_by_all_teachers(train, tmp_path):
     assert cells.loc["logit", "pairs"] == 1
     expected = runs["test_accuracy"][1] - runs["test_accuracy"][0]
     assert cells.loc["logit", "gain"] == pytest.approx(expected)
-    # Its compression is that of the teacher that the table is about.
+    # Its compression ratio refers to the teacher of the table.
     metrics = RunDirectory(distilled).read_metrics()
     assert runs["teacher_parameters"][0] == metrics["teacher_parameters"]
     assert runs["compression_ratio"][0] == pytest.approx(metrics["compression_ratio"])
-    # Training the baseline there, too, ends with the same student.
+    # Training the baseline again gives the same student.
     weights = (first / "student.safetensors").read_bytes()
     shutil.rmtree(first)
     shutil.rmtree(more)
@@ -181,7 +181,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def results(root):
-    """Of every cell: weights, history without the speed, and what was measured."""
+    """Weights, history without speed, and results of every cell."""
     found = {}
     for run in sorted((root / "runs" / "grid").glob("*/")):
         metrics = json.loads((run / "metrics.json").read_text())
@@ -247,7 +247,7 @@ def test_resume_after_the_last_epoch_only_tests(train):
     again = json.loads((run / "metrics.json").read_text())
     for key in ("status", "val_accuracy", "test_accuracy", "best_epoch", "test_accuracy_at_best"):
         assert again[key] == metrics[key]
-    assert again["images_per_second"] == metrics["images_per_second"]  # nothing was trained again
+    assert again["images_per_second"] == metrics["images_per_second"]  # not trained again
     assert (run / "student.safetensors").read_bytes() == weights
 
 

@@ -13,7 +13,7 @@ from kd_lightning.models import CifarResNet, ConvNet, ResNet9
 @pytest.fixture
 def machine(monkeypatch):
     def pretend(cuda=None, cpu=(), mps=False):
-        """`cuda`: None, or whether it has bfloat16 of its own; `cpu`: its capabilities."""
+        """`cuda`: None, or whether it has native bfloat16; `cpu`: its capabilities."""
 
         def bf16(including_emulation=True):
             return including_emulation or bool(cuda)
@@ -37,7 +37,7 @@ def machine(monkeypatch):
     ("what", "precision", "memory_format"),
     [
         ({"cuda": True}, "bf16-mixed", torch.channels_last),
-        ({"cuda": False}, "16-mixed", torch.channels_last),  # a T4 claims bf16, and emulates it
+        ({"cuda": False}, "16-mixed", torch.channels_last),  # a T4 reports bf16, but emulates it
         ({"cpu": ["avx512_bf16"]}, "bf16-mixed", torch.channels_last),
         ({"cpu": ["amx_bf16"]}, "bf16-mixed", torch.channels_last),
         ({"cpu": ["avx2"]}, "32-true", torch.channels_last),
@@ -54,7 +54,7 @@ def test_choice_of_precision_and_memory_format(machine, what, precision, memory_
 def test_cpu_can_be_selected_on_a_gpu_machine(machine, best):
     machine(**best, cpu=["avx2"])
     assert hardware.choose_precision("cpu") == "32-true"
-    # The accelerator that trains decides, not the best one that there is.
+    # The selected accelerator matters, not the best available one.
     assert hardware.choose_memory_format("32-true", "cpu") == torch.channels_last
     assert hardware.choose_memory_format("32-true", "gpu") == torch.contiguous_format
     trainer = {"accelerator": "cpu", "devices": 1, "precision": "auto", "memory_format": "auto"}
@@ -102,7 +102,7 @@ def test_grouped_convolutions_use_float32_on_a_cpu(machine, student, what, train
     node = {"_target_": f"torchvision.models.{student}", "num_classes": 3}
     state = torch.get_rng_state()
     assert resolve_trainer({**AUTO, **trainer}, node).precision == precision
-    assert torch.equal(torch.get_rng_state(), state)  # looking at a model draws nothing
+    assert torch.equal(torch.get_rng_state(), state)  # inspecting a model draws no random numbers
 
 
 def test_precision_of_every_configured_network(machine):

@@ -1,4 +1,4 @@
-"""Contents decide, not paths: what changes behind a name invalidates what was computed from it."""
+"""Content hashes: changed inputs invalidate everything computed from them."""
 
 import importlib
 import json
@@ -39,7 +39,7 @@ def write_checkpoint(path, seed):
 
 def write_module(path, text):
     path.write_text(textwrap.dedent(text))
-    # As in a new process: Python would go on with what it has imported.
+    # As in a new process: otherwise Python would use the imported version.
     for name in ("mine", "helpers"):
         sys.modules.pop(name, None)
     shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
@@ -47,7 +47,7 @@ def write_module(path, text):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A folder for the user's own modules, on Python's path."""
+    """A folder for user modules, on Python's path."""
     folder = tmp_path / "own"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
@@ -124,7 +124,7 @@ def test_newer_mtime_alone_has_no_effect(train, tmp_path, folder, monkeypatch):
     assert "already finished" in train(*command).out + train(*command).out
     assert (run / "student.safetensors").stat().st_mtime_ns == before
     assert not superseded(tmp_path)
-    # Now that it is known, nothing is loaded to see it again.
+    # The stamps are updated, so that nothing is loaded again.
     monkeypatch.setattr(training, "prepare", lambda *_: pytest.fail("loaded the images"))
     assert "already finished" in train(*command).out
 
@@ -269,14 +269,14 @@ def test_comments_and_formatting_do_not_change_the_code_hash(own):
     commented = NET_TEXT.replace("return x", "'''Doc.'''  # why\n            return  x")
     assert digest(own, commented) == first
     assert digest(own, NET_TEXT.replace("x *", "x +")) != first
-    assert digest(own, NET_TEXT, helper="VALUE = 2\n") != first  # what it imports counts
+    assert digest(own, NET_TEXT, helper="VALUE = 2\n") != first  # imports are included
 
 
 def test_code_hash_is_of_the_imported_version(own):
     write_module(own / "helpers.py", "VALUE = 1\n")
     write_module(own / "mine.py", textwrap.dedent(NET_TEXT))
     first = contents.source_sha256({"_target_": "mine.Net"})
-    # The runs of a grid that has begun go on with what they have imported.
+    # The remaining runs of a grid use the imported version.
     (own / "mine.py").write_text(textwrap.dedent(NET_TEXT.replace("x *", "x +")))
     assert contents.source_sha256({"_target_": "mine.Net"}) == first
     importlib.reload(sys.modules["mine"])
@@ -290,7 +290,7 @@ def test_code_hash_includes_package_init_and_late_imports(own, file):
     texts = {
         "__init__.py": "from . import patches\nSCALE = 1\n",
         "patches.py": "VALUE = 1\n",
-        "late.py": "VALUE = 1\n",  # imported by a call, which may come after the question
+        "late.py": "VALUE = 1\n",  # imported by a later function call
         "net.py": "class Net:\n    def forward(self, x):\n        from . import late\n",
     }
     for name, text in texts.items():
@@ -401,7 +401,7 @@ def test_outputs_that_depend_on_the_batch_are_not_cached(train, tmp_path, own, l
 
 
 def test_recorded_device_is_the_training_device(train, monkeypatch):
-    """Lightning brings a module back to the CPU when it has tested it."""
+    """Lightning moves a module back to the CPU after testing."""
     named = []
     monkeypatch.setattr(training, "device_name", lambda device: named.append(device) or "it")
     original = training.build_trainer
@@ -416,7 +416,7 @@ def test_recorded_device_is_the_training_device(train, monkeypatch):
     assert named == [torch.device("cpu", 0)]
 
 
-# --- a run begins when everything is checked -----------------------------------------------------
+# --- runs start only after all checks ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

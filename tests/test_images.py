@@ -1,4 +1,4 @@
-"""Image files of every kind become the pixels that a person sees; folders, the parts they hold."""
+"""Image files of all kinds are decoded as displayed; image folders."""
 
 import io
 import os
@@ -24,7 +24,7 @@ RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 
 def decoded(tmp_path, image, name="image.png", size=8, **options):
-    """Pixels (8, 8, 3) of an image, or of the content of a file, written under this name."""
+    """Decoded pixels (8, 8, 3) of an image, or of file content, written under this name."""
     path = tmp_path / name
     if isinstance(image, bytes):
         path.write_bytes(image)
@@ -34,7 +34,7 @@ def decoded(tmp_path, image, name="image.png", size=8, **options):
 
 
 def png(width, height, depth, colour, rows, **chunks):
-    """A PNG file of kinds that Pillow does not write."""
+    """A PNG file of a kind that Pillow cannot write."""
 
     def chunk(kind, data):
         return (
@@ -72,7 +72,7 @@ def test_common_images_are_decoded_as_by_pillow(tmp_path, name, size):
 
 
 def test_decoded_pixels_are_stable(folder):
-    """Fingerprints name trained teachers, so this value must never change."""
+    """Fingerprints identify trained teachers, so this value must never change."""
     for number, path in enumerate(sorted(folder.rglob("*.*"))):
         path.unlink()
         pixels = (np.arange(20 * 20 * 3).reshape(20, 20, 3) * (number + 3) // 7 % 256).astype("u1")
@@ -86,7 +86,7 @@ def test_decoded_pixels_are_stable(folder):
 def test_16_bit_grey_is_scaled(tmp_path, name):
     values = RAMP.astype(np.uint16) * 257
     assert np.array_equal(decoded(tmp_path, Image.fromarray(values), name), grey(RAMP))
-    values = np.full((8, 8), 300, np.uint16)  # clipped it would be white
+    values = np.full((8, 8), 300, np.uint16)  # would be white if clipped
     assert np.array_equal(decoded(tmp_path, Image.fromarray(values), name), grey(values * 0 + 1))
 
 
@@ -170,11 +170,11 @@ def test_transparent_pixels_become_white(tmp_path, mode, name):
     if mode == "LA" and name == "a.gif":
         pytest.skip("Pillow writes no transparency here")
     if mode == "P" and name in ("a.tif", "a.webp"):
-        image = image.convert("RGBA")  # what an editor does, to write these
+        image = image.convert("RGBA")  # as image editors do for these formats
     options = {"lossless": True} if name == "a.webp" else {}
     got = decoded(tmp_path, image, name, **options)
     assert (got[:, 4:] == 255).all()
-    assert np.abs(got[:, :4].astype(int) - colour).max() <= 3  # a palette of GIF's
+    assert np.abs(got[:, :4].astype(int) - colour).max() <= 3  # GIF palette
 
 
 def test_half_transparent_pixels_are_blended_with_white(tmp_path):
@@ -212,14 +212,14 @@ def test_a_transparent_colour_of_16_bits(tmp_path):
 
 
 def test_cmyk(tmp_path):
-    """As printing programs write it, inverted, with Adobe's marker; and TIFF, not inverted."""
+    """As written by print software, inverted, with Adobe's marker; and TIFF, not inverted."""
     for name in ("a.jpg", "a.tif"):
         got = decoded(tmp_path, Image.new("RGB", (8, 8), (200, 30, 40)).convert("CMYK"), name)
         assert np.abs(got.astype(int) - [200, 30, 40]).max() <= 3, name
 
 
 def test_ycck(tmp_path):
-    """Adobe's other kind: YCbCr of red, green and blue in the place of CMY, and all inverted."""
+    """Adobe's other encoding: YCbCr of RGB in place of CMY, all inverted."""
     bands = Image.new("RGB", (8, 8), (200, 30, 40)).convert("YCbCr").split()
     image = Image.merge("CMYK", (*bands, Image.new("L", (8, 8), 0)))
     file = io.BytesIO()
@@ -289,7 +289,7 @@ def test_truncated_files_of_every_format_are_rejected(folder, suffix, keep):
 
 
 def test_postscript_is_not_executed(folder, monkeypatch):
-    """Pillow reads PostScript, whatever the file's name, with Ghostscript."""
+    """Pillow would read PostScript, whatever the file's suffix, with Ghostscript."""
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it ran"))
     path = folder / "train" / "class0" / "0.png"
     Image.new("RGB", (8, 8)).save(path, "EPS")
@@ -335,20 +335,20 @@ def test_validation_folder_is_the_validation_set(folder, name):
     (batch,) = list(data.val_dataloader())
     assert (batch["images"] > 0.999).all()
     assert batch["labels"].tolist() == [0, 1, 1, 2, 2, 2]
-    # No image of it is trained on, and none of train is left out.
+    # Training uses exactly the images of train.
     seen = torch.cat([batch["index"] for batch in data.train_dataloader()])
     assert sorted(seen.tolist()) == list(range(36))
     assert data.fingerprint() != before.fingerprint()
 
 
 def test_run_with_a_validation_folder(train, folder):
-    """All parts of a run agree on it, the teacher and its stored answers too."""
+    """Including the teacher and its cached outputs."""
     for label in range(3):
         of_colour(folder, "val", f"class{label}", "white", count=2)
     done = train("method=combined", "trainer.precision=32-true")
     assert done.code == 0, done.err
     accuracies = [done.metrics[f"{role}val_accuracy"] for role in ("", "teacher_")]
-    # White images of three classes: whatever is said, a third of it is right.
+    # White images of three classes: any prediction is right for a third of them.
     assert accuracies == [pytest.approx(1 / 3), pytest.approx(1 / 3)]
 
 
@@ -473,7 +473,7 @@ def test_file_and_class_names_with_arbitrary_bytes(folder, tmp_path):
     (folder / "train" / "class0").rename(latin_1(folder / "train", "café"))
     (folder / "test" / "class0").rename(latin_1(folder / "test", "café"))
     (folder / "train" / "class1" / "1.png").rename(latin_1(folder / "train" / "class1", "é.png"))
-    for _ in range(2):  # the second reads what the first stored
+    for _ in range(2):  # the second iteration reads the cache
         data = folder_data(folder, cache_dir=str(tmp_path / "decoded"))
         assert sizes(data) == {"train": 33, "val": 3, "test": 12}
         assert data.classes == [r"caf\xe9", "class1", "class2"]

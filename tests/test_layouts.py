@@ -1,4 +1,4 @@
-"""What a layer outputs becomes the map that it is, however its axes are ordered."""
+"""Detection of feature-map layouts, for any order of the axes."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ class Patches(nn.Module):
             x = self.embed(x)
         one = len(images)
         x = torch.cat([self.first.expand(one, -1, -1), x, self.end.expand(one, -1, -1)], 1)
-        x = x + 0.01 * x.mean(1, keepdim=True)  # every token sees all others
+        x = x + 0.01 * x.mean(1, keepdim=True)  # every token depends on all others
         x = self.tokens(x.transpose(1, 2) if self.last else x)
         return self.tail(x.flatten(1))
 
@@ -63,7 +63,7 @@ def test_equal_numbers_of_tokens_and_channels():
 
 
 class Cube(nn.Module):
-    """A map of as many channels as rows and columns, in either order."""
+    """A map with equal numbers of channels, rows and columns, in either order."""
 
     def __init__(self, last, fixed):
         super().__init__()
@@ -88,7 +88,7 @@ def test_layout_of_a_cubic_map(last, fixed):
 
 
 class Sequence(nn.Module):
-    """Rows of the image one after the other: 16 tokens, but no grid."""
+    """Rows of the image as tokens: 16 tokens, but no grid."""
 
     def __init__(self, rows=4):
         super().__init__()
@@ -183,7 +183,7 @@ def test_attention_of_a_transformer(build, layer, true_map, role):
         torch.testing.assert_close(term.remember(read), plain.remember(truth))
         key = term.depends_on()["maps"][0]
         assert key[:3] == [layer, 4, 4]
-        assert len(key) > 3  # never the key of what took its axes for (C, H, W)
+        assert len(key) > 3  # different from the key of older versions, which assumed (C, H, W)
     else:
         target = plain.remember(read._replace(features={"map": torch.randn(4, 7, 4, 4)}))
         loss = term(read, target, labels)
@@ -199,7 +199,7 @@ def test_cache_key_of_channels_first_maps_is_stable():
     term.setup(Context(student, layer_shapes(models.resnet18(num_classes=10), 32)))
     ordinary, modified = term.depends_on()["maps"]
     assert ordinary == ["layer1", 8, 8]
-    # Read after an in-place ReLU until now: what is stored of that must not be believed.
+    # Older versions read it after an in-place ReLU: their cache must not be used.
     assert modified[:3] == ["layer1.0.bn1", 8, 8]
     assert len(modified) == 4
 
@@ -247,7 +247,7 @@ def test_tokens_not_in_row_major_order_are_not_a_map():
     class Scattered(Patches):
         def forward(self, images):
             x = self.embed(images).unflatten(2, (2, 2)).unflatten(4, (2, 2))
-            x = x.permute(0, 2, 4, 3, 5, 1).flatten(1, 4)  # 2x2 windows one after the other
+            x = x.permute(0, 2, 4, 3, 5, 1).flatten(1, 4)  # in order of 2x2 windows
             return self.tail(self.tokens(x).flatten(1))
 
     torch.manual_seed(0)

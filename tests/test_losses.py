@@ -1,4 +1,4 @@
-"""Losses against values computed by hand and against a slow, obvious reference."""
+"""Losses, compared with values computed by hand and with reference implementations."""
 
 import math
 
@@ -242,7 +242,7 @@ def test_attention_compares_at_the_smaller_height_and_width():
     reads = term.setup(Context(SHAPES, {"x": (2, 5, 9), "y": (2, 9, 5)}))
     assert term.sizes == [(5, 6), (8, 5), (4, 3)]
     assert (reads.student, reads.teacher) == (("a", "b"), ("x", "y"))  # once each, in order
-    term.sizes.pop()  # never another number of maps than of pairs
+    term.sizes.pop()  # the numbers of maps and pairs must be equal
     with pytest.raises(ValueError, match="zip"):
         term.remember(output(x=torch.ones(1, 2, 5, 9), y=torch.ones(1, 2, 9, 5)))
     with pytest.raises(ValueError, match="zip"):
@@ -302,8 +302,8 @@ def test_attention_rejects_a_layer_without_a_map():
 def test_terms_declare_their_needs():
     assert (CrossEntropy().needs_teacher, Logit().needs_teacher) == (False, True)
     assert Logit().temperature == 4
-    assert Logit().depends_on() == {}  # the temperature comes later
-    assert Term().depends_on() is None  # until a term says better, nothing is stored
+    assert Logit().depends_on() == {}  # the temperature is applied later
+    assert Term().depends_on() is None  # by default nothing is cached
     assert Term().setup(Context({})) == Reads()
     assert not Term().relational
     for method in (lambda: Term().remember(output()), lambda: Term()(output(), None, None)):

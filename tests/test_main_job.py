@@ -1,4 +1,4 @@
-"""The main job, driven as a user drives it: one command from data to a tested student."""
+"""End-to-end tests of the main command: from data to a tested student."""
 
 import json
 import re
@@ -38,12 +38,12 @@ def test_complete_run_with_one_command(train, tmp_path):
     assert 0 <= metrics["agreement"] <= 1
     assert metrics["compression_ratio"] == metrics["teacher_parameters"] / metrics["parameters"]
 
-    # What was printed is what was recorded, and where.
+    # The output shows the recorded results and the folder.
     for name in ("test_accuracy", "teacher_test_accuracy", "val_accuracy", "agreement"):
         assert f"{100 * metrics[name]:.2f} %" in first.out
     (run,) = first.runs
     assert str(run) in first.out
-    # No bar, no warning: this is not a terminal. Each training says how its last epoch went.
+    # No bar, no warning, as this is not a terminal; one line for the last epoch of each training.
     said = [line.partition(": epoch ")[::2] for line in first.err.splitlines()]
     assert [name.partition("-model")[0] for name, _ in said] == [
         "teacher convnet", "combined-small-s0",
@@ -51,7 +51,7 @@ def test_complete_run_with_one_command(train, tmp_path):
     assert [state[:3] for _, state in said] == ["1/1", "2/2"]
     assert f"val {100 * metrics['val_accuracy']:.2f} %" in said[1][1]
 
-    # The run is rebuilt from its folder alone, to the same accuracy.
+    # The student loaded from the run folder has the same accuracy.
     assert evaluate(run)["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-7)
     moved = shutil.copytree(tmp_path / "images", tmp_path / "moved")
     assert evaluate(run, str(moved))["accuracy"] == evaluate(run)["accuracy"]
@@ -61,7 +61,7 @@ def test_complete_run_with_one_command(train, tmp_path):
     assert yaml.safe_load((run / "config.yaml").read_text()) == config
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
-    # The second run finds the teacher, and with the same seed ends with the same student.
+    # The second run reuses the teacher and gives the same student with the same seed.
     (teacher,) = (tmp_path / "outputs" / "teachers").glob("*/teacher.safetensors")
     trained = teacher.stat().st_mtime_ns
     second = train("method=combined")
@@ -94,7 +94,7 @@ def test_every_method_runs(train, tmp_path, method):
     done = train(f"method={method}")
     assert done.code == 0, done.err
     assert done.metrics["method"] == method
-    if method == "none":  # no teacher is trained for a method that does not listen to one
+    if method == "none":  # no teacher is trained for a method without teacher
         assert done.metrics["teacher_val_accuracy"] is None
         assert not (tmp_path / "outputs" / "teachers").exists()
 
@@ -125,11 +125,11 @@ def test_user_checkpoint_as_teacher(train, tmp_path):
     )  # fmt: skip
     assert done.code == 0, done.err
     recorded = json.loads((run / "metrics.json").read_text())
-    # The teacher is measured by the evaluator that measured it as a student.
+    # As a teacher it has the accuracy that was measured when it was a student.
     assert done.metrics["teacher_test_accuracy"] == recorded["test_accuracy"]
     assert done.metrics["teacher_val_accuracy"] == recorded["val_accuracy"]
     assert done.metrics["teacher_key"] is None
-    # What it said is remembered, but no teacher was trained.
+    # Its outputs are cached, but no teacher was trained.
     assert not list((tmp_path / "outputs" / "teachers").rglob("teacher.*"))
 
 
@@ -246,7 +246,7 @@ def shared(name: str) -> Path:
 
     root = Path(os.environ.get("KD_TEST_DATA", "nowhere")) / name
     if not root.exists():
-        pytest.skip(f"KD_TEST_DATA does not name a folder that holds {name}")
+        pytest.skip(f"KD_TEST_DATA is not a folder that contains {name}")
     return root
 
 
@@ -254,7 +254,7 @@ def shared(name: str) -> Path:
     ("depth", "accuracy"), [(20, 0.9173), pytest.param(56, 0.9338, marks=pytest.mark.slow)]
 )
 def test_third_party_checkpoints_reach_their_accuracy(train, tmp_path, depth, accuracy):
-    """Their keys, their normalisation, our evaluator, on the CIFAR-10 test set."""
+    """With their keys and normalisation, on the CIFAR-10 test set."""
     from PIL import Image
 
     checkpoint = next(shared("checkpoints").glob(f"resnet{depth}-*.th"))

@@ -1,4 +1,4 @@
-"""The networks have exactly the sizes they claim, and any layer of any model can be read."""
+"""Model sizes, and feature extraction from any layer of any model."""
 
 import pytest
 import torch
@@ -145,14 +145,14 @@ def test_last_call_of_a_layer_is_read(logits):
     for _ in range(3):
         output = read(images)
         assert torch.equal(output.features["twice"], 2 * images)
-    # What comes after the last reading is computed only if somebody wants it.
+    # Layers after the last one read run only if the logits are requested.
     assert model.calls == (3 if logits else 1)
     assert output.logits.shape == (2, 3 if logits else 0)
     assert torch.equal(read(images, complete=True).logits, 4 * images)
 
 
 def trained_statistics(model):
-    """Running statistics and scales other than those of a new network."""
+    """Non-default running statistics and scales."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -1, 1)
@@ -165,7 +165,7 @@ def trained_statistics(model):
 @pytest.mark.parametrize("family", ["resnet9", "cifar_resnet", "torchvision"])
 def test_folding_changes_no_output_and_no_read_layer(family):
     torch.manual_seed(0)
-    model, count, layers = {  # of ResNet-9, three have a pooling in between
+    model, count, layers = {  # in ResNet-9, three are separated by pooling
         "resnet9": lambda: (ResNet9(width=4), 5, ["stem", "stage1", "stage3"]),
         "cifar_resnet": lambda: (CifarResNet(20), 19, ["layer1", "layer2.0.bn1"]),
         "torchvision": lambda: (

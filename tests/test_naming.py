@@ -1,4 +1,4 @@
-"""The same configuration lies in the same folder, another one in another."""
+"""Equal configurations have the same folder, different ones different folders."""
 
 import pytest
 from hydra import compose, initialize_config_dir

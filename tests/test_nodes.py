@@ -1,4 +1,4 @@
-"""What a `_target_` node may hold, and what it is refused for."""
+"""Validation of `_target_` nodes."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -125,7 +125,7 @@ def test_enum_member_by_name():
                                             "eps": 1e-3}}),
         ("MobileNetV2", {"width_mult": 0.5, "inverted_residual_setting": [[1, 16, 1, 1]]}),
         ("swin_t", {"dropout": 0}),
-        ("alexnet", {"dropout": 0.1}),  # of the same name as its module
+        ("alexnet", {"dropout": 0.1}),  # has the same name as its module
         ("googlenet", {"weights": "DEFAULT"}),
         ("regnet_y_400mf", {"activation": {"_target_": "torch.nn.SiLU", "_partial_": True}}),
     ],

@@ -1,4 +1,4 @@
-"""Pictures: of bounded size for any number of classes, names shown as they are, never fatal."""
+"""Figures: bounded size for any number of classes, literal names, never fatal."""
 
 import io
 import logging
@@ -38,7 +38,7 @@ def texts(figure):
 
 
 def assert_literal(figure):
-    """Nothing is read as a formula, and all of it can be drawn without a word."""
+    """Nothing is rendered as a formula, and no warnings are raised."""
     from matplotlib.text import Text
 
     with warnings.catch_warnings():
@@ -59,13 +59,13 @@ def test_confusion_matrix_figure_has_bounded_size(classes):
     assert width * height <= plots.LARGEST
     drawn = plots.pixels(figure)
     assert drawn.size <= 3 * plots.LARGEST * 100**2
-    assert drawn.std() > 10  # something is on it
-    # What is drawn is bounded, too, which decides about time and memory.
+    assert drawn.std() > 10  # not empty
+    # The number of drawn elements is bounded, too, which limits time and memory.
     assert len(figure.findobj()) < 5000
 
 
 def test_labels_share_one_canvas(monkeypatch):
-    """One of its own for each of them took gigabytes."""
+    """One canvas per label needed gigabytes."""
     from matplotlib.backends.backend_agg import RendererAgg
 
     made = []
@@ -95,7 +95,7 @@ def test_confusion_matrix_of_many_classes_lists_top_confusions():
 
 @pytest.mark.parametrize("classes", [100, 600])
 def test_overview_counts_every_image(classes):
-    """Row by row, squares of one or several classes sum to 100 %."""
+    """Each row sums to 100 %, with one or several classes per square."""
     counts = counts_of(classes)
     figure = plots.confusion_matrix(counts, [str(number) for number in range(classes)])
     (image,) = figure.axes[0].images
@@ -144,7 +144,7 @@ def test_method_and_student_names_are_literal(name):
     )
     for figure in figures:
         assert_literal(figure)
-    if name.strip():  # Matplotlib leaves names that begin with _ out
+    if name.strip():  # Matplotlib omits names that begin with _
         for figure in figures:
             assert any(axes.get_legend() is not None for axes in figure.axes)
             labels = [
@@ -164,7 +164,7 @@ def test_figure_of_many_students_has_bounded_size():
     assert "88 more students are not shown" in texts(figure)
 
 
-# --- pictures never fail a run ------------------------------------------------------------------
+# --- figures never fail a run -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ValueError("mathtext"), OSError("no font")])
@@ -189,12 +189,12 @@ def test_figures_can_be_disabled(train, monkeypatch):
 
     (drawn,) = train("method=none", "trainer.max_epochs=1").runs
     key = RunDirectory(drawn).read_metrics()["config_key"]
-    shutil.rmtree(drawn)  # else it need not be trained again
+    shutil.rmtree(drawn)  # otherwise it is not trained again
     monkeypatch.setattr(plots, "confusion_matrix", fail)
     monkeypatch.setattr("kd_lightning.engine.callbacks.pictures.page_of_views", fail)
     done = train("method=none", "trainer.max_epochs=1", "pictures=false")
     assert done.code == 0
-    # It is the same run by its name and its key.
+    # Same name and key of the run.
     assert done.runs[0].name == drawn.name
     assert done.metrics["config_key"] == key
 
@@ -238,7 +238,7 @@ def test_grid_of_views_has_bounded_size(size):
     assert -0.01 <= page.min() < page.max() <= 1.01
 
 
-# --- the table of confusions ----------------------------------------------------------------------
+# --- confusion.csv --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -270,7 +270,7 @@ def test_run_with_unusual_class_names(train, folder):
         (folder / part / "class1").rename(folder / part / "a,b\n\\frac{")
     done = train("method=none", "trainer.max_epochs=1")
     assert done.code == 0, done.err
-    assert "left out" not in done.err  # no picture failed
+    assert "omitted" not in done.err  # no figure failed
     table = read_numbers(done.runs[0] / "confusion.csv")
     assert list(table.columns) == ["$_$", r"a,b\n\frac{", "class2"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,4 +1,4 @@
-"""What is printed while something runs, and that it can be printed anywhere."""
+"""Progress output, to any terminal, file or pipe."""
 
 import io
 import os
@@ -23,14 +23,14 @@ from kd_lightning.workflows.grid import Job, cells_of, time_left
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that is moved by hand."""
+    """A manually advanced clock."""
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: now.seconds)
     return now
 
 
 def train(bar, clock, epochs, seconds, rank_zero=True):
-    """Go through a training of 10 steps an epoch in which each epoch takes so many seconds."""
+    """Simulate a training with 10 steps per epoch and these seconds per epoch."""
     trainer = SimpleNamespace(
         is_global_zero=rank_zero, global_step=0, max_epochs=epochs, current_epoch=0,
         estimated_stepping_batches=10 * epochs,
@@ -75,7 +75,7 @@ def test_progress_bar_needs_a_capable_terminal(monkeypatch):
     assert not terminal.watched(error=True)
     screen.isatty = lambda: False
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as CI services set it
+    monkeypatch.setenv("FORCE_COLOR", "1")  # set by CI services
     assert not terminal.watched(error=True)
 
 
@@ -92,10 +92,10 @@ def test_remaining_time_is_estimated_from_trained_runs():
     cells = ["small", "large"] * 3
     done = [Job("x", 0, 10.0), Job("x", 1, 100.0)]
     assert time_left(cells, done, elapsed=110) == 2 * 10 + 2 * 100
-    # Runs that were finished before are done, and tell nothing.
+    # Already finished runs count as done, but not for the estimate.
     before = [Job("x", 0, 0.0), Job("x", 1, 0.0), Job("x", 2, 10.0)]
     assert time_left(cells, before, elapsed=10) == 3 * 10
-    # Two at a time take half as long.
+    # Two parallel runs take half the time.
     assert time_left(cells, done, elapsed=55) == (2 * 10 + 2 * 100) / 2
 
 
@@ -110,8 +110,8 @@ def test_runs_of_a_grid_match_the_sweeper(monkeypatch):
     )
     cells = cells_of(grid(["method=a,b", "seed=range(0,3)", "x=1"], params={"student": "s,l"}))
     assert len(cells) == 12
-    assert len(set(cells)) == 4  # seeds of a cell take equally long
-    # What the command line says replaces what the experiment says.
+    assert len(set(cells)) == 4  # seeds of a cell are equivalent
+    # The command line overrides the experiment.
     assert len(cells_of(grid(["seed=0"], params={"seed": "0,1,2"}))) == 1
     assert cells_of(grid(["seed=0,1"], _target_="optuna.Sweeper")) == []
     assert cells_of(grid(["seed=((("])) == []
@@ -131,10 +131,10 @@ METRICS = {
 def test_tables_can_be_printed_in_any_encoding(monkeypatch, encoding):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-    print_summary(METRICS, "runs/caf\udce9")  # a file name that is no UTF-8
+    print_summary(METRICS, "runs/caf\udce9")  # a file name that is not UTF-8
     terminal.say(terminal.table_of(pd.DataFrame({"method": ["größe"], "ß": ["1.00 ± 0.20"]})))
     text = raw.getvalue().decode(encoding)
-    assert "[/]" in text  # no markup of ours
+    assert "[/]" in text  # not interpreted as markup
     assert "40.00 %" in text
     lines = [line for line in text.splitlines() if line[:1] in "|+┃│┏┡└"]
     assert len({len(line) for line in lines if "?" not in line and "数" not in line}) == 1
@@ -167,7 +167,7 @@ def test_run_on_an_ascii_terminal(folder, tmp_path):
 
 
 def in_a_terminal(*arguments, columns=80):
-    """Run train.py with a terminal of its own; return what it shows."""
+    """Run train.py in a pseudo-terminal; return the output."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "train.py", *arguments], cwd=REPOSITORY, stdout=theirs, stderr=theirs,
@@ -178,7 +178,7 @@ def in_a_terminal(*arguments, columns=80):
     while True:
         try:
             part = os.read(ours, 4096)
-        except OSError:  # how Linux says that the other end is closed
+        except OSError:  # raised by Linux when the other end is closed
             break
         text += part
     os.close(ours)

@@ -1,4 +1,4 @@
-"""Several processes that train one student together."""
+"""Distributed training."""
 
 import json
 import os
@@ -45,7 +45,7 @@ def test_two_processes_train_the_same_student_as_one(tmp_path):
     for key in ("val_accuracy", "test_accuracy", "agreement"):
         assert two[key] == pytest.approx(one[key], abs=0.01)
     assert two["teacher_key"] == one["teacher_key"]
-    # What is measured is measured on all images, not on one process's part of them.
+    # Metrics cover all images, not only one process's part.
     for row, same in zip(history[1:], same_history[1:], strict=True):
         assert [*map(float, same.split(","))] == pytest.approx([*map(float, row.split(","))], 1e-3)
     for root in (tmp_path / "one", tmp_path / "two"):
@@ -71,7 +71,7 @@ def test_resume_of_a_distributed_grid(tmp_path, uninterrupted, how):
     processes.wait_for("runs/*/logit*/checkpoints/last.ckpt", tmp_path, process)
     if how == "SIGKILL":
         process.kill()
-    else:  # as a terminal does it: to all of them
+    else:  # as from a terminal: to the process group
         os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == (-9 if how == "SIGKILL" else 130)
     done = train(tmp_path, *GRID)
@@ -133,7 +133,7 @@ def test_every_image_has_equal_weight_in_an_epoch(images):
         own = [part["index"] for part in parts if part["share"] > 0]
         assert sorted(torch.cat(own).tolist()) == sorted(together["index"].tolist())
         seen += torch.cat(own).tolist()
-        for part in parts:  # the mean over processes of share * mean is the mean over the batch
+        for part in parts:  # the mean over processes of weight * mean is the mean over the batch
             for index in part["index"].tolist():
                 weight = float(part["share"]) / len(part["index"]) / world
                 weights[index] = weights.get(index, 0) + weight * len(together["index"])

@@ -1,4 +1,4 @@
-"""Runs become a table: means, spreads, paired intervals, and what is missing is said."""
+"""Reports: means, deviations, paired intervals, missing runs."""
 
 import json
 import math
@@ -76,7 +76,7 @@ def test_pairs_have_equal_seeds(tmp_path):
     row = cell(summarise(read_runs([tmp_path])), "logit", "small")
     assert (row.pairs, row.missing) == (1, 1)
     assert row.gain == pytest.approx(0.02)
-    assert math.isnan(row.gain_low)  # one pair says nothing about the spread
+    assert math.isnan(row.gain_low)  # no interval from a single pair
 
 
 def test_failed_unfinished_and_missing_runs_are_counted(runs):
@@ -122,7 +122,7 @@ def test_markdown_report_is_complete(runs):
         assert f"({picture}.png)" in text
     page = (runs / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
-    assert "http" not in page  # nothing is fetched from elsewhere
+    assert "http" not in page  # self-contained
     assert (runs / "results.csv").read_text().count("\n") == 1 + 9 + 1
 
 
@@ -165,7 +165,7 @@ def test_report_script_rejects_empty_folders(runs, tmp_path, monkeypatch, capsys
 
 
 def write_config(run, seed=0, **changed):
-    """The settings of a run, and dotted keys that are changed in them."""
+    """The settings of a run, with some dotted keys changed."""
     config = {
         "seed": seed, "output_dir": f"somewhere/{seed}", "data_dir": "data", "name": run.name,
         "data": {"name": "digits", "batch_size": 64, "seed": seed, "padding": 3},
@@ -202,7 +202,7 @@ def test_settings_are_labelled_by_their_differences(two_rates, tmp_path):
         assert f"{text.partition('## ')[0]}".count(f"optimizer.lr {rate} (") == 1  # the contents
         assert f">optimizer.lr {rate} (" in page
         assert list(out.glob(f"*optimizer.lr_{rate}-accuracy.png"))
-    # What is the same is no difference: it is with the facts.
+    # Equal settings are not differences; they are listed with the facts.
     assert "data.batch_size 64" in text
     assert not [line for line in text.splitlines() if "batch_size" in line and line[0] in "#-"]
     table = pd.read_csv(out / "results.csv")
@@ -238,7 +238,7 @@ def title(runs):
             {"trainer.limit_train_batches 5", "trainer.limit_train_batches not set"},
         ),
         ({"teacher__model__hidden": 9}, {"teacher.model.hidden 8", "teacher.model.hidden 9"}),
-        # Older runs lack a key that has its default, or none, in the others.
+        # Older runs lack a key that has its default or none in the others.
         ({"remember": {"dtype": "float16"}, "teacher__checkpoint": None}, {""}),
     ],
 )
@@ -300,7 +300,7 @@ def test_old_runs_without_hashes_join_a_unique_group(tmp_path):
     contents(tmp_path / "3", "logit", 1, 0.8, images="a", teacher="c")
     row = cell(summarise(read_runs([tmp_path])), "logit", "small")
     assert (row.n, row.test) == (2, pytest.approx(0.7))
-    # With a second teacher nobody knows whose the old run is; it is averaged with neither.
+    # With a second teacher the old run is ambiguous, and is averaged with neither.
     contents(tmp_path / "4", "logit", 1, 0.9, images="a", teacher="d")
     cells = summarise(read_runs([tmp_path]))
     assert sorted(cells[cells["method"] == "logit"]["test"]) == [0.6, 0.8, 0.9]

@@ -1,4 +1,4 @@
-"""What the documents show was measured: their tables follow from the committed runs."""
+"""The tables in the documents follow from the committed runs."""
 
 import pytest
 from conftest import REPOSITORY

@@ -1,4 +1,4 @@
-"""Whenever and however a run is interrupted, the same command ends as if nothing had been."""
+"""Resume after any interruption gives the result of an uninterrupted run."""
 
 import json
 import os
@@ -36,7 +36,7 @@ class Dropping(nn.Sequential):
         )  # fmt: skip
 
 
-BATCHES = 5  # in an epoch: 33 of 36 images, 7 at a time
+BATCHES = 5  # per epoch: 33 of 36 images, batch size 7
 SETTING = (
     *TINY, "method=combined", "optimizer=adamw", "student.layers=['2']", "data=folder",
     "data.image_size=16", "data.padding=2", "data.batch_size=7", "trainer.max_epochs=3",
@@ -56,7 +56,7 @@ def configuration(root, *overrides):
 
 
 def answers(output):
-    """What the teacher said, file by file: a row for each image, zeros where nothing is stored."""
+    """Cached teacher outputs by file: one row per image, zeros if missing."""
     found = {}
     for path in sorted(output.glob("teachers/remembered/**/*.rows")):
         content, images = path.read_bytes(), 48 if "evaluation" in path.parent.name else 36
@@ -68,7 +68,7 @@ def answers(output):
 
 
 class Ask(Callback):
-    """Sends the process a signal in its nth batch, or in the validation after it."""
+    """Sends a signal to the process in the nth batch, or in the validation after it."""
 
     def __init__(self, batch, validation=False, number=signal.SIGTERM):
         self.batch, self.validation, self.number = batch, validation, number
@@ -83,7 +83,7 @@ class Ask(Callback):
 
 
 class Steps(Callback):
-    """Which images each step was shown, and what it drew."""
+    """Records the images and random numbers of each step."""
 
     def __init__(self):
         self.shown = []
@@ -99,7 +99,7 @@ def left(folder):
     rows = (folder / "history.csv").read_text().splitlines()
     return (
         (folder / "student.safetensors").read_bytes(),
-        [row.rpartition(",")[0] for row in rows],  # without the speed
+        [row.rpartition(",")[0] for row in rows],  # without speed
         [metrics[key] for key in kept],
     )
 
@@ -140,7 +140,7 @@ def test_resume_after_signal_is_bit_identical(tmp_path, whole, step, validation,
     assert RunDirectory(folder).read_metrics()["status"] == "running"
     training.run(config, folder, callbacks=[after])
     assert len(before.shown) == step
-    assert before.shown + after.shown == shown  # the same steps, each of them once
+    assert before.shown + after.shown == shown  # the same steps, each once
     assert left(folder) == left(root / "run")
 
 
@@ -165,13 +165,13 @@ def test_tensorboard_curves_after_resume(tmp_path, whole):
     root, _ = whole
     with pytest.raises(Stopped):
         training.run(configuration(root), tmp_path / "run", callbacks=[Ask(8)])
-    time.sleep(1.1)  # files are read in the order of the seconds in their names
+    time.sleep(1.1)  # event files are ordered by the seconds in their names
     training.run(configuration(root), tmp_path / "run")
     assert curves(tmp_path / "run") == curves(root / "run")
 
 
 def curves(folder):
-    """What TensorBoard shows of the training but its speed: no step twice, none left out."""
+    """TensorBoard's curves except speed: no step duplicated or missing."""
     events = EventAccumulator(str(folder))
     events.Reload()
     names = [name for name in events.Tags()["scalars"] if name.startswith(("l", "train", "val"))]
@@ -201,7 +201,7 @@ def asked_twice(root, folder):
 
 
 def test_second_signal_ends_immediately(tmp_path, whole):
-    """Within the step: nothing of it is saved, and what was saved before is gone on with."""
+    """The current step is not saved; resumed from the previous checkpoint."""
     root, _ = whole
     folder = tmp_path / "run"
     process = SERVER.Process(target=asked_twice, args=(root, folder))
@@ -214,7 +214,7 @@ def test_second_signal_ends_immediately(tmp_path, whole):
 
 
 class Spoil(Callback):
-    """From the nth batch on, weights are not numbers."""
+    """Weights are NaN from the nth batch on."""
 
     def __init__(self, batch):
         self.batch = batch
@@ -236,7 +236,7 @@ def test_nonfinite_loss_keeps_the_last_valid_checkpoint(tmp_path, whole):
     assert checkpoint.place == "epoch 1"
     state = torch.load(checkpoint.path, weights_only=True)["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
-    # And it is gone on with, should it have been the machine.
+    # It can be resumed, in case of a hardware fault.
     training.run(config, folder)
     assert left(folder) == left(root / "run")
 
@@ -252,7 +252,7 @@ def test_bf16_is_reproducible(tmp_path, whole):
 
 
 def test_lost_cache_rows_are_recomputed_bit_identically(tmp_path):
-    """About three images of a batch the teacher would say it in another order of additions."""
+    """For a part of the batch, the order of floating-point additions would differ."""
     training.run(configuration(tmp_path, "remember.dtype=float32"), tmp_path / "first")
     before = answers(tmp_path / "outputs")
     generator = random.Random(1)
@@ -276,7 +276,7 @@ def test_result_depends_only_on_the_seed(tmp_path, whole):
 
 
 def command_line(root, output):
-    """What the user types, run to its end in this process."""
+    """Run the command to its end in this process."""
     from kd_lightning import cli
 
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
@@ -289,7 +289,7 @@ def command_line(root, output):
 
 @pytest.fixture(scope="module")
 def start(whole):
-    """Starts that command in a process of its own."""
+    """Start the command in a new process."""
 
     def begin(output):
         process = SERVER.Process(target=command_line, args=(whole[0], output))
@@ -300,7 +300,7 @@ def start(whole):
 
 
 def everything(output):
-    """Of a student and its teacher: weights, history, results."""
+    """Weights, history and results of a student and its teacher."""
     (run,) = [path.parent for path in output.glob("runs/*/*/metrics.json")]
     (teacher,) = output.glob("teachers/*/teacher.json")
     facts = json.loads(teacher.read_text())
@@ -310,7 +310,7 @@ def everything(output):
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
 def test_resume_after_kill_at_random_moments(tmp_path, start, kills):
-    """In the teacher's training or the student's, at any instruction of it."""
+    """In the teacher's or the student's training, at any instruction."""
 
     def finish(output):
         process = start(output)
@@ -332,7 +332,7 @@ def test_resume_after_kill_at_random_moments(tmp_path, start, kills):
         process.join()
         killed += process.exitcode == -signal.SIGKILL
         assert finish(output) == expected
-        # After the last epoch it is validated again, and the teacher answers for more images.
+        # After the last epoch it is validated again, so that more outputs are cached.
         for path, rows in answers(output).items():
             for row, same in zip(said[path], rows, strict=True):
                 assert row in (same, bytes(len(row)))

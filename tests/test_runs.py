@@ -1,4 +1,4 @@
-"""What a run leaves behind, and how a model is rebuilt from it."""
+"""Run directories: files of a run, and loading of the student."""
 
 import csv
 import json
@@ -57,7 +57,7 @@ def test_configuration_roundtrip(run):
     run.write_config(CONFIG)
     assert list(yaml.safe_load((run.path / "config.yaml").read_text())) == list(
         CONFIG
-    )  # in the order people know
+    )  # in the usual order
     assert "!!" not in text
 
 
@@ -336,7 +336,7 @@ def test_user_packages_can_be_trusted(run):
             run.load_student(trust)
     student, _ = run.load_student(trust=("elsewhere", "test_runs"))
     assert type(student) is ConvNet
-    # What is imported there is still not defined there.
+    # A function that is only imported there is still rejected.
     with pytest.raises(InputError, match="pass trust"):
         check_trusted({"_target_": "test_runs.subprocess.run"}, "x", ("test_runs",))
 
@@ -369,7 +369,7 @@ def test_invalid_student_node_is_reported(run):
             run.load_student()
 
 
-# --- what a result depends on ------------------------------------------------------------------
+# --- provenance --------------------------------------------------------------------------------
 
 
 def test_versions_name_the_commit(monkeypatch):
@@ -393,13 +393,13 @@ def test_without_git_there_is_no_commit(monkeypatch, error, tmp_path):
     monkeypatch.setattr(provenance, "__file__", str(tmp_path / "a" / "b" / "c" / "x.py"))
 
     def fails(*_, timeout, **__):
-        assert 1 <= timeout <= 60  # nobody waits for ever for a name
+        assert 1 <= timeout <= 60  # with a timeout
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(subprocess, "run", fails)
         assert versions()["git_commit"] == ""
-    assert versions()["git_commit"] == ""  # no repository, although it looks like one
+    assert versions()["git_commit"] == ""  # looks like a repository, but is not
     (tmp_path / ".git").rmdir()
     assert versions()["git_commit"] == ""
 

@@ -1,4 +1,4 @@
-"""Schedules: up to the learning rate, down to zero, however short the training."""
+"""Schedules: warm-up to the learning rate, decay to zero, for any length."""
 
 import pytest
 import torch
@@ -42,7 +42,7 @@ TEN = {"_target_": "test_schedules.tenth"}
 
 
 def tenth():
-    """What YAML can build a function with: a node that returns one."""
+    """A node that returns a function."""
     return lambda epoch: 0.1**epoch
 
 
@@ -94,7 +94,7 @@ def as_in_transformers(optimizer, num_training_steps, num_warmup_steps=0):
 
 
 class LikeTimms:
-    """Stepped by the number of the epoch, and no scheduler of torch's."""
+    """Stepped with the epoch number, and not a torch scheduler."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer

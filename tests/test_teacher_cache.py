@@ -1,4 +1,4 @@
-"""Remembered teachers: never a wrong number, nothing computed twice, nothing changed but time."""
+"""The teacher-output cache: correct rows, no recomputation, unchanged results."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ def make_rows(folder, shape=(3,), dtype="float16", images=IMAGES):
 
 
 def filled(folder, view=0, **settings):
-    """Rows of one view, all written, and the numbers in them."""
+    """Rows of one view, all written, and their values."""
     rows = make_rows(folder, **settings)
     rows.reserve(view)
     values = torch.randn(IMAGES, *rows.shape).to(rows.dtype)
@@ -42,7 +42,7 @@ def filled(folder, view=0, **settings):
 
 
 def read_again(rows, view=0):
-    """What somebody who opens the files anew finds."""
+    """Rows as read after reopening the files."""
     again = Rows(rows.folder, rows.key, rows.images, rows.shape, rows.dtype)
     return again.read(torch.arange(rows.images), torch.full((rows.images,), view))
 
@@ -72,7 +72,7 @@ def test_damaged_file_never_gives_wrong_rows(tmp_path_factory, data):
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    if data.draw(st.booleans()):  # a stretch of it twice
+    if data.draw(st.booleans()):  # duplicate a part
         size = data.draw(st.integers(1, len(content) // 2))
         start, to = (data.draw(st.integers(0, len(content) - size)) for _ in range(2))
         content[to : to + size] = content[start : start + size]
@@ -115,7 +115,7 @@ generator = torch.Generator().manual_seed(int(sys.argv[2]))
 number = int(sys.argv[2])
 print("ready", flush=True)
 while True:
-    number = (number + 2) % 10_000  # a million numbers more would not be exact in float32
+    number = (number + 2) % 10_000  # larger numbers would not be exact in float32
     index = torch.randperm(50, generator=generator)[:16]
     values = index[:, None] + torch.full((16, 512), number * 1000.0)
     rows.write(index, torch.zeros(16, dtype=torch.int64), values)
@@ -143,7 +143,7 @@ def test_killed_concurrent_writers_leave_no_mixed_row(tmp_path):
 
 
 def check_whole(rows):
-    """Every row that is believed is one that one writer wrote; return how many there are."""
+    """Check that every valid row is from a single writer; return their number."""
     got, known = rows.read(torch.arange(50), torch.zeros(50, dtype=torch.int64))
     assert (got[known] == got[known][:, :1]).all()
     assert torch.equal(got[known][:, 0] % 1000, torch.arange(50.0)[known])
@@ -151,7 +151,7 @@ def check_whole(rows):
 
 
 class Teacher:
-    """Answers with numbers that tell image, view and term, and counts what it was asked."""
+    """Returns values that encode image, view and term, and records the calls."""
 
     def __init__(self, index, view):
         self.index, self.view, self.asked = index, view, []
@@ -185,9 +185,9 @@ def test_cached_outputs_are_not_recomputed_and_equally_rounded(tmp_path):
     again, teacher = recall(make_memory(tmp_path), [3, 1, 2], [0, 0, 0])
     assert not teacher.asked
     assert torch.equal(again["a"], first["a"][[2, 0, 1]])
-    # The view counts as well as the image.
+    # The view matters as well as the image.
     mixed, teacher = recall(make_memory(tmp_path), [1, 2, 5, 3], [0, 1, 0, 0])
-    assert teacher.asked == [(1, 0), (2, 1), (5, 0), (3, 0)]  # never about a part of a batch
+    assert teacher.asked == [(1, 0), (2, 1), (5, 0), (3, 0)]  # never a part of a batch
     for values in (mixed["a"][:, 0], -mixed["b"][:, 0], -mixed["b"][:, 1]):
         assert torch.equal(values, expected([1, 2, 5, 3], [0, 1, 0, 0]))
 
@@ -214,7 +214,7 @@ def test_disk_limit_causes_one_warning(tmp_path, caplog):
     assert "disk_gb" in caplog.text
     assert memory.used_bytes(tmp_path) == size
     _, teacher = recall(cache_, [1, 2], [0, 0])
-    assert not teacher.asked  # what fitted is still used
+    assert not teacher.asked  # existing rows are still used
 
 
 def test_full_disk_causes_a_warning(tmp_path, caplog):
@@ -227,7 +227,7 @@ def test_full_disk_causes_a_warning(tmp_path, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert torch.equal(values["a"][:, 0], expected([1, 2], 0))
     assert "File too large" in caplog.text
-    assert memory.used_bytes(tmp_path) == 0  # nothing half-made is left
+    assert memory.used_bytes(tmp_path) == 0  # no incomplete file is left
     _, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
     assert teacher.asked
 
@@ -238,7 +238,7 @@ def test_full_disk_causes_a_warning(tmp_path, caplog):
     ids=["convnet", "resnet9"],
 )
 def test_teacher_output_does_not_depend_on_the_batch(model):
-    """So that what one seed's batches were answered serves another's: not in batches of a few."""
+    """So that seeds can share cached outputs; not guaranteed for batches of a few images."""
     torch.manual_seed(0)
     half = Normalization((0.5,) * 3, (0.5,) * 3)
     teacher = FrozenTeacher(model(), half, half)
@@ -284,7 +284,7 @@ def remembered(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """How many images the teacher was asked about, in training and in evaluation."""
+    """Number of images that the teacher processed, in training and in evaluation."""
     counts = Counter()
     for kind, name in (("training", "answer"), ("evaluation", "__call__")):
         original = getattr(FrozenTeacher, name)
@@ -297,7 +297,7 @@ def asked(monkeypatch):
     return counts
 
 
-SHAPES = 8  # images that are asked about to know the shape of an output
+SHAPES = 8  # images used to determine output shapes
 
 
 def test_second_training_uses_only_the_cache(train, tmp_path, asked):
@@ -310,7 +310,7 @@ def test_second_training_uses_only_the_cache(train, tmp_path, asked):
         accuracies = {key: done.metrics[key] for key in ("agreement", "teacher_test_accuracy")}
         results.append(((done.runs[0] / "student.safetensors").read_bytes(), accuracies))
     assert results[0] == results[1]
-    # Other methods, students and seeds, too.
+    # Also for other methods, students and seeds.
     assert train("method=logit", "method.terms.logit.temperature=2", "seed=5").code == 0
     assert train("method=attention", "student.model.hidden=16", "optimizer.lr=0.02").code == 0
     assert asked == {"training": 2 * SHAPES}
@@ -336,7 +336,7 @@ def test_float32_cache_is_bit_identical(train, asked):
 
 
 def test_rounding_does_not_reduce_accuracy(train):
-    """Handwritten digits, 14 steps an epoch; the two students differ by float16 targets alone."""
+    """Digits, 14 steps per epoch; the two students differ only in float16 targets."""
     command = (
         "method=combined", "data=digits", "student=small", "optimizer.lr=0.05",
         "trainer.max_epochs=5", "trainer.precision=32-true", "trainer.accelerator=cpu",
@@ -349,7 +349,7 @@ def test_rounding_does_not_reduce_accuracy(train):
     )
     assert (exact.code, rounded.code) == (0, 0), exact.err + rounded.err
     weights = [(done.runs[0] / "student.safetensors").read_bytes() for done in (exact, rounded)]
-    assert weights[0] != weights[1]  # there was a rounding
+    assert weights[0] != weights[1]  # rounding has an effect
     assert exact.metrics["test_accuracy"] > 0.8
     for part in ("val_accuracy", "test_accuracy"):
         assert abs(exact.metrics[part] - rounded.metrics[part]) <= 0.01, part
@@ -392,7 +392,7 @@ def test_k_views_are_repeated_cyclically(train, tmp_path, asked):
         ("teacher.layers=[stage1]", False),
         ("trainer.precision=32-true", False),
         ("remember.dtype=bfloat16", False),
-        ("data.batch_size=11", False),  # of the teacher's own training, too
+        ("data.batch_size=11", False),  # also of the teacher's training
         ("seed=3", True),
         ("optimizer.lr=0.001", True),
         ("student.model.channels=[4,6]", True),
@@ -411,7 +411,7 @@ def test_equal_outputs_share_a_cache(train, tmp_path, override, same):
 
 
 class Restless(FolderDataModule):
-    """Pictures with noise of the moment in them."""
+    """Images with random noise."""
 
     reproducible = False
 
@@ -460,7 +460,7 @@ def test_script_lists_and_removes_caches(train, tmp_path, monkeypatch, capsys):
 
 
 def test_row_of_zeros_is_invalid(tmp_path):
-    """A new file is all zeros, and zeros are what a term may remember."""
+    """A new file is all zeros, and targets may be zero."""
     rows = Rows(tmp_path, {}, images=300, shape=(3,), dtype=torch.float16)
     index = torch.arange(300)
     for number in (PLAIN, 0, 7):
@@ -469,7 +469,7 @@ def test_row_of_zeros_is_invalid(tmp_path):
         assert not rows.read(index, view)[1].any()
         rows.write(index, view, torch.zeros(300, 3, dtype=torch.float16))
         assert rows.read(index, view)[1].all()
-        # The same numbers, where another image's belong.
+        # The same numbers at the position of another image.
         file = rows.path(number)
         content = file.read_bytes()
         file.write_bytes(content[16:] + content[:16])

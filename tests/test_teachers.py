@@ -1,4 +1,4 @@
-"""The teacher store: one training for each key, whatever else happens."""
+"""The teacher store: one training per key, under all circumstances."""
 
 import copy
 import hashlib
@@ -249,7 +249,7 @@ def test_teacher_key_depends_on_everything_relevant(data, path, value):
 
 
 def test_teacher_key_is_stable():
-    """Every teacher that was ever stored is found by it. Another one needs another FORMAT."""
+    """Existing teachers are found by this key. A change requires a new FORMAT."""
     assert key_of(CONFIG, "the images") == (
         "3a9f9d318f9936d0e9e4c41313c469b5299fbb31dc2ba09d0d07c8fe8b4e4902"
     )
@@ -268,9 +268,9 @@ def test_precision_and_images_are_in_the_key(data):
     [
         ("data.root", "elsewhere"),
         ("data.seed", 7),
-        ("data.view_seed", 1),  # of the student's views: the teacher has its own
+        ("data.view_seed", 1),  # of the student's views; the teacher has its own
         ("data.cutout", 4),
-        ("trainer.max_epochs", 50),  # of the student: the teacher has its own
+        ("trainer.max_epochs", 50),  # of the student; the teacher has its own
         ("trainer.accelerator", "cpu"),
     ],
 )

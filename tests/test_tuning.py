@@ -1,4 +1,4 @@
-"""The search: on validation, resumable, with sentences for what is written wrongly."""
+"""Hyper-parameter search: on validation, resumable, with clear errors."""
 
 import json
 
@@ -27,7 +27,7 @@ def test_study_uses_the_method_space_and_resumes(overrides, tmp_path):
         "optimizer.lr", "method.terms.logit.temperature", "method.terms.logit.weight",
         "method.terms.cross_entropy.weight",
     }  # fmt: skip
-    # It begins with what is configured.
+    # The first trial is the configuration.
     assert study.trials[0].params["method.terms.logit.temperature"] == 4.0
     for trial in study.trials:
         assert 1 <= trial.params["method.terms.logit.temperature"] <= 20
@@ -35,7 +35,7 @@ def test_study_uses_the_method_space_and_resumes(overrides, tmp_path):
         assert trial.intermediate_values == {1: trial.value}
     assert len(tuning.tune(overrides, trials=3).trials) == 3
     assert len(tuning.tune(overrides, trials=3).trials) == 3
-    # The test images are not looked at, not even in passing.
+    # The test images are never used.
     trials = list((tmp_path / "outputs").glob("tuning/**/metrics.json"))
     assert len(trials) == 3
     for path in trials:
@@ -45,7 +45,7 @@ def test_study_uses_the_method_space_and_resumes(overrides, tmp_path):
         tested = {key: metrics.get(key) for key in ("test_accuracy", "test_accuracy_at_best")}
         assert not any(tested.values())
         assert not (path.parent / "confusion.csv").exists()
-    # One teacher for all of them.
+    # All trials share one teacher.
     assert len(list((tmp_path / "outputs").rglob("teacher.safetensors"))) == 1
 
 

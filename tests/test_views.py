@@ -1,4 +1,4 @@
-"""A view follows from its index and number alone, and is cut as a slow reference cuts it."""
+"""Views: functions of index and number only, equal to a reference implementation."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ MASK = 0xFFFFFFFF
 
 
 def slow_random(index, view, seed):
-    """The counter rule in Python's unbounded integers."""
+    """The counter-based hash with Python's unbounded integers."""
 
     def mix(x):
         x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
@@ -85,13 +85,13 @@ def test_views_are_uniformly_distributed():
     expected = len(index) / 162
     chi_square = float(((cells - expected) ** 2 / expected).sum())
     assert chi_square < 231  # 161 degrees of freedom: exceeded by chance once in 4,000 times
-    # And so are those of one image, and the first view of all images.
+    # The same for the views of one image, and for the first view of all images.
     assert 0.45 < flip[view == 0].double().mean() < 0.55
     assert len({(int(r), int(c)) for r, c in zip(rows[:20], columns[:20], strict=True)}) > 10
 
 
 def test_more_pixels_than_int32_max(tmp_path):
-    """In a file that is all holes but for its last image."""
+    """In a sparse file with only the last image."""
     count = 2**31 // 64 + 3
     with (tmp_path / "images").open("wb") as file:
         file.seek((count - 1) * 64)
@@ -106,7 +106,7 @@ def test_more_pixels_than_int32_max(tmp_path):
 
 
 def test_views_are_rendered_on_the_device_of_the_images():
-    """Of a GPU that need not be there: tensors without numbers, which know their device."""
+    """On the meta device, as no GPU is needed."""
     augmentation = Augmentation(padding=2, cutout=3)
     try:
         with FakeTensorMode():
