@@ -1,5 +1,4 @@
-# Two commands do everything on a fresh machine: `make demo` and `make test`.
-# Both set up a virtual environment of their own first, once.
+# `make demo` and `make test` first create a virtual environment, if there is none.
 
 VENV ?= .venv
 PYTHON ?= python3
@@ -7,13 +6,13 @@ RUN := $(VENV)/bin/python
 
 .PHONY: demo test lint clean
 
-demo: $(VENV)/installed ## teacher trained, student distilled, results printed: no download of data
+demo: $(VENV)/installed ## train a teacher, distil a student, print the results; no data download
 	$(RUN) train.py experiment=demo
 
-test: $(VENV)/installed ## the tests
+test: $(VENV)/installed ## run the tests
 	OMP_NUM_THREADS=1 $(RUN) -m pytest -n 2 --dist worksteal
 
-lint: $(VENV)/installed ## format, lint and types
+lint: $(VENV)/installed ## check formatting, lint and types
 	$(RUN) -m ruff format --check .
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy

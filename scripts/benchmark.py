@@ -1,23 +1,23 @@
-"""How fast training is, beside what it could be at most and beside what is common.
+"""Benchmark of the training speed, compared with bare PyTorch and with a common implementation.
 
     python scripts/benchmark.py
     python scripts/benchmark.py --students small --methods logit --repetitions 9
-    python scripts/benchmark.py --grid      # nine distilled students from beginning to end
+    python scripts/benchmark.py --grid      # total time of nine distilled students
 
 For each student and method, images per second of
 
-- live: what `train.py` runs while the teacher computes: Lightning, torchmetrics, the data module
-  rendering fresh views of every batch, TensorBoard, callbacks;
-- bare: a loop of the same mathematics on ready-made batches, that does nothing but forward, loss,
-  backward, clipping, optimizer and schedule;
-- remembered: what `train.py` runs when the teacher's answers are stored; `rem./none` compares it
-  with the student without a teacher, measured right beside it;
-- plain (with --plain): the same distillation as it is commonly written, in `plain_distillation.py`.
+- live: `train.py` with the teacher computing: Lightning, torchmetrics, the data module rendering
+  new views of every batch, TensorBoard, callbacks;
+- bare: a loop of the same computation on prepared batches, with only forward, loss, backward,
+  clipping, optimizer and scheduler;
+- remembered: `train.py` with cached teacher outputs; `rem./none` compares it with the student
+  without a teacher, measured in alternation;
+- plain (with --plain): a common implementation of distillation, `plain_distillation.py`.
 
-They alternate in one process, again and again. Figures are medians; a ratio is the median of the
-ratios within a round. `of peak` is the share of this machine's measured rate of matrix products
-(4096 x 4096, in the precision that is trained in) that the remembered loop, for `none` the live
-one, reaches. Images and weights are random: neither changes the time.
+They alternate in one process. Figures are medians; a ratio is the median of the ratios within a
+round. `of peak` is the fraction of this machine's measured matrix-product rate (4096 x 4096, in the
+training precision) that the remembered loop (for `none` the live one) reaches. Images and weights
+are random, which does not affect the time.
 """
 
 import argparse
@@ -60,11 +60,11 @@ from kd_lightning.workflows.assembly import build_module, build_teacher
 
 METHODS = ("none", "logit", "attention", "combined")
 STUDENTS = ("small", "medium", "large")
-SECONDS = 3.0  # that one measurement should take
+SECONDS = 3.0  # target duration of a measurement
 
 
 class RandomImages(ImageDataModule):
-    """The same random images whenever they are asked for."""
+    """Random images, the same every time."""
 
     def __init__(self, train: int = 50_000, test: int = 10_000, **settings: Any) -> None:
         super().__init__(**settings)
@@ -85,7 +85,7 @@ class RandomImages(ImageDataModule):
 
 
 def random_batches(count: int, batch_size: int) -> RandomImages:
-    """As many training batches, of the same views in every epoch."""
+    """A data module with this number of training batches, and the same views in every epoch."""
     data = RandomImages(
         train=2 * count * batch_size, test=1000, name="random", batch_size=batch_size,
         val_fraction=0.5, views=1,
@@ -98,13 +98,13 @@ def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 
     """Images per second of the last epoch of a training.
 
     Args:
-        plan: of the run.
-        steps: in an epoch.
-        cache: the folder of the teacher-output cache; None: the teacher computes.
-        epochs: how many.
+        plan: plan of the run.
+        steps: steps per epoch.
+        cache: folder of the teacher-output cache; None: live teacher.
+        epochs: number of epochs.
     """
     data = random_batches(steps, plan.data.node["batch_size"])
-    torch.manual_seed(0)  # the same teacher every time, else none of its outputs would be found
+    torch.manual_seed(0)  # the same teacher every time, so that cached outputs are found
     teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
     module = build_module(plan.student, plan.data, teacher)
     arguments = {**plan.student.trainer.arguments, "max_epochs": epochs}
@@ -121,7 +121,7 @@ def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 
 
 
 def bare_loop(plan: Plan, steps: int) -> float:
-    """Images per second of nothing but the mathematics, on ready-made batches."""
+    """Images per second of the bare computation, on prepared batches."""
     precision, batch_size = plan.student.trainer.precision, plan.data.node["batch_size"]
     teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
     module = build_module(plan.student, plan.data, teacher)
@@ -193,7 +193,7 @@ def synchronize(device: torch.device) -> None:
 
 
 class Peak:
-    """The machine's rate of matrix products, and the share of it that a training reaches."""
+    """The machine's matrix-product rate, and the fraction of it that a training reaches."""
 
     def __init__(self, device: torch.device, precision: str) -> None:
         dtype = AUTOCAST.get(precision, torch.float32)
@@ -208,7 +208,7 @@ class Peak:
         self.rate = max(rates)
 
     def share(self, plan: Plan, images_per_second: float) -> float:
-        """Of the student's forward and backward pass at this speed."""
+        """Fraction of the peak for the student's forward and backward pass at this speed."""
         student = build_module(replace(plan.student, terms=SUPERVISED), plan.data).student
         images = torch.randn(2, 3, 32, 32)
         with FlopCounterMode(display=False) as counter:
@@ -217,7 +217,7 @@ class Peak:
 
 
 def configuration(method: str, student: str, overrides: list[str]) -> Plan:
-    """The plan that `train.py` would follow."""
+    """The plan of the corresponding `train.py` command."""
     with initialize_config_dir(tree(), version_base="1.3"):
         config = plain(compose("train", [f"method={method}", f"student={student}", *overrides]))
     check_sections(config)
@@ -225,10 +225,10 @@ def configuration(method: str, student: str, overrides: list[str]) -> Plan:
 
 
 def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
-    """Measure one student with every method, and print a line for each."""
+    """Measure one student with every method, and print one row per method."""
     methods = ["none", *(method for method in arguments.methods if method != "none")]
     plans = {m: configuration(m, student, arguments.overrides) for m in methods}
-    # Short first, to know how many steps fill the time.
+    # A short measurement first, to determine the number of steps.
     batch = plans["none"].data.node["batch_size"]
     steps = {}
     for method, plan in plans.items():
@@ -238,20 +238,20 @@ def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
     memory: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
         remembered_in = Path(folder)
-        for method in reversed(methods[1:]):  # `combined` asks for all that the others need
+        for method in reversed(methods[1:]):  # `combined` first: it fills the cache for the others
             whole_loop(plans[method], steps["none"], remembered_in, epochs=1)
         for turn in range(arguments.repetitions):
             found: dict[tuple[str, str], float] = {}
             for method, plan in plans.items():
                 found[method, "bare"] = bare_loop(plan, steps[method])
-                gc.collect()  # trainers refer to themselves: what came before would stay
+                gc.collect()  # trainers have reference cycles
                 forget_peak_memory()
                 found[method, "live"] = whole_loop(plan, steps[method])
                 memory[method] = peak_memory()
                 if method == "none":
                     continue
-                # Side by side, now one first and now the other: the ratio is close to 1, and the
-                # machine's speed drifts by more than what is missing.
+                # In alternating order: the ratio is close to 1, and the machine's speed drifts by
+                # more than the difference.
                 pair = [("none", None), ("remembered", remembered_in)]
                 for what, where in pair if turn % 2 else reversed(pair):
                     chosen = plan if where else plans["none"]
@@ -290,8 +290,8 @@ def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
 
 
 def measure_grid(overrides: list[str], epochs: int) -> None:
-    """Nine distilled students beside nine that have no teacher, each nine by one command."""
-    # `combined` first: what it stores is all that the other two need.
+    """Compare nine distilled students with nine without a teacher, each nine by one command."""
+    # `combined` first: it fills the cache for the other two.
     methods = [method for method in reversed(METHODS) if method != "none"]
     expected = estimate(methods, overrides, epochs)
     distilled = [f"method={','.join(methods)}", f"student={','.join(STUDENTS)}", "seed=0"]
@@ -302,7 +302,7 @@ def measure_grid(overrides: list[str], epochs: int) -> None:
             "teacher.trainer.max_epochs=1", "+teacher.trainer.max_steps=1",
             *overrides,
         ]  # fmt: skip
-        # The teacher, which need not know anything; what it says is removed again.
+        # Create the (untrained) teacher; its cached outputs are removed again.
         command("method=logit", "student=small", "remember.disk_gb=0", "setting=teacher", *fixed)
         title = f"nine students, {epochs} epochs, end to end"
         print(f"{title:40}{'expected':>12}{'measured':>12}{'ratio':>8}")
@@ -313,7 +313,7 @@ def measure_grid(overrides: list[str], epochs: int) -> None:
             "distilled, everything remembered": distilled,
             "distilled, remembering switched off": [*distilled, "remember.disk_gb=0"],
         }.items():
-            # A setting of its own: what one command has finished the next must not find.
+            # A separate setting, so that a command does not find the runs of another.
             own = f"setting={name.replace(',', '').replace(' ', '-')}"
             seconds = command("-m", *arguments, own, "~hydra.callbacks.results", *fixed)
             baseline = baseline or seconds
@@ -324,7 +324,7 @@ def measure_grid(overrides: list[str], epochs: int) -> None:
 
 
 def estimate(methods: list[str], overrides: list[str], epochs: int) -> dict[str, float]:
-    """Seconds of training alone, from a short measurement of every cell."""
+    """Seconds of pure training, estimated from a short measurement of every cell."""
     images = 45_000 * epochs
     alone = live = remembered = first_pass = 0.0
     for student in STUDENTS:
@@ -346,7 +346,7 @@ def estimate(methods: list[str], overrides: list[str], epochs: int) -> dict[str,
 
 
 def command(*arguments: str) -> float:
-    """Run `train.py` with these arguments in a process of its own; return the seconds it took."""
+    """Run `train.py` with these arguments in a new process; return its duration in seconds."""
     here = Path(__file__).resolve().parent
     paths = [str(here), *filter(None, [os.environ.get("PYTHONPATH")])]
     began = time.perf_counter()
@@ -360,17 +360,17 @@ def command(*arguments: str) -> float:
 
 
 def row(method: str, student: str, *cells: str) -> str:
-    """A line of the table."""
+    """A row of the table."""
     return f"{method:10} {student:7}" + "".join(f"{cell:>11}" for cell in cells)
 
 
 def number(value: float | None, digits: int = 0) -> str:
-    """For people; a dash where there is none."""
+    """Format a number; a dash if missing."""
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
 def forget_peak_memory() -> None:
-    """Start counting this process's peak memory anew, where the system can."""
+    """Reset this process's peak memory counter, where supported."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
 

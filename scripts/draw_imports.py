@@ -1,4 +1,4 @@
-"""Draw which package imports which: the picture of docs/architecture.md.
+"""Draw the import matrix of the packages for docs/architecture.md.
 
     python scripts/draw_imports.py docs/architecture.png
 

@@ -1,4 +1,4 @@
-"""Test the student of a finished run again, from its folder alone.
+"""Test the student of a finished run again, from its folder.
 
 python scripts/evaluate.py outputs/runs/cifar10-convnet-15e-3ff7b752/combined-small-s0
 """
@@ -14,13 +14,13 @@ def main() -> None:
     """Read the command line and print the test accuracy."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("run", type=home, help="folder of the run")
-    parser.add_argument("--data-root", type=home, help="where the images are, if they have moved")
+    parser.add_argument("--data-root", type=home, help="location of the images, if they have moved")
     parser.add_argument(
         "--trust",
         nargs="+",
         default=[],
         metavar="PACKAGE",
-        help="packages of your own that the run's model or data come from",
+        help="your own packages that contain the run's model or data",
     )
     arguments = parser.parse_args()
 

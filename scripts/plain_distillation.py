@@ -1,4 +1,4 @@
-"""Distillation as it is commonly written: the baseline that `benchmark.py` compares with.
+"""A common implementation of distillation, as a baseline for `benchmark.py`.
 
 float32 in the default memory format, Pillow images augmented one by one in a `DataLoader`, the
 teacher asked in every step.
@@ -19,7 +19,7 @@ from kd_lightning.config.plan import Plan
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
-    """Random pictures with torchvision's transforms."""
+    """Random images with torchvision's transforms."""
 
     def __init__(self, count: int, size: int) -> None:
         pixels = np.random.default_rng(0).integers(0, 256, (count, size, size, 3), np.uint8)
@@ -34,16 +34,16 @@ class Pictures(Dataset[tuple[Tensor, int]]):
         )
 
     def __len__(self) -> int:
-        """How many."""
+        """Number of images."""
         return len(self.images)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
-        """One of them."""
+        """One image and its label."""
         return self.transform(self.images[index]), index % 10
 
 
 def attention(feature_map: Tensor) -> Tensor:
-    """An attention map as the paper's authors write it."""
+    """Attention map, as in the code of the paper's authors."""
     return F.normalize(feature_map.pow(2).mean(1).view(feature_map.size(0), -1))
 
 
@@ -63,7 +63,7 @@ def plain_loop(plan: Plan, steps: int) -> float:
     )  # fmt: skip
     began = 0.0
     for number, (images, labels) in enumerate(loader):
-        if number == 1:  # the first is the start of the loader
+        if number == 1:  # skip the startup of the loader
             began = time.perf_counter()
         images, labels = images.to(device), labels.to(device)
         logits = student(images)

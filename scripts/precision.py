@@ -1,4 +1,4 @@
-"""How long a training step takes in float32 and in bfloat16 on this CPU, for several families.
+"""Measure a training step in float32 and in bfloat16 on this CPU, for several model families.
 
     python scripts/precision.py --size 32 --rounds 7
 
@@ -29,7 +29,7 @@ THEIRS = (
 
 
 def seconds(model: torch.nn.Module, images: torch.Tensor, bfloat16: bool) -> float:
-    """Of one forward and backward pass."""
+    """Seconds of one forward and backward pass."""
     began = time.perf_counter()
     with torch.autocast("cpu", torch.bfloat16, enabled=bfloat16):
         loss = model(images).float().logsumexp(1).mean()

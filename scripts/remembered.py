@@ -1,10 +1,10 @@
-"""Show what is stored of the teachers' answers, and remove it.
+"""List and remove teacher-output caches.
 
-    python scripts/remembered.py                            # what is there
+    python scripts/remembered.py                            # list
     python scripts/remembered.py --remove convnet-logit-0123456789abcdef
-    python scripts/remembered.py --remove all               # nothing is lost but time
+    python scripts/remembered.py --remove all               # outputs will be recomputed
 
-A training that is going on meanwhile lets its teacher compute instead.
+A training that uses a removed cache continues and computes the outputs.
 """
 
 import argparse
@@ -21,7 +21,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
-        "--output-dir", type=home, default="outputs", help="as the trainings had it"
+        "--output-dir", type=home, default="outputs", help="output_dir of the trainings"
     )
     parser.add_argument("--remove", nargs="+", metavar="NAME", default=[], help="or: all")
     arguments = parser.parse_args()
@@ -29,7 +29,7 @@ def main() -> None:
     entries = {entry.folder.name: entry for entry in stored(root)}
     names = list(entries) if arguments.remove == ["all"] else arguments.remove
     if unknown := [name for name in names if name not in entries]:
-        print(f"error: nothing is stored under {unknown[0]} in {root}", file=sys.stderr)
+        print(f"error: there is no cache {unknown[0]} in {root}", file=sys.stderr)
         sys.exit(2)
     for name in names:
         remove(entries[name].folder)

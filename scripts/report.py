@@ -1,8 +1,8 @@
-"""One table of any runs: results.csv, results.md, pictures and a single report.html.
+"""Report on any runs: results.csv, results.md, figures and a self-contained report.html.
 
 python scripts/report.py outputs/runs --out outputs/report
 
-A results.csv serves as well as the runs it was made of; curves and confusion need the runs.
+A results.csv can be used instead of its runs, but without curves and confusion matrix.
 """
 
 import argparse
@@ -16,14 +16,14 @@ def main() -> None:
     """Read the command line, write the report, print the tables."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("sources", type=home, nargs="+", help="folders of runs, or a results.csv")
-    parser.add_argument("--out", type=home, help="where to write; by default the first folder")
+    parser.add_argument("--out", type=home, help="output folder; by default the first source")
     arguments = parser.parse_args()
     for source in arguments.sources:
         if not Path(source).exists():
             print(f"error: {source} does not exist", file=sys.stderr)
             sys.exit(2)
     if arguments.out is None and not Path(arguments.sources[0]).is_dir():
-        print("error: say with --out where to write", file=sys.stderr)
+        print("error: an output folder is required: --out OUT", file=sys.stderr)
         sys.exit(2)
 
     from kd_lightning.errors import InputError

@@ -15,7 +15,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("overrides", nargs="*", help="as for train.py")
-    parser.add_argument("--trials", type=int, default=30, help="that the study shall have in all")
+    parser.add_argument(
+        "--trials", type=int, default=30, help="total number of trials of the study"
+    )
     parser.add_argument("--space", action="append", default=[], metavar="KEY=LOW:HIGH[:log]")
     parser.add_argument("--storage", help="URL of a database; by default SQLite in output_dir")
     parser.add_argument("--study", help="name; by default from method, student and setting")

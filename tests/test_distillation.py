@@ -255,7 +255,7 @@ def test_optimizer_is_fused_if_supported(settings, precision, fused):
 
 
 def test_model_with_wrong_number_of_classes_is_rejected():
-    with pytest.raises(InputError, match=r"student.model must give one logit .* 3 classes"):
+    with pytest.raises(InputError, match=r"student.model must return logits .* 3 classes"):
         make_module(terms={"cross_entropy": CROSS_ENTROPY}, student={**STUDENT, "num_classes": 5})
 
 

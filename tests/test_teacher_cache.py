@@ -451,7 +451,7 @@ def test_script_lists_and_removes_caches(train, tmp_path, monkeypatch, capsys):
     assert all(name in script() for name in names)
     with pytest.raises(SystemExit, match="2"):
         script("--remove", "nothing")
-    assert "nothing is stored under nothing" in capsys.readouterr().err
+    assert "there is no cache nothing" in capsys.readouterr().err
     assert remembered(tmp_path) == names
     script("--remove", min(names))
     assert remembered(tmp_path) == names - {min(names)}
