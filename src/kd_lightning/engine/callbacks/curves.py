@@ -6,6 +6,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from kd_lightning.data.transfer import ToHost
+
 
 class Curves(Callback):
     """Logs the losses and the learning rate of every nth step, and of each epoch's last.
@@ -13,7 +15,8 @@ class Curves(Callback):
     A value stands at the step that it was computed in, which `LightningModule.log` does not do: it
     writes the values of one step when another one is due. If gradients are accumulated, a loss is
     the mean over the batches of its step; if several processes train, over the processes, weighted
-    by their shares of the batch.
+    by their shares of the batch. On an accelerator the values are written when they have arrived on
+    the host, which never waits for them within an epoch.
 
     `log_every_n_steps` of the trainer is n. The training step returns its losses, detached, as
     ``losses``: name to scalar.
@@ -25,6 +28,7 @@ class Curves(Callback):
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
         self._logged = -1
+        self._coming: tuple[int, list[str], dict[str, float | Tensor], ToHost] | None = None
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
@@ -46,10 +50,19 @@ class Curves(Callback):
         self._sums, self._batches = losses, self._batches + 1
         if self._step % cast(Any, trainer).log_every_n_steps == 0:
             self._log(trainer)
+        if self._coming is not None and self._coming[-1].ready():
+            self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Log the last step, of which nothing is known before: any epoch may be the last one."""
         self._log(trainer)
+        self._write(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write what is on its way: a resumed training does not log it again."""
+        self._write(trainer)
 
     def _log(self, trainer: Trainer) -> None:
         complete = trainer.global_step > self._step
@@ -57,11 +70,19 @@ class Curves(Callback):
             return
         mean = torch.stack([*self._sums.values()]).float() / self._batches
         mean = cast(Tensor, trainer.strategy.reduce(mean, reduce_op="mean"))
+        self._write(trainer)
         self._logged = self._step
-        values = dict(zip(self._sums, mean.tolist(), strict=True))
-        values |= {name: float(rate) for name, rate in self._rates.items()}
+        self._coming = (self._step, [*self._sums], self._rates, ToHost(mean))
+
+    def _write(self, trainer: Trainer) -> None:
+        """Write what is on its way, if anything is, waiting for it if need be."""
+        if self._coming is None:
+            return
+        (step, names, rates, mean), self._coming = self._coming, None
+        values = dict(zip(names, mean.wait().tolist(), strict=True))
+        values |= {name: float(rate) for name, rate in rates.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=self._step)
+            logger.log_metrics(values, step=step)
             logger.save()
 
 
