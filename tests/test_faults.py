@@ -254,8 +254,8 @@ def test_a_full_disk_where_a_grid_writes_its_table(train, disk, monkeypatch):
 def once_full(disk, update):
     """The disk has room again after a table."""
 
-    def updated(folder):
-        update(folder)
+    def updated(folder, **how):
+        update(folder, **how)
         (disk.place / "filler").unlink(missing_ok=True)
 
     return updated

@@ -24,7 +24,7 @@ KEYS = {
     "test_accuracy_at_best", "teacher_val_accuracy", "teacher_test_accuracy", "agreement",
     "epochs", "train_seconds", "images_per_second", "teacher_key", "git_commit", "python", "torch",
     "lightning", "images_sha256", "teacher_sha256", "code_sha256", "stamps", "device",
-    "processes", "precision",
+    "processes", "precision", "class_names",
 }  # fmt: skip
 
 
@@ -250,7 +250,9 @@ def shared(name: str) -> Path:
     return root
 
 
-@pytest.mark.parametrize(("depth", "accuracy"), [(20, 0.9173), (56, 0.9338)])
+@pytest.mark.parametrize(
+    ("depth", "accuracy"), [(20, 0.9173), pytest.param(56, 0.9338, marks=pytest.mark.slow)]
+)
 def test_published_networks_of_strangers_reach_their_accuracy(train, tmp_path, depth, accuracy):
     """Their keys, their normalisation, our evaluator, on the CIFAR-10 test set."""
     from PIL import Image

@@ -2,6 +2,7 @@
 
 import io
 import logging
+import shutil
 import warnings
 
 import numpy as np
@@ -187,13 +188,15 @@ def test_pictures_can_be_switched_off(train, monkeypatch):
         pytest.fail("a picture was drawn")
 
     (drawn,) = train("method=none", "trainer.max_epochs=1").runs
+    key = RunDirectory(drawn).read_metrics()["config_key"]
+    shutil.rmtree(drawn)  # else it need not be trained again
     monkeypatch.setattr(plots, "confusion_matrix", fail)
     monkeypatch.setattr("kd_lightning.engine.callbacks.pictures.page_of_views", fail)
     done = train("method=none", "trainer.max_epochs=1", "pictures=false")
     assert done.code == 0
     # It is the same run by its name and its key.
     assert done.runs[0].name == drawn.name
-    assert done.metrics["config_key"] == RunDirectory(drawn).read_metrics()["config_key"]
+    assert done.metrics["config_key"] == key
 
 
 def test_pictures_are_true_or_false(train):

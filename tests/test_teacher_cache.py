@@ -419,7 +419,7 @@ class Restless(FolderDataModule):
 
 
 def test_views_that_are_not_reproducible_are_not_remembered(train, tmp_path):
-    done = train("method=logit", "data._target_=test_memory.Restless")
+    done = train("method=logit", "data._target_=test_teacher_cache.Restless")
     assert done.code == 0, done.err
     assert "not reproducible" in (done.runs[0] / "train.log").read_text()
     assert all("-evaluation-" in name for name in remembered(tmp_path))

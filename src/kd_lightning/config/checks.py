@@ -151,7 +151,7 @@ def check_trainer(trainer: Node, path: str) -> None:
     for key in ("max_epochs", "log_every_n_steps"):
         if not _is_integer(trainer[key]) or trainer[key] < 1:
             raise InputError(
-                f"{path}.{key} must be a whole number of at least 1, not {trainer[key]}"
+                f"{path}.{key} must be a whole number of at least 1, not {_named(trainer[key])}"
             )
     devices = trainer["devices"]
     if devices != "auto" and (not _is_integer(devices) or devices < 1):
@@ -196,3 +196,8 @@ def _is_number(value: Any) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _named(value: Any) -> str:
+    """A value for a message, also if there is nothing to see of it."""
+    return "empty" if value == "" else str(value)

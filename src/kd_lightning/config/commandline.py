@@ -207,6 +207,8 @@ def composition_error(error: Exception) -> str:
             f"{found[1]} names several values: add -m to run each of them, or write a list as "
             f"{key}=[{value}], one text as {in_shell(key, value)}"
         )
+    if found := re.search(r"interpolation: Key '(\w+)' is not in struct", text):
+        return f"{found[1]} cannot be left out: other settings refer to it"
     if found := re.match(r"Multiple values for (\S+?)\. ", text):
         return f"{found[1]} exists already: leave out the +"
     return "; ".join(line for line in dict.fromkeys(lines[:2]) if not line.endswith(":"))

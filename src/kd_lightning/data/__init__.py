@@ -4,7 +4,7 @@ from kd_lightning.data.cifar10 import CIFAR10DataModule
 from kd_lightning.data.digits import DigitsDataModule
 from kd_lightning.data.folder import FolderDataModule
 from kd_lightning.data.module import ImageDataModule, Images
-from kd_lightning.data.views import Augmentation
+from kd_lightning.data.views import Augmentation, Views
 
 __all__ = [
     "Augmentation",
@@ -13,4 +13,5 @@ __all__ = [
     "FolderDataModule",
     "ImageDataModule",
     "Images",
+    "Views",
 ]

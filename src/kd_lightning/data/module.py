@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kd_lightning.data.loading import Batch, ViewLoader, ViewSampler
 from kd_lightning.data.transfer import to_device
-from kd_lightning.data.views import Augmentation, check_seed
+from kd_lightning.data.views import Augmentation, Views, check_seed
 from kd_lightning.errors import InputError
 
 
@@ -66,6 +66,8 @@ class ImageDataModule(LightningDataModule):
         seed: chooses the order of the training images, 0 to 2^32 - 1.
         image_size: height and width of the images, in pixels.
         num_classes: number of classes; None takes as many as the source has.
+        augmentation: renders training views instead of padding, flip and cutout, of students and
+            teachers alike; see `Views`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -91,6 +93,7 @@ class ImageDataModule(LightningDataModule):
         seed: int = 0,
         image_size: int = 32,
         num_classes: int | None = None,
+        augmentation: Views | None = None,
     ) -> None:
         super().__init__()
         for key, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -115,7 +118,9 @@ class ImageDataModule(LightningDataModule):
         self.split_seed = split_seed
         self.mean = tuple(mean)
         self.std = tuple(std)
-        self.augmentation = Augmentation(padding, flip, cutout, seed=view_seed)
+        self.augmentation: Views = augmentation or Augmentation(
+            padding, flip, cutout, seed=view_seed
+        )
         self.views = views
         self.seed = seed
         self.image_size = image_size

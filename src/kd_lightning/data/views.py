@@ -9,7 +9,7 @@ what a teacher says about a view.
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Integral
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -65,6 +65,27 @@ def counter_random(index: Tensor, view: Tensor, seed: int) -> Tensor:
     state = _mix(torch.full_like(index, (seed ^ 0x9E3779B9) & _MASK))
     state = _mix(state ^ (index & _MASK))
     return _mix((state + (view & _MASK) * 0x9E3779B1) & _MASK)
+
+
+class Views(Protocol):
+    """What renders the views of images.
+
+    A view is a pure function of the image, its index, the view number and the renderer's own
+    settings: no random state, no state at all. The view `PLAIN` is the image as it is.
+    """
+
+    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+        """Views of some images.
+
+        Args:
+            images: all images (N, H, W, 3), uint8, on the device that trains.
+            index: which images (B,), int64.
+            view: which view of each (B,), int64; see `counter_random`.
+
+        Returns:
+            (B, 3, H, W), uint8, channels-last in memory.
+        """
+        ...
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ import torch
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.plan import Plan
 from kd_lightning.data.module import ImageDataModule
+from kd_lightning.data.views import Augmentation
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import CHECKED_IMAGES
 from kd_lightning.losses import Logit, Term
 from kd_lightning.models import Output
-from kd_lightning.storage.identity import source_sha256
+from kd_lightning.storage.identity import source_sha256, targets
 from kd_lightning.storage.teacher_cache import DTYPES, Rows, TeacherCache, folder_name
-from kd_lightning.storage.weights import weights_sha256
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,15 @@ def open_caches(
     if len(images) > 1 and (why := module.teacher.why_not_stored(images)):
         log.warning("the teacher's outputs are not stored: %s", why)
         return
+    fingerprint = module.teacher.fingerprint()
+    if fingerprint is None:
+        log.warning("the teacher's outputs are not stored: they change")
+        return
     root, limit = plan.cache.root, plan.cache.limit
     code = source_sha256(plan.teacher.model)
     teacher: Node = {
         "format": 1,
-        "teacher": {**plan.teacher.model, "weights": weights_sha256(module.teacher.model)},
+        "teacher": {**plan.teacher.model, "weights": fingerprint},
         "normalization": [*plan.teacher.normalization, *plan.data.normalization],
         "images": data.fingerprint(),
         "precision": plan.student.trainer.precision,
@@ -52,11 +56,11 @@ def open_caches(
         **({"code": code} if code else {}),
         **({"device": device.type} if device.type != "cpu" else {}),
     }
-    name = plan.teacher.name
+    owner = plan.teacher.name
 
     def rows(what: str, key: Node, images: int, shape: tuple[int, ...], dtype: str) -> Rows:
         key = {**teacher, **key, "dtype": dtype}
-        return Rows(root / folder_name(name, what, key), key, images, shape, DTYPES[dtype])
+        return Rows(root / folder_name(owner, what, key), key, images, shape, DTYPES[dtype])
 
     # Evaluation is exact: what it reports must not depend on a rounding.
     classes = plan.data.num_classes
@@ -72,10 +76,14 @@ def open_caches(
     if why:
         log.warning("the teacher's outputs in training are not stored: %s", why)
         return
-    code = source_sha256({"_target_": plan.data.node["_target_"]})
+    code = source_sha256([{"_target_": target} for target in targets(plan.data.node)])
     views: Node = {
         "split": [data.val_fraction, data.split_seed],
-        "augmentation": asdict(data.augmentation),
+        "augmentation": (
+            asdict(data.augmentation)
+            if isinstance(data.augmentation, Augmentation)
+            else plan.data.node["augmentation"]
+        ),
         **({"code": code} if code else {}),
     }
     outputs = module.ask_teacher(images)

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,7 +23,7 @@ from kd_lightning.distill.batchnorm import images_needed
 from kd_lightning.distill.gathering import gather
 from kd_lightning.distill.optimizers import build_optimizer
 from kd_lightning.distill.schedulers import build_schedule
-from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.distill.teacher import Teacher
 from kd_lightning.errors import InputError
 from kd_lightning.losses import Context, Reads, Targets, Term, TermBatch
 from kd_lightning.losses.term import Shapes
@@ -76,7 +77,7 @@ class DistillationModule(LightningModule):
         image_size: int,
         channels_last: bool = True,
         train_size: int = 0,
-        teacher: FrozenTeacher | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         super().__init__()
         self.save_hyperparameters(ignore=["teacher"])
@@ -131,13 +132,15 @@ class DistillationModule(LightningModule):
 
     def _set_up_terms(self, num_classes: int, image_size: int, train_size: int) -> None:
         """Show every term both networks, and set up the reading of the layers they ask for."""
-        student = self._shapes(self.student, "student", num_classes, image_size)
+        students = partial(layer_shapes, self.student, image_size)
+        student = self._shapes(students, "student", num_classes, image_size)
         self.images_needed = images_needed(self.student, student)
         teacher: Shapes = {}
         if any(term.needs_teacher for term in self._terms.values()):
             if self.teacher is None:
                 raise InputError("this method learns from a teacher, but none was given")
-            teacher = self._shapes(self.teacher.model, "teacher", num_classes, image_size)
+            teachers = partial(self.teacher.shapes, image_size)
+            teacher = self._shapes(teachers, "teacher", num_classes, image_size)
         context = Context(student, teacher, num_classes, train_size)
         reads: list[Reads] = []
         for name, term in self._terms.items():
@@ -163,10 +166,10 @@ class DistillationModule(LightningModule):
 
     @staticmethod
     def _shapes(
-        model: torch.nn.Module, role: str, num_classes: int, image_size: int
+        find: Callable[[], LayerShapes], role: str, num_classes: int, image_size: int
     ) -> LayerShapes:
         try:
-            shapes = layer_shapes(model, image_size)
+            shapes = find()
         except Exception as error:
             raise InputError(cannot_take(f"{role}.model", image_size, error)) from error
         find_logits(shapes.output, num_classes, f"{role}.model")

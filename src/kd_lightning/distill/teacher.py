@@ -2,16 +2,23 @@
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kd_lightning.data.views import Normalization
-from kd_lightning.models.features import FeatureReader, Output
+from kd_lightning.models.features import (
+    FeatureReader,
+    LayerShapes,
+    Output,
+    count_parameters,
+    layer_shapes,
+)
 from kd_lightning.models.folding import fold_batchnorm, has_hooks
 from kd_lightning.models.preparing import to_memory_format
 from kd_lightning.models.trial import copied, no_gradients, stand_in
+from kd_lightning.storage.weights import weights_sha256
 
 CHECKED_IMAGES = 8
 TOLERANCE = 1e-3
@@ -25,6 +32,47 @@ class _Place(NamedTuple):
     device: torch.device
     memory_format: torch.memory_format
     dtype: torch.dtype | None
+
+
+class Teacher(Protocol):
+    """What the DistillationModule needs of a teacher. It is never a submodule of it."""
+
+    def shapes(self, image_size: int) -> LayerShapes:
+        """Shapes of its layers for images of this height and width, in pixels."""
+        ...
+
+    def read(
+        self, layers: Collection[str], logits: bool = True, num_classes: int | None = None
+    ) -> None:
+        """Choose what `answer` returns from now on."""
+        ...
+
+    def prepare(
+        self, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype | None
+    ) -> None:
+        """Choose where it computes; `dtype` is autocast's, None if that is off."""
+        ...
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), normalised as the student's, to logits (B, C)."""
+        ...
+
+    def answer(self, images: Tensor) -> Output:
+        """Images (B, 3, H, W), normalised as the student's, to what `read` asked for."""
+        ...
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of all that its outputs depend on; None: they change, and are never stored."""
+        ...
+
+    def why_not_stored(self, images: Tensor) -> str:
+        """Why outputs must not be stored, judged by some images (B, 3, H, W); empty if they may."""
+        ...
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        ...
 
 
 class FrozenTeacher:
@@ -94,6 +142,19 @@ class FrozenTeacher:
     def answer(self, images: Tensor) -> Output:
         """Images (B, 3, H, W), normalised as `given`, to what `read` asked for."""
         return self._ask(images, complete=False)
+
+    def shapes(self, image_size: int) -> LayerShapes:
+        """Shapes of its layers for images of this height and width, in pixels."""
+        return layer_shapes(self.model, image_size)
+
+    def fingerprint(self) -> str | None:
+        """SHA-256 of its weights and buffers, in hex."""
+        return weights_sha256(self.model)
+
+    @property
+    def parameters(self) -> int:
+        """How many it has."""
+        return count_parameters(self.model)
 
     def why_not_stored(self, images: Tensor) -> str:
         """Why answers must not be stored for later; empty if they may.

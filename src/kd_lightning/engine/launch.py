@@ -48,10 +48,17 @@ rank_zero_only.rank = 0  # type: ignore[attr-defined]
 
 
 def launched() -> ClusterEnvironment | None:
-    """The launcher, torchrun or SLURM, that has started this process and others."""
-    for kind in (TorchElasticEnvironment, SLURMEnvironment):
-        if kind.detect() and (environment := kind()).world_size() > 1:
-            return environment
+    """The launcher, torchrun or SLURM, that has started this process and others.
+
+    Raises:
+        InputError: it has been told something that Lightning does not support.
+    """
+    try:
+        for kind in (TorchElasticEnvironment, SLURMEnvironment):
+            if kind.detect() and (environment := kind()).world_size() > 1:
+                return environment
+    except RuntimeError as error:
+        raise InputError(f"trainer: {error}") from error
     return None
 
 
@@ -64,8 +71,8 @@ def started_by_a_launcher(processes: int) -> bool:
     Raises:
         InputError: a launcher has started another number of processes than the run asks for.
     """
-    environment = launched()
-    if processes == 1 or environment is None:
+    environment = launched() if processes > 1 else None
+    if environment is None:
         return False
     if environment.world_size() != processes:
         raise InputError(

@@ -100,13 +100,13 @@ def _parse(text: str) -> dict[Any, Any] | None:
         return None
 
 
-def flatten(config: Mapping[Any, Any]) -> Settings:
+def flatten(settings: Mapping[Any, Any]) -> Settings:
     """A configuration as dotted keys and readable values.
 
     Left out are names, places, the seed, and what follows from the data or the axes. A `_target_`
     stands for its section, without the module it is in: `optimizer SGD`.
     """
-    data = config.get("data")
+    data = settings.get("data")
     data = data if isinstance(data, Mapping) else {}
     found: Settings = {}
 
@@ -126,11 +126,11 @@ def flatten(config: Mapping[Any, Any]) -> Settings:
                 (name == "name" and path in NAMED)
                 or (name in ("num_classes", "image_size") and path and path != "data"
                     and value == data.get(name))
-                or (key == "data.root" and value == config.get("data_dir"))
+                or (key == "data.root" and value == settings.get("data_dir"))
             ):  # fmt: skip
                 found[key] = word(value)
 
-    walk(config, "")
+    walk(settings, "")
     return found
 
 

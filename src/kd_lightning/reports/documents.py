@@ -20,6 +20,7 @@ from kd_lightning.results import DASH, FIGURE
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+FIGURES = ("accuracy", "methods", "curves", "confusion")
 MOST_DRAWN = 12  # settings that get pictures: each takes a second or two
 _OVERVIEW = "Test accuracy of the last epoch in per cent, mean ± standard deviation (runs)."
 _GAIN = (
@@ -28,13 +29,16 @@ _GAIN = (
 )
 
 
-def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -> pd.DataFrame:
+def write_report(
+    sources: Iterable[str | Path], out: Path, page: bool = False, draw_figures: bool = True
+) -> pd.DataFrame:
     """Write `results.csv`, `results.md` and the pictures they show.
 
     Args:
         sources: as `runs.read_runs` takes them.
         out: where to write.
         page: `report.html` as well: everything in one file.
+        draw_figures: whether figures are drawn; if not, those that are there are shown.
 
     Returns:
         One line for each run.
@@ -52,12 +56,17 @@ def write_report(sources: Iterable[str | Path], out: Path, page: bool = False) -
         pages.append(f"<p>{note}</p>")
     for number, group in enumerate(named):
         cells = summarise(group.runs)
-        drawn = draw(group.runs, cells, group.words) if number < MOST_DRAWN else {}
-        pictures: dict[str, Path] = {}
+        pictures = {name: out / f"{files[number]}{name}.png" for name in FIGURES}
+        drawn: dict[str, bytes] = {}
+        if number < MOST_DRAWN and draw_figures:
+            drawn = draw(group.runs, cells, group.words)
         for name, content in drawn.items():
-            pictures[name] = out / f"{files[number]}{name}.png"
             with replacing(pictures[name]) as partial:
                 partial.write_bytes(content)
+        if draw_figures:
+            pictures = {name: pictures[name] for name in drawn}
+        else:
+            pictures = {name: path for name, path in pictures.items() if path.exists()}
         texts.append(
             markdown(group.title, group.runs, cells, {n: p.name for n, p in pictures.items()})
         )

@@ -76,7 +76,7 @@ def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
         rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
         settings.append(reader.read(folder))
     for metrics, folder in _baselines(rows):
-        rows.append({**metrics, "variant": "", "folder": str(folder)})
+        rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
         settings.append(reader.read(folder))
     rows = [{key: _shown(key, value) for key, value in row.items()} for row in rows]
     _tell_runs_of_a_cell_apart(rows, settings)
@@ -122,8 +122,8 @@ def _baselines(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, An
         if key is None or folder is None or (key, row["setting"]) in known:
             continue
         known.add((key, row["setting"]))
-        name = f"none-{row['student']}-s{row['seed']}"
-        for path in sorted(Path(folder).parent.parent.glob(f"*/{glob.escape(name)}/metrics.json")):
+        name = glob.escape(f"none-{row['student']}-s{row['seed']}")
+        for path in sorted(Path(folder).parent.parent.glob(f"*/{name}*/metrics.json")):
             metrics = read_json(path)
             same = all(metrics.get(k) == row.get(k) for k in ("baseline_key", "images_sha256"))
             if same and metrics.get("status") == "finished" and not wrong_figure(metrics):

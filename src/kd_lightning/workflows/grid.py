@@ -30,6 +30,9 @@ FOLDERS = "KD_GRID_FOLDERS"
 process it is made. With several teachers the runs lie in several folders."""
 
 
+MINUTE = 60.0  # seconds
+
+
 class Job(NamedTuple):
     """A run of a grid that has ended.
 
@@ -77,7 +80,7 @@ class Results(Callback):
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         folder = Path(config.hydra.sweep.dir)
-        update(folder)
+        update(folder, last=False)
         done = job_return.status == JobStatus.COMPLETED and job_return.return_value is not None
         worked = done and not self._finished_before
         seconds = time.time() - self._started if worked else 0.0
@@ -179,8 +182,16 @@ def show(folders: Sequence[Path]) -> None:
         say(f"gains, intervals and pictures: {folder / 'results.md'}")
 
 
-def update(folder: Path) -> None:
-    """Write the results of a folder of runs, if any run has changed since they were written."""
+def update(folder: Path, last: bool = True) -> None:
+    """Write the results of a folder of runs, if any run has changed since they were written.
+
+    Args:
+        folder: of a setting.
+        last: whether no further run is expected. Until then figures, which take seconds, are drawn
+            once a minute at most.
+    """
+    if not folder.is_dir():
+        return  # all its runs are those of another setting
     try:
         with FileLock(folder / ".results.lock"):
             # What the runs were like when the results were written; no clock is asked, since a run
@@ -189,11 +200,16 @@ def update(folder: Path) -> None:
                 str(run.relative_to(folder)): [run.stat().st_mtime_ns, run.stat().st_size]
                 for run in sorted(folder.glob("*/metrics.json"))
             }
-            if state == read_json(folder / ".results.json"):
+            written = read_json(folder / ".results.json")
+            drawn, now = written.get("drawn"), time.time()
+            recently = isinstance(drawn, float) and 0 <= now - drawn < MINUTE
+            due = last or not recently
+            if state == written.get("runs") and (written.get("complete") or not due):
                 return
             from kd_lightning.reports.documents import write_report
 
-            write_report([folder], folder)
-            write_json(folder / ".results.json", state)
+            write_report([folder], folder, draw_figures=due)
+            drawn = time.time() if due else written.get("drawn", 0)
+            write_json(folder / ".results.json", {"runs": state, "drawn": drawn, "complete": due})
     except Exception as error:  # a picture that cannot be drawn must not cost a night of training
         log.warning("the results in %s could not be brought up to date: %s", folder, error)

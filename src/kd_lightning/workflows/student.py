@@ -86,7 +86,8 @@ def run(
         return metrics
     stamped = stamps(config)  # before the files are read
     with ExitStack() as stack:
-        if directory.path.joinpath("metrics.json").exists() and not launched():
+        alone = config["trainer"]["devices"] == 1 or not launched()
+        if directory.path.joinpath("metrics.json").exists() and alone:
             stack.enter_context(directory.lock(wait))  # before loading anything only to wait
             job = prepare(config)
         else:
@@ -235,7 +236,7 @@ def _teacher_sha256(plan: Plan, teacher: FrozenTeacher) -> str | None:
 def _count_teacher(model: Node, data: DataPlan, teacher: FrozenTeacher | None) -> int | None:
     """Parameters of the configured teacher, whether or not the method needs it."""
     if teacher is not None:
-        return count_parameters(teacher.model)
+        return teacher.parameters
     try:
         with torch.device("meta"):  # counted, never computed with
             return count_parameters(build(model, "teacher.model"))
@@ -357,6 +358,7 @@ def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[
         "baseline_key": plan.baseline_key,
         **job.contents.as_metrics(),
         "stamps": stamped,
+        "class_names": [str(name) for name in job.data.classes],
     }
     if plan.teacher is None:
         record["key_without_teacher"] = plan.key_without_teacher

@@ -6,6 +6,7 @@ from typing import Any
 
 from kd_lightning.config.plan import Plan, TeacherPlan
 from kd_lightning.data.module import ImageDataModule
+from kd_lightning.data.views import Augmentation, Views
 from kd_lightning.distill.divergence import first_not_finite
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.engine import fitting
@@ -34,6 +35,14 @@ def find_teacher(plan: Plan, data: ImageDataModule) -> StoredTeacher | None:
         teacher_key(teacher, data.fingerprint()),
         lambda folder: train_teacher(teacher, plan, data, folder),
     )
+
+
+def _views(data: ImageDataModule, plan: TeacherPlan) -> Views:
+    """The teacher's training views: with its own cutout and seed, unless they are user-defined."""
+    views = data.augmentation
+    if isinstance(views, Augmentation):
+        return replace(views, cutout=plan.cutout, seed=plan.training.seed)
+    return views
 
 
 def load_teacher(teacher: FrozenTeacher, stored: StoredTeacher) -> None:
@@ -80,7 +89,7 @@ def train_teacher(
         views=None,
         mean=plan.normalization.mean,
         std=plan.normalization.std,
-        augmentation=replace(data.augmentation, cutout=plan.cutout, seed=training.seed),
+        augmentation=_views(data, plan),
     )
     module = build_module(training, run.data)
     directory.write_config(run.config)

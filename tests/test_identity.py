@@ -363,15 +363,15 @@ def test_keys_that_are_new_rename_no_run():
 
 
 def test_stored_outputs_are_of_one_kind_of_device(train, monkeypatch):
-    from kd_lightning.workflows import teacher as teaching
+    from kd_lightning.distill import caching
 
     keys = []
-    original = teaching.folder_name
-    monkeypatch.setattr(teaching, "folder_name", lambda *a: keys.append(dict(a[2])) or original(*a))
-    equip = training.equip_memory
+    original = caching.folder_name
+    monkeypatch.setattr(caching, "folder_name", lambda *a: keys.append(dict(a[2])) or original(*a))
+    equip = training.open_caches
     for kind in ("cpu", "cuda"):
         device = torch.device(kind)
-        monkeypatch.setattr(training, "equip_memory", lambda *a, d=device: equip(*a[:-1], d))
+        monkeypatch.setattr(training, "open_caches", lambda *a, d=device: equip(*a[:-1], d))
         assert train("method=logit", "trainer.max_epochs=1").code == 0
     assert [key.get("device") for key in keys] == [None, None, "cuda", "cuda"]
 
@@ -455,7 +455,7 @@ def test_a_single_process_is_its_own_whatever_a_scheduler_says(folder, tmp_path)
     left = {path.name.partition(".out")[0] for path in run.iterdir()}
     assert {"config.yaml", "metrics.json", "student.safetensors", "checkpoints", "events"} <= left
     assert RunDirectory(run).read_metrics()["status"] == "finished"
-    evaluated = in_a_new_process("scripts/evaluate.py", str(run), fresh=True, **variables)
+    evaluated = in_a_new_process("scripts/evaluate.py", str(run), **variables)
     assert evaluated.code == 0, evaluated.err
 
 
