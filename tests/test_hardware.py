@@ -42,6 +42,7 @@ def machine(monkeypatch):
         ({"cpu": ["amx_bf16"]}, "bf16-mixed", torch.channels_last),
         ({"cpu": ["avx2"]}, "32-true", torch.channels_last),
         ({"mps": True, "cpu": ["avx2"]}, "32-true", torch.contiguous_format),
+        ({"mps": True, "cpu": ["avx512_bf16"]}, "32-true", torch.contiguous_format),
     ],
 )
 def test_what_is_chosen(machine, what, precision, memory_format):
@@ -59,6 +60,32 @@ def test_the_cpu_can_be_asked_for_on_a_machine_with_a_gpu(machine, best):
     assert hardware.choose_memory_format("32-true", "gpu") == torch.contiguous_format
     trainer = {"accelerator": "cpu", "devices": 1, "precision": "auto", "memory_format": "auto"}
     assert resolve_trainer(trainer, {}).channels_last
+
+
+@pytest.mark.parametrize("accelerator", ["mps", "tpu", "emulated"])
+def test_what_the_cpu_is_fast_at_says_nothing_of_another_device(machine, accelerator):
+    machine(cpu=["avx512_bf16", "amx_bf16"])
+    assert hardware.choose_precision(accelerator) == "32-true"
+    for precision in ("32-true", "bf16-mixed"):
+        chosen = hardware.choose_memory_format(precision, accelerator)
+        assert chosen == torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        ("cpu", "cpu", [("32-true", True), ("32-true", True)]),
+        ("gpu", "cpu", [("bf16-mixed", True), ("32-true", True)]),
+        ("cpu", "gpu", [("32-true", True), ("bf16-mixed", True)]),
+    ],
+)
+def test_student_and_teacher_follow_the_accelerator_of_their_own(
+    machine, student, teacher, expected
+):
+    """On a machine whose best is a GPU."""
+    machine(cuda=True, cpu=["avx2"])
+    plans = [resolve_trainer({**AUTO, "accelerator": a}, {}) for a in (student, teacher)]
+    assert [(plan.precision, plan.channels_last) for plan in plans] == expected
 
 
 AUTO = {"accelerator": "auto", "devices": 1, "precision": "auto", "memory_format": "auto"}
@@ -155,6 +182,26 @@ def test_a_gpu_is_asked_for_before_anything_is_loaded(train, monkeypatch):
 def test_one_key_overrides_it(train, override, expected):
     metrics = train("method=none", f"trainer.precision={override}", "trainer.max_epochs=1").metrics
     assert metrics["precision"] == (expected or hardware.choose_precision())
+
+
+@pytest.fixture
+def settings_of_torch(monkeypatch):
+    """Put back what Lightning switches for the whole process."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("override", ["deterministic=true", "deterministic=warn", "benchmark=true"])
+def test_on_a_cpu_the_switches_for_kernels_change_nothing(train, settings_of_torch, override):
+    plain, switched = train("method=combined"), train("method=combined", f"+trainer.{override}")
+    assert switched.code == 0, switched.err
+    assert torch.are_deterministic_algorithms_enabled() == override.startswith("deterministic")
+    # Lightning's caution about speed aside, nothing is said.
+    assert len(switched.err.splitlines()) == 2, switched.err
+    weights = [(run / "student.safetensors").read_bytes() for run in plain.runs + switched.runs]
+    assert weights[0] == weights[1]
 
 
 def test_another_c_library_is_left_alone(monkeypatch):
