@@ -49,9 +49,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     keep_freed_memory()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, best: {choose_precision()}"
-    )
+    best = choose_precision("cpu")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, best: {best}")
     print("| model | grouped | float32 | bfloat16 | ratio |\n|---|---|---|---|---|")
     for name in arguments.models:
         ours = name in OURS
