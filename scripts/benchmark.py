@@ -36,18 +36,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from plain_distillation import plain_loop
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_lightning.config.checks import check_sections
+from kd_lightning.api import compose
+from kd_lightning.config.hardware import device_type
 from kd_lightning.config.nodes import build_partial
 from kd_lightning.config.plan import CachePlan, Plan
 from kd_lightning.config.resolve import SUPERVISED, resolve
-from kd_lightning.config.tree import plain, tree
 from kd_lightning.data.loading import Batch
 from kd_lightning.data.module import ImageDataModule, Images
+from kd_lightning.data.transfer import synchronize
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.optimizers import build_optimizer
@@ -61,6 +61,7 @@ from kd_lightning.workflows.assembly import build_module, build_teacher
 METHODS = ("none", "logit", "attention", "combined")
 STUDENTS = ("small", "medium", "large")
 SECONDS = 3.0  # that one measurement should take
+DISTINCT = 45_000  # images at most: a fast device is shown them again and again
 
 
 class RandomImages(ImageDataModule):
@@ -85,17 +86,34 @@ class RandomImages(ImageDataModule):
 
 
 def random_batches(count: int, batch_size: int) -> RandomImages:
-    """As many training batches, of the same views in every epoch."""
+    """As many training batches, of the same views in every epoch, and 1,000 images to validate.
+
+    Memory does not grow with the number of batches beyond `DISTINCT` images.
+
+    Args:
+        count: batches in an epoch.
+        batch_size: images in a batch.
+    """
+    shown = count * batch_size
+    train = min(shown, DISTINCT) + 1000
     data = RandomImages(
-        train=2 * count * batch_size, test=1000, name="random", batch_size=batch_size,
-        val_fraction=0.5, views=1,
+        train=train, test=1000, name="random", batch_size=batch_size,
+        val_fraction=1000 / train, views=1,
     )  # fmt: skip
     data.setup()
+    images = data.splits["train"]
+    data.splits["train"] = images.repeat(-(-shown // len(images)))[:shown]
     return data
 
 
+def device_of(plan: Plan) -> torch.device:
+    """Where a plan's student is trained."""
+    return torch.device(device_type(plan.student.trainer.arguments["accelerator"]))
+
+
 def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 2) -> float:
-    """Images per second of the last epoch of a training.
+    """Images per second of the last epoch of a training, as `Speed` logs it: the device is waited
+    for when the clock is read.
 
     Args:
         plan: of the run.
@@ -109,10 +127,9 @@ def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 
     module = build_module(plan.student, plan.data, teacher)
     arguments = {**plan.student.trainer.arguments, "max_epochs": epochs}
     if cache is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         assert plan.cache is not None
         plan = replace(plan, cache=CachePlan(cache, plan.cache.limit, plan.cache.dtype))
-        open_caches(module, plan, data, device)
+        open_caches(module, plan, data, device_of(plan))
     with tempfile.TemporaryDirectory() as folder:
         trainer_plan = replace(plan.student.trainer, arguments=arguments)
         trainer = build_trainer(trainer_plan, Path(folder), "benchmark")
@@ -128,7 +145,7 @@ def bare_loop(plan: Plan, steps: int) -> float:
     terms = plan.student.terms
     weights = {name: float(term["weight"]) for name, term in terms.items()}
     student = module.student.train()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(plan)
     dtype = AUTOCAST.get(precision)
     student.to(device)
     if teacher is not None:
@@ -186,12 +203,6 @@ def ready_made(count: int, batch_size: int, device: torch.device) -> list[Batch]
     ]
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class Peak:
     """The machine's rate of matrix products, and the share of it that a training reaches."""
 
@@ -218,9 +229,7 @@ class Peak:
 
 def configuration(method: str, student: str, overrides: list[str]) -> Plan:
     """The plan that `train.py` would follow."""
-    with initialize_config_dir(tree(), version_base="1.3"):
-        config = plain(compose("train", [f"method={method}", f"student={student}", *overrides]))
-    check_sections(config)
+    config = compose(f"method={method}", f"student={student}", *overrides)
     return resolve(config, RandomImages(name="random"))
 
 
@@ -400,8 +409,8 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_lightning()
     logging.getLogger("lightning").setLevel(logging.WARNING)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = configuration("none", "small", []).student.trainer.precision
+    plan = configuration("none", "small", arguments.overrides)
+    device, precision = device_of(plan), plan.student.trainer.precision
     peak = Peak(device, precision)
     print(
         f"{device_name(device)}, torch {torch.__version__}, {precision}, "
