@@ -13,9 +13,8 @@ import time
 import torch
 import torchvision
 
-from kd_lightning.config.hardware import choose_precision, has_groups
+from kd_lightning.config.hardware import choose_precision, has_groups, keep_freed_memory
 from kd_lightning.config.nodes import build
-from kd_lightning.engine.trainer import keep_freed_memory
 
 OURS = {
     "ConvNet": {"channels": [16, 32], "hidden": 64},
