@@ -33,10 +33,10 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from plain_distillation import plain_loop
+from random_images import RandomImages, random_batches
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -46,7 +46,6 @@ from kd_lightning.config.nodes import build_partial
 from kd_lightning.config.plan import CachePlan, Plan
 from kd_lightning.config.resolve import SUPERVISED, resolve
 from kd_lightning.data.loading import Batch
-from kd_lightning.data.module import ImageDataModule, Images
 from kd_lightning.data.transfer import synchronize
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST
@@ -61,49 +60,6 @@ from kd_lightning.workflows.assembly import build_module, build_teacher
 METHODS = ("none", "logit", "attention", "combined")
 STUDENTS = ("small", "medium", "large")
 SECONDS = 3.0  # that one measurement should take
-DISTINCT = 45_000  # images at most: a fast device is shown them again and again
-
-
-class RandomImages(ImageDataModule):
-    """The same random images whenever they are asked for."""
-
-    def __init__(self, train: int = 50_000, test: int = 10_000, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.sizes = train, test
-
-    @property
-    def classes(self) -> list[str]:
-        """Ten."""
-        return [str(number) for number in range(10)]
-
-    def load(self) -> Images:
-        """Noise."""
-        train, test = self.sizes
-        generator = torch.Generator().manual_seed(0)
-        shape = (train + test, self.image_size, self.image_size, 3)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        return Images(pixels, torch.arange(train + test) % 10, train_size=train)
-
-
-def random_batches(count: int, batch_size: int) -> RandomImages:
-    """As many training batches, of the same views in every epoch, and 1,000 images to validate.
-
-    Memory does not grow with the number of batches beyond `DISTINCT` images.
-
-    Args:
-        count: batches in an epoch.
-        batch_size: images in a batch.
-    """
-    shown = count * batch_size
-    train = min(shown, DISTINCT) + 1000
-    data = RandomImages(
-        train=train, test=1000, name="random", batch_size=batch_size,
-        val_fraction=1000 / train, views=1,
-    )  # fmt: skip
-    data.setup()
-    images = data.splits["train"]
-    data.splits["train"] = images.repeat(-(-shown // len(images)))[:shown]
-    return data
 
 
 def device_of(plan: Plan) -> torch.device:
@@ -307,7 +263,7 @@ def measure_grid(overrides: list[str], epochs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fixed = [
             f"output_dir={folder}", f"data_dir={folder}", f"trainer.max_epochs={epochs}",
-            "data._target_=benchmark.RandomImages", "~data.root",
+            "data._target_=random_images.RandomImages", "~data.root",
             "teacher.trainer.max_epochs=1", "+teacher.trainer.max_steps=1",
             *overrides,
         ]  # fmt: skip

@@ -12,16 +12,16 @@ from kd_lightning.engine.callbacks import speed
 
 def test_its_images_do_not_grow_with_the_speed(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "scripts")
-    import benchmark
+    import random_images
 
-    monkeypatch.setattr(benchmark, "DISTINCT", 100)
-    data = benchmark.random_batches(count=50, batch_size=16)
+    monkeypatch.setattr(random_images, "DISTINCT", 100)
+    data = random_images.random_batches(count=50, batch_size=16)
     batches = list(data.train_dataloader())
     assert [len(batch["labels"]) for batch in batches] == [16] * 50
     assert len(torch.cat([batch["index"] for batch in batches]).unique()) == 100
     assert len(data.labels) == 100 + 1000 + 1000
     # As many as are shown, where these are fewer.
-    few = benchmark.random_batches(count=2, batch_size=16)
+    few = random_images.random_batches(count=2, batch_size=16)
     assert len(few.labels) == 32 + 1000 + 1000
 
 
