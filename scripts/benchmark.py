@@ -33,21 +33,20 @@ import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
-from hydra import compose, initialize_config_dir
 from plain_distillation import plain_loop
+from random_images import RandomImages, random_batches
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from kd_lightning.config.checks import check_sections
+from kd_lightning.api import compose
+from kd_lightning.config.hardware import device_type
 from kd_lightning.config.nodes import build_partial
 from kd_lightning.config.plan import CachePlan, Plan
 from kd_lightning.config.resolve import SUPERVISED, resolve
-from kd_lightning.config.tree import plain, tree
 from kd_lightning.data.loading import Batch
-from kd_lightning.data.module import ImageDataModule, Images
+from kd_lightning.data.transfer import synchronize
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.optimizers import build_optimizer
@@ -63,39 +62,14 @@ STUDENTS = ("small", "medium", "large")
 SECONDS = 3.0  # target duration of a measurement
 
 
-class RandomImages(ImageDataModule):
-    """Random images, the same every time."""
-
-    def __init__(self, train: int = 50_000, test: int = 10_000, **settings: Any) -> None:
-        super().__init__(**settings)
-        self.sizes = train, test
-
-    @property
-    def classes(self) -> list[str]:
-        """Ten."""
-        return [str(number) for number in range(10)]
-
-    def load(self) -> Images:
-        """Noise."""
-        train, test = self.sizes
-        generator = torch.Generator().manual_seed(0)
-        shape = (train + test, self.image_size, self.image_size, 3)
-        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
-        return Images(pixels, torch.arange(train + test) % 10, train_size=train)
-
-
-def random_batches(count: int, batch_size: int) -> RandomImages:
-    """A data module with this number of training batches, and the same views in every epoch."""
-    data = RandomImages(
-        train=2 * count * batch_size, test=1000, name="random", batch_size=batch_size,
-        val_fraction=0.5, views=1,
-    )  # fmt: skip
-    data.setup()
-    return data
+def device_of(plan: Plan) -> torch.device:
+    """The device of a plan's student."""
+    return torch.device(device_type(plan.student.trainer.arguments["accelerator"]))
 
 
 def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 2) -> float:
-    """Images per second of the last epoch of a training.
+    """Images per second of the last epoch of a training, as `Speed` logs it: the device is waited
+    for when the clock is read.
 
     Args:
         plan: plan of the run.
@@ -109,10 +83,9 @@ def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 
     module = build_module(plan.student, plan.data, teacher)
     arguments = {**plan.student.trainer.arguments, "max_epochs": epochs}
     if cache is not None:
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         assert plan.cache is not None
         plan = replace(plan, cache=CachePlan(cache, plan.cache.limit, plan.cache.dtype))
-        open_caches(module, plan, data, device)
+        open_caches(module, plan, data, device_of(plan))
     with tempfile.TemporaryDirectory() as folder:
         trainer_plan = replace(plan.student.trainer, arguments=arguments)
         trainer = build_trainer(trainer_plan, Path(folder), "benchmark")
@@ -128,7 +101,7 @@ def bare_loop(plan: Plan, steps: int) -> float:
     terms = plan.student.terms
     weights = {name: float(term["weight"]) for name, term in terms.items()}
     student = module.student.train()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device_of(plan)
     dtype = AUTOCAST.get(precision)
     student.to(device)
     if teacher is not None:
@@ -186,12 +159,6 @@ def ready_made(count: int, batch_size: int, device: torch.device) -> list[Batch]
     ]
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 class Peak:
     """The machine's matrix-product rate, and the fraction of it that a training reaches."""
 
@@ -218,9 +185,7 @@ class Peak:
 
 def configuration(method: str, student: str, overrides: list[str]) -> Plan:
     """The plan of the corresponding `train.py` command."""
-    with initialize_config_dir(tree(), version_base="1.3"):
-        config = plain(compose("train", [f"method={method}", f"student={student}", *overrides]))
-    check_sections(config)
+    config = compose(f"method={method}", f"student={student}", *overrides)
     return resolve(config, RandomImages(name="random"))
 
 
@@ -298,7 +263,7 @@ def measure_grid(overrides: list[str], epochs: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         fixed = [
             f"output_dir={folder}", f"data_dir={folder}", f"trainer.max_epochs={epochs}",
-            "data._target_=benchmark.RandomImages", "~data.root",
+            "data._target_=random_images.RandomImages", "~data.root",
             "teacher.trainer.max_epochs=1", "+teacher.trainer.max_steps=1",
             *overrides,
         ]  # fmt: skip
@@ -400,8 +365,8 @@ def main() -> None:
     arguments = parser.parse_args()
     quiet_lightning()
     logging.getLogger("lightning").setLevel(logging.WARNING)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = configuration("none", "small", []).student.trainer.precision
+    plan = configuration("none", "small", arguments.overrides)
+    device, precision = device_of(plan), plan.student.trainer.precision
     peak = Peak(device, precision)
     print(
         f"{device_name(device)}, torch {torch.__version__}, {precision}, "

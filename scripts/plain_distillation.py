@@ -14,8 +14,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision import transforms
 
+from kd_lightning.config.hardware import device_type
 from kd_lightning.config.nodes import build, build_partial
 from kd_lightning.config.plan import Plan
+from kd_lightning.data.transfer import synchronize
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):
@@ -48,8 +50,13 @@ def attention(feature_map: Tensor) -> Tensor:
 
 
 def plain_loop(plan: Plan, steps: int) -> float:
-    """Images per second."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    """Images per second.
+
+    Args:
+        plan: of the run.
+        steps: that are measured, after one that is not.
+    """
+    device = torch.device(device_type(plan.student.trainer.arguments["accelerator"]))
     terms, batch_size = plan.student.terms, plan.data.node["batch_size"]
     student: nn.Module = build(plan.student.model, "student.model").to(device)
     teacher: nn.Module = build(plan.teacher_model, "teacher.model").to(device).eval()
@@ -64,6 +71,7 @@ def plain_loop(plan: Plan, steps: int) -> float:
     began = 0.0
     for number, (images, labels) in enumerate(loader):
         if number == 1:  # skip the startup of the loader
+            synchronize(device)
             began = time.perf_counter()
         images, labels = images.to(device), labels.to(device)
         logits = student(images)
@@ -84,4 +92,5 @@ def plain_loop(plan: Plan, steps: int) -> float:
         loss.backward()
         optimizer.step()
         loss.item()  # as is common, for the progress bar
+    synchronize(device)
     return steps * batch_size / (time.perf_counter() - began)

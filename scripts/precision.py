@@ -13,9 +13,8 @@ import time
 import torch
 import torchvision
 
-from kd_lightning.config.hardware import choose_precision, has_groups
+from kd_lightning.config.hardware import choose_precision, has_groups, keep_freed_memory
 from kd_lightning.config.nodes import build
-from kd_lightning.engine.trainer import keep_freed_memory
 
 OURS = {
     "ConvNet": {"channels": [16, 32], "hidden": 64},
@@ -49,9 +48,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     arguments = parser.parse_args()
     keep_freed_memory()
-    print(
-        f"torch {torch.__version__}, {torch.get_num_threads()} threads, best: {choose_precision()}"
-    )
+    best = choose_precision("cpu")
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, best: {best}")
     print("| model | grouped | float32 | bfloat16 | ratio |\n|---|---|---|---|---|")
     for name in arguments.models:
         ours = name in OURS

@@ -42,6 +42,7 @@ def machine(monkeypatch):
         ({"cpu": ["amx_bf16"]}, "bf16-mixed", torch.channels_last),
         ({"cpu": ["avx2"]}, "32-true", torch.channels_last),
         ({"mps": True, "cpu": ["avx2"]}, "32-true", torch.contiguous_format),
+        ({"mps": True, "cpu": ["avx512_bf16"]}, "32-true", torch.contiguous_format),
     ],
 )
 def test_choice_of_precision_and_memory_format(machine, what, precision, memory_format):
@@ -59,6 +60,32 @@ def test_cpu_can_be_selected_on_a_gpu_machine(machine, best):
     assert hardware.choose_memory_format("32-true", "gpu") == torch.contiguous_format
     trainer = {"accelerator": "cpu", "devices": 1, "precision": "auto", "memory_format": "auto"}
     assert resolve_trainer(trainer, {}).channels_last
+
+
+@pytest.mark.parametrize("accelerator", ["mps", "tpu", "emulated"])
+def test_what_the_cpu_is_fast_at_says_nothing_of_another_device(machine, accelerator):
+    machine(cpu=["avx512_bf16", "amx_bf16"])
+    assert hardware.choose_precision(accelerator) == "32-true"
+    for precision in ("32-true", "bf16-mixed"):
+        chosen = hardware.choose_memory_format(precision, accelerator)
+        assert chosen == torch.contiguous_format
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        ("cpu", "cpu", [("32-true", True), ("32-true", True)]),
+        ("gpu", "cpu", [("bf16-mixed", True), ("32-true", True)]),
+        ("cpu", "gpu", [("32-true", True), ("bf16-mixed", True)]),
+    ],
+)
+def test_student_and_teacher_follow_the_accelerator_of_their_own(
+    machine, student, teacher, expected
+):
+    """On a machine whose best is a GPU."""
+    machine(cuda=True, cpu=["avx2"])
+    plans = [resolve_trainer({**AUTO, "accelerator": a}, {}) for a in (student, teacher)]
+    assert [(plan.precision, plan.channels_last) for plan in plans] == expected
 
 
 AUTO = {"accelerator": "auto", "devices": 1, "precision": "auto", "memory_format": "auto"}
@@ -153,6 +180,26 @@ def test_missing_gpu_is_reported_before_loading_data(train, monkeypatch):
 def test_precision_can_be_overridden(train, override, expected):
     metrics = train("method=none", f"trainer.precision={override}", "trainer.max_epochs=1").metrics
     assert metrics["precision"] == (expected or hardware.choose_precision())
+
+
+@pytest.fixture
+def settings_of_torch(monkeypatch):
+    """Restore the process-wide settings that Lightning changes."""
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("override", ["deterministic=true", "deterministic=warn", "benchmark=true"])
+def test_kernel_switches_have_no_effect_on_a_cpu(train, settings_of_torch, override):
+    plain, switched = train("method=combined"), train("method=combined", f"+trainer.{override}")
+    assert switched.code == 0, switched.err
+    assert torch.are_deterministic_algorithms_enabled() == override.startswith("deterministic")
+    # No output except Lightning's warning about speed.
+    assert len(switched.err.splitlines()) == 2, switched.err
+    weights = [(run / "student.safetensors").read_bytes() for run in plain.runs + switched.runs]
+    assert weights[0] == weights[1]
 
 
 def test_keep_freed_memory_without_glibc(monkeypatch):

@@ -81,7 +81,7 @@ def choose_precision(accelerator: str = "auto", model: nn.Module | None = None) 
         # A T4 reports bfloat16, but emulates it, many times slower than float16.
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16-mixed" if fast else "16-mixed"
-    if device == "mps" or not _cpu_has_bf16() or (model is not None and has_groups(model)):
+    if device != "cpu" or not _cpu_has_bf16() or (model is not None and has_groups(model)):
         return "32-true"
     return "bf16-mixed"
 
@@ -103,16 +103,15 @@ def _cpu_has_bf16() -> bool:
 
 
 def choose_memory_format(precision: str, accelerator: str = "auto") -> torch.memory_format:
-    """Channels-last where convolutions support it natively: on CPUs and tensor cores.
+    """Channels-last where convolutions support it natively: on CPUs, and 16-bit tensor cores.
 
     Args:
         precision: Lightning's name, see `choose_precision`.
         accelerator: Lightning's accelerator, see `choose_precision`.
     """
     device = device_type(accelerator)
-    if device == "mps" or (device == "cuda" and precision == "32-true"):
-        return torch.contiguous_format
-    return torch.channels_last
+    tensor_cores = device == "cuda" and precision != "32-true"
+    return torch.channels_last if device == "cpu" or tensor_cores else torch.contiguous_format
 
 
 def keep_freed_memory() -> None:

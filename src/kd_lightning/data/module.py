@@ -264,7 +264,8 @@ class ImageDataModule(LightningDataModule):
 
     def _cut(self, index: Tensor, view: Tensor) -> Tensor:
         device = self._pixels.device
-        return self.augmentation.render(self._pixels, index.to(device), view.to(device))
+        index, view = to_device(index, device), to_device(view, device)
+        return self.augmentation.render(self._pixels, index, view)
 
     def _finish(self, index: Tensor, view: Tensor, views: Tensor) -> Batch:
         labels = self.labels[to_device(index, views.device)]

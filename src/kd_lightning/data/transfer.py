@@ -12,6 +12,18 @@ def copies_in_background(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done all that it was told to; nothing to do for a CPU.
+
+    Args:
+        device: CUDA's or Apple's; any other is not waited for.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def to_device(values: Tensor, device: torch.device) -> Tensor:
     """Copy to the device, asynchronously if possible.
 

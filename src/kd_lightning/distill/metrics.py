@@ -14,7 +14,9 @@ class CrossEntropyLoss(MeanMetric):
 
     def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
         """Add a batch."""
-        super().update(F.cross_entropy(logits.float(), labels), weight=len(logits))
+        loss = F.cross_entropy(logits.float(), labels)
+        # Made on the device: a plain number would be copied there, and the copy waited for.
+        super().update(loss, weight=loss.new_full((), len(logits)))
 
 
 def accuracy(num_classes: int) -> MulticlassAccuracy:

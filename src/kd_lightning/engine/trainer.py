@@ -1,6 +1,5 @@
 """Construction of Lightning's Trainer, for students and teachers."""
 
-import ctypes
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
+from kd_lightning.config.hardware import keep_freed_memory
 from kd_lightning.config.nodes import build_partial
 from kd_lightning.config.plan import TrainerPlan
 from kd_lightning.engine.callbacks.caching import FlushCaches
@@ -30,8 +30,6 @@ from kd_lightning.engine.launch import started_by_a_launcher
 from kd_lightning.errors import InputError
 from kd_lightning.files import replacing
 from kd_lightning.storage.run_directory import LAST, Checkpoint
-
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
@@ -135,17 +133,3 @@ def try_trainer(plan: TrainerPlan) -> None:
     """
     alone = {**plan.arguments, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     build_trainer(TrainerPlan(alone, plan.precision, plan.channels_last, 1), Path("unused"), "")
-
-
-def keep_freed_memory() -> None:
-    """Make glibc keep freed memory for reuse in the next step.
-
-    By default glibc returns large blocks to the kernel as soon as they are freed, so that every
-    step pays for page faults and zeroed pages. No effect with another C library.
-    """
-    try:
-        library = ctypes.CDLL("libc.so.6")
-        for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**29)):
-            library.mallopt(parameter, value)
-    except (OSError, AttributeError):
-        pass  # not glibc

@@ -195,7 +195,7 @@ class _Changes:
             images[2, :, :corner, -corner:] += 2
             images[3, :, -corner:, -corner:] += 2
             self._features = record(self._model, images).features
-        feature = self._features[name].double()
+        feature = self._features[name].cpu().double()  # not all GPUs have float64
         return (feature[1:] - feature[:1]).abs()
 
     def agree(self, name: str, layout: Layout, likely: bool) -> bool:

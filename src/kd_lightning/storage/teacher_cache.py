@@ -234,10 +234,11 @@ class TeacherCache:
             known = there[name]
             if known.any():
                 where = known.nonzero().flatten()
-                result[name][where.to(device)] = to_device(stored[name][where], device).float()
+                recalled = to_device(stored[name][where], device).float()
+                result[name][to_device(where, device)] = recalled
             new = (~known).nonzero().flatten()
             if len(new) < len(index):
-                rounded = rounded[new.to(device)]
+                rounded = rounded[to_device(new, device)]
             self._unwritten.append(_Unwritten(rows, index[new], view[new], rounded))
         if device.type == "cpu":
             self.flush()

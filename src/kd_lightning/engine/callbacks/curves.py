@@ -6,13 +6,16 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
+from kd_lightning.data.transfer import ToHost
+
 
 class Curves(Callback):
     """Logs the losses and the learning rate of every nth step and of the last step of each epoch.
 
     Values are logged at the step in which they were computed; `LightningModule.log` writes them at
     a later one. With gradient accumulation, a loss is the mean over the batches of its step; with
-    several processes, the mean over the processes, weighted by their parts of the batch.
+    several processes, the mean over the processes, weighted by their parts of the batch. On an
+    accelerator the values are copied to the host asynchronously and written once they have arrived.
 
     n is the trainer's `log_every_n_steps`. The training step returns its losses, detached, as
     ``losses``: name to scalar.
@@ -24,6 +27,7 @@ class Curves(Callback):
         self._sums: dict[str, Tensor] = {}
         self._batches = 0
         self._logged = -1
+        self._coming: tuple[int, list[str], dict[str, float | Tensor], ToHost] | None = None
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
@@ -45,10 +49,19 @@ class Curves(Callback):
         self._sums, self._batches = losses, self._batches + 1
         if self._step % cast(Any, trainer).log_every_n_steps == 0:
             self._log(trainer)
+        if self._coming is not None and self._coming[-1].ready():
+            self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Log the last step of the epoch: any epoch may be the last one."""
         self._log(trainer)
+        self._write(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write what is on its way: a resumed training does not log it again."""
+        self._write(trainer)
 
     def _log(self, trainer: Trainer) -> None:
         complete = trainer.global_step > self._step
@@ -56,11 +69,19 @@ class Curves(Callback):
             return
         mean = torch.stack([*self._sums.values()]).float() / self._batches
         mean = cast(Tensor, trainer.strategy.reduce(mean, reduce_op="mean"))
+        self._write(trainer)
         self._logged = self._step
-        values = dict(zip(self._sums, mean.tolist(), strict=True))
-        values |= {name: float(rate) for name, rate in self._rates.items()}
+        self._coming = (self._step, [*self._sums], self._rates, ToHost(mean))
+
+    def _write(self, trainer: Trainer) -> None:
+        """Write what is on its way, if anything is, waiting for it if need be."""
+        if self._coming is None:
+            return
+        (step, names, rates, mean), self._coming = self._coming, None
+        values = dict(zip(names, mean.wait().tolist(), strict=True))
+        values |= {name: float(rate) for name, rate in rates.items()}
         for logger in trainer.loggers:
-            logger.log_metrics(values, step=self._step)
+            logger.log_metrics(values, step=step)
             logger.save()
 
 

@@ -5,6 +5,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from kd_lightning.data.transfer import synchronize
+
 
 class Speed(Callback):
     """Logs ``images_per_second`` of every epoch, excluding validation and checkpoints.
@@ -76,6 +78,7 @@ class Speed(Callback):
 
     def _stop(self, module: LightningModule) -> None:
         if self._clock_images:
+            synchronize(module.device)  # what was only started is not done
             module.log("images_per_second", self._count(), sync_dist=True)
 
     def _count(self) -> float:

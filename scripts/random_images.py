@@ -1,0 +1,52 @@
+"""Images for `benchmark.py`: what is in them does not change the time."""
+
+from typing import Any
+
+import torch
+
+from kd_lightning.data.module import ImageDataModule, Images
+
+DISTINCT = 45_000
+"""Training images at most: a fast device is shown them again and again."""
+
+
+class RandomImages(ImageDataModule):
+    """The same random images whenever they are asked for."""
+
+    def __init__(self, train: int = 50_000, test: int = 10_000, **settings: Any) -> None:
+        super().__init__(**settings)
+        self.sizes = train, test
+
+    @property
+    def classes(self) -> list[str]:
+        """Ten."""
+        return [str(number) for number in range(10)]
+
+    def load(self) -> Images:
+        """Noise."""
+        train, test = self.sizes
+        generator = torch.Generator().manual_seed(0)
+        shape = (train + test, self.image_size, self.image_size, 3)
+        pixels = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator)
+        return Images(pixels, torch.arange(train + test) % 10, train_size=train)
+
+
+def random_batches(count: int, batch_size: int) -> RandomImages:
+    """As many training batches, of the same views in every epoch, and 1,000 images to validate.
+
+    Memory does not grow with the number of batches beyond `DISTINCT` images.
+
+    Args:
+        count: batches in an epoch.
+        batch_size: images in a batch.
+    """
+    shown = count * batch_size
+    train = min(shown, DISTINCT) + 1000
+    data = RandomImages(
+        train=train, test=1000, name="random", batch_size=batch_size,
+        val_fraction=1000 / train, views=1,
+    )  # fmt: skip
+    data.setup()
+    images = data.splits["train"]
+    data.splits["train"] = images.repeat(-(-shown // len(images)))[:shown]
+    return data

@@ -1,0 +1,46 @@
+"""What `scripts/benchmark.py` relies on, on a device however fast."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import REPOSITORY
+
+from kd_lightning.data import transfer
+from kd_lightning.engine.callbacks import speed
+
+
+def test_its_images_do_not_grow_with_the_speed(monkeypatch):
+    monkeypatch.syspath_prepend(REPOSITORY / "scripts")
+    import random_images
+
+    monkeypatch.setattr(random_images, "DISTINCT", 100)
+    data = random_images.random_batches(count=50, batch_size=16)
+    batches = list(data.train_dataloader())
+    assert [len(batch["labels"]) for batch in batches] == [16] * 50
+    assert len(torch.cat([batch["index"] for batch in batches]).unique()) == 100
+    assert len(data.labels) == 100 + 1000 + 1000
+    # As many as are shown, where these are fewer.
+    few = random_images.random_batches(count=2, batch_size=16)
+    assert len(few.labels) == 32 + 1000 + 1000
+
+
+def test_the_device_is_waited_for_before_the_clock_is_read(monkeypatch):
+    did = []
+    monkeypatch.setattr(speed, "synchronize", lambda device: did.append(device))
+    clock = speed.Speed()
+    clock.images = clock._clock_images = 8
+    module = SimpleNamespace(device="there", log=lambda *_, **__: did.append("read"))
+    clock.on_validation_start(SimpleNamespace(), module)
+    assert did == ["there", "read"]
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"), [("cuda:1", ["cuda:1"]), ("mps", ["mps"]), ("cpu", []), ("meta", [])]
+)
+def test_every_device_is_waited_for_in_its_own_way(monkeypatch, device, expected):
+    did = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append(str(device)))
+    monkeypatch.setattr(torch.mps, "synchronize", lambda: did.append("mps"))
+    transfer.synchronize(torch.device(device))
+    assert did == expected
