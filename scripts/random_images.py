@@ -1,4 +1,4 @@
-"""Images for `benchmark.py`: what is in them does not change the time."""
+"""Random images for `benchmark.py`; the content does not affect the time."""
 
 from typing import Any
 
@@ -7,11 +7,11 @@ import torch
 from kd_lightning.data.module import ImageDataModule, Images
 
 DISTINCT = 45_000
-"""Training images at most: a fast device is shown them again and again."""
+"""Maximum number of training images; they are repeated on a fast device."""
 
 
 class RandomImages(ImageDataModule):
-    """The same random images whenever they are asked for."""
+    """Random images, the same every time."""
 
     def __init__(self, train: int = 50_000, test: int = 10_000, **settings: Any) -> None:
         super().__init__(**settings)
@@ -32,13 +32,13 @@ class RandomImages(ImageDataModule):
 
 
 def random_batches(count: int, batch_size: int) -> RandomImages:
-    """As many training batches, of the same views in every epoch, and 1,000 images to validate.
+    """Training batches with the same views in every epoch, and 1,000 validation images.
 
     Memory does not grow with the number of batches beyond `DISTINCT` images.
 
     Args:
-        count: batches in an epoch.
-        batch_size: images in a batch.
+        count: batches per epoch.
+        batch_size: images per batch.
     """
     shown = count * batch_size
     train = min(shown, DISTINCT) + 1000

@@ -1,4 +1,4 @@
-"""What lets Lightning and torch's optimizers train on an `EmulatedDevice`."""
+"""Integration of an `EmulatedDevice` with Lightning and torch's optimizers."""
 
 import importlib
 from contextlib import nullcontext
@@ -15,7 +15,7 @@ from kd_lightning.data import transfer
 
 
 class CountSteps(Callback):
-    """Tells the device what goes on. A step begins with fetching its batch."""
+    """Tells the device the current phase. A step starts when its batch is fetched."""
 
     def __init__(self, device):
         self._device, self._step = device, 0
@@ -32,7 +32,7 @@ class CountSteps(Callback):
 
 
 class EmulatedAccelerator(Accelerator):
-    """What Lightning wants to know of a device."""
+    """Lightning's accelerator interface."""
 
     def setup_device(self, device):
         pass

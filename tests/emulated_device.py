@@ -1,4 +1,4 @@
-"""An accelerator that need not be there: device mistakes show on a CPU.
+"""An emulated accelerator, to detect device errors on a CPU.
 
 While an `EmulatedDevice` is active, tensors sent to `DEVICE` say that they are there. Their numbers
 lie on the CPU, so that a training on it ends with what the same training on a CPU ends with, bit by
@@ -80,7 +80,7 @@ class Remote(torch.Tensor):
 
 
 class Wait(NamedTuple):
-    """The host waited for the device.
+    """The host synchronised with the device.
 
     `during` is None before and after the training, the number of the training step, or ``between``:
     validation and what is done once an epoch.
@@ -122,12 +122,12 @@ class EmulatedDevice:
         self.arrive(self._uploads, self._downloads)
 
     def upload(self, source):
-        """A copy from pinned memory that nobody waits for."""
+        """An asynchronous copy from pinned memory."""
         self.background["to device"] += 1
         self._uploads.append((source, source.clone()))
 
     def download(self, source, target):
-        """A copy to pinned memory that nobody waits for."""
+        """An asynchronous copy to pinned memory."""
         self.background["to host"] += 1
         self._downloads.append((target, source.clone()))
         target.fill_(GARBAGE)
@@ -144,7 +144,7 @@ class EmulatedDevice:
             pending[:] = [entry for entry in pending if id(entry) not in arrived]
 
     def event(self):
-        """In the place of `torch.cuda.Event`."""
+        """Replacement of `torch.cuda.Event`."""
         return _Event(self)
 
     def waits_by_step(self):

@@ -1,4 +1,4 @@
-"""Training on an accelerator, without one: see `emulated_device`."""
+"""Training on an emulated accelerator; see `emulated_device`."""
 
 import shutil
 
@@ -16,12 +16,12 @@ from kd_lightning.workflows import student
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter in the current model")
 
-STEPS = 18  # of a training: two epochs of 33 images, 4 at a time
-EVERY = 5  # steps between two that are logged
-BETWEEN = 42  # waits at the ends of both epochs
+STEPS = 18  # per training: two epochs of 33 images, batch size 4
+EVERY = 5  # log_every_n_steps
+BETWEEN = 42  # synchronisations at the ends of both epochs
 
 COMBINED = ("method=combined", "pictures=false")
-# BatchNorm, whose statistics are estimated anew at the end.
+# With BatchNorm, whose statistics are re-estimated at the end.
 RESNET = (
     "method=none", "update_bn=true",
     "student.model={_target_: kd_lightning.models.CifarResNet, depth: 8, num_classes: 3}",
@@ -55,7 +55,7 @@ def images(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def on_cpu(tmp_path_factory, images):
-    """What a job ends with on the CPU: the bytes of its student."""
+    """The bytes of the student of a job on the CPU."""
     known = {}
 
     def student_of(*overrides):
@@ -77,7 +77,7 @@ def device(request, monkeypatch):
 
 
 def needless_waits(device):
-    """Where the host waits in a training step although it need not, for people; none: "".
+    """Description of unnecessary synchronisations in training steps; empty if none.
 
     The first step is left out: the teacher is brought there and looked at. In a logged step the
     losses are looked at before they change the weights (`StopWhenDiverged`).
@@ -95,7 +95,7 @@ def needless_waits(device):
 
 
 @pytest.mark.parametrize("job", [COMBINED, RESNET], ids=["combined", "batchnorm"])
-def test_a_training_there_ends_with_the_student_of_the_cpu(tmp_path, images, on_cpu, device, job):
+def test_training_on_an_accelerator_matches_the_cpu(tmp_path, images, on_cpu, device, job):
     expected = on_cpu(*job)
     for outputs in ("absent", "stored", "half lost") if job == COMBINED else ("not needed",):
         if outputs == "half lost":
@@ -110,9 +110,9 @@ def test_a_training_there_ends_with_the_student_of_the_cpu(tmp_path, images, on_
             f"where the teacher's outputs are {outputs}, the host waits for the device:\n{places}"
         )
         copied = device.background["to host"]
-        if outputs == "absent":  # what two terms remember, in every step
+        if outputs == "absent":  # the targets of two terms, in every step
             assert copied >= 2 * STEPS
-        elif outputs == "stored":  # curves alone
+        elif outputs == "stored":  # curves only
             assert copied < STEPS
         # Validation, checks, history, checkpoints; nothing for a batch of the validation.
         between = [f"{w.what}: {w.where}" for w in device.waits if w.during == "between"]
@@ -121,25 +121,21 @@ def test_a_training_there_ends_with_the_student_of_the_cpu(tmp_path, images, on_
 
 @pytest.mark.parametrize("device", [{"apple": True}], indirect=True)
 @pytest.mark.parametrize("job", [COMBINED, RESNET], ids=["combined", "batchnorm"])
-def test_on_an_apple_gpu_there_is_no_float64_and_no_copy_that_may_come_too_late(
-    tmp_path, images, on_cpu, device, job
-):
+def test_apple_gpu_without_float64_and_asynchronous_copies(tmp_path, images, on_cpu, device, job):
     for _ in range(2 if job == COMBINED else 1):
         assert run(tmp_path, images, "emulated", *job) == on_cpu(*job)
     assert not device.background
 
 
 class Fail(Callback):
-    """Ends a training in its second epoch."""
+    """Interrupts a training in its second epoch."""
 
     def on_train_epoch_start(self, trainer, module):
         if trainer.current_epoch == 1:
             raise InterruptedError("a test")
 
 
-def test_an_interrupted_training_there_goes_on_to_the_same_student(
-    tmp_path, images, on_cpu, device
-):
+def test_resume_on_an_accelerator_is_bit_identical(tmp_path, images, on_cpu, device):
     with pytest.raises(InterruptedError):
         run(tmp_path, images, "emulated", *COMBINED, callbacks=[Fail()])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
@@ -147,12 +143,10 @@ def test_an_interrupted_training_there_goes_on_to_the_same_student(
     assert found == on_cpu(*COMBINED)
 
 
-# --- would a mistake be seen? ---------------------------------------------------------------------
+# --- mistakes are detected ------------------------------------------------------------------------
 
 
-def test_outputs_stored_before_they_have_arrived_are_seen(
-    tmp_path, images, on_cpu, device, monkeypatch
-):
+def test_writing_outputs_before_arrival_is_detected(tmp_path, images, on_cpu, device, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(ToHost, "ready", lambda self: True)
         broken.setattr(ToHost, "wait", lambda self: self._values.cpu())
@@ -160,13 +154,13 @@ def test_outputs_stored_before_they_have_arrived_are_seen(
     assert run(tmp_path, images, "emulated", *COMBINED) != on_cpu(*COMBINED)
 
 
-def test_a_needless_wait_is_named_with_its_place(tmp_path, images, device, monkeypatch):
+def test_unnecessary_synchronisation_is_located(tmp_path, images, device, monkeypatch):
     monkeypatch.setattr(data_module, "to_device", lambda values, there: values.to(there))
     run(tmp_path, images, "emulated", *RESNET, callbacks=[CountSteps(device)])
     assert "step 1, a copy to the device: kd_lightning/data/module.py" in needless_waits(device)
 
 
-def test_a_copy_that_nobody_waits_for_arrives_late(device):
+def test_asynchronous_copy_arrives_late(device):
     coming = ToHost(torch.arange(3.0, device=DEVICE))
     assert coming._values.tolist() == [GARBAGE] * 3
     assert not coming.ready()
@@ -191,7 +185,7 @@ def test_devices_do_not_mix(device):
     ):
         with pytest.raises(RuntimeError, match="same device"):
             mix()
-    assert (there * here[0]).tolist() == [1, 1, 1]  # a single number may be anywhere
+    assert (there * here[0]).tolist() == [1, 1, 1]  # a scalar may be on any device
     with pytest.raises((RuntimeError, TypeError)):
         there.numpy()
 
@@ -209,7 +203,7 @@ def test_devices_do_not_mix(device):
         (lambda t: t.to("cpu"), "to the host"),
     ],
 )
-def test_what_waits_is_counted(device, what, wait):
+def test_synchronisations_are_counted(device, what, wait):
     there = to_device(torch.ones(3), DEVICE)
     assert not device.waits
     what(there)
@@ -229,6 +223,6 @@ def test_what_waits_is_counted(device, what, wait):
         lambda: torch.zeros(2).pin_memory(),
     ],
 )
-def test_what_an_apple_gpu_cannot_do_is_refused(device, what):
+def test_unsupported_operations_of_an_apple_gpu_are_rejected(device, what):
     with pytest.raises((RuntimeError, TypeError), match=r"Apple|asynchronous"):
         what()

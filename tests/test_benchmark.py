@@ -1,4 +1,4 @@
-"""What `scripts/benchmark.py` relies on, on a device however fast."""
+"""Parts of `scripts/benchmark.py`, for devices of any speed."""
 
 from types import SimpleNamespace
 
@@ -10,7 +10,7 @@ from kd_lightning.data import transfer
 from kd_lightning.engine.callbacks import speed
 
 
-def test_its_images_do_not_grow_with_the_speed(monkeypatch):
+def test_memory_does_not_grow_with_the_speed(monkeypatch):
     monkeypatch.syspath_prepend(REPOSITORY / "scripts")
     import random_images
 
@@ -20,12 +20,12 @@ def test_its_images_do_not_grow_with_the_speed(monkeypatch):
     assert [len(batch["labels"]) for batch in batches] == [16] * 50
     assert len(torch.cat([batch["index"] for batch in batches]).unique()) == 100
     assert len(data.labels) == 100 + 1000 + 1000
-    # As many as are shown, where these are fewer.
+    # As many as are used, if fewer.
     few = random_images.random_batches(count=2, batch_size=16)
     assert len(few.labels) == 32 + 1000 + 1000
 
 
-def test_the_device_is_waited_for_before_the_clock_is_read(monkeypatch):
+def test_device_is_synchronised_before_reading_the_clock(monkeypatch):
     did = []
     monkeypatch.setattr(speed, "synchronize", lambda device: did.append(device))
     clock = speed.Speed()
@@ -38,7 +38,7 @@ def test_the_device_is_waited_for_before_the_clock_is_read(monkeypatch):
 @pytest.mark.parametrize(
     ("device", "expected"), [("cuda:1", ["cuda:1"]), ("mps", ["mps"]), ("cpu", []), ("meta", [])]
 )
-def test_every_device_is_waited_for_in_its_own_way(monkeypatch, device, expected):
+def test_synchronisation_by_device_type(monkeypatch, device, expected):
     did = []
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: did.append(str(device)))
     monkeypatch.setattr(torch.mps, "synchronize", lambda: did.append("mps"))

@@ -63,7 +63,7 @@ def test_cpu_can_be_selected_on_a_gpu_machine(machine, best):
 
 
 @pytest.mark.parametrize("accelerator", ["mps", "tpu", "emulated"])
-def test_what_the_cpu_is_fast_at_says_nothing_of_another_device(machine, accelerator):
+def test_cpu_capabilities_do_not_affect_other_devices(machine, accelerator):
     machine(cpu=["avx512_bf16", "amx_bf16"])
     assert hardware.choose_precision(accelerator) == "32-true"
     for precision in ("32-true", "bf16-mixed"):
@@ -79,10 +79,8 @@ def test_what_the_cpu_is_fast_at_says_nothing_of_another_device(machine, acceler
         ("cpu", "gpu", [("32-true", True), ("bf16-mixed", True)]),
     ],
 )
-def test_student_and_teacher_follow_the_accelerator_of_their_own(
-    machine, student, teacher, expected
-):
-    """On a machine whose best is a GPU."""
+def test_student_and_teacher_use_their_own_accelerators(machine, student, teacher, expected):
+    """On a machine with a GPU."""
     machine(cuda=True, cpu=["avx2"])
     plans = [resolve_trainer({**AUTO, "accelerator": a}, {}) for a in (student, teacher)]
     assert [(plan.precision, plan.channels_last) for plan in plans] == expected

@@ -13,10 +13,10 @@ def copies_in_background(device: torch.device) -> bool:
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a device has done all that it was told to; nothing to do for a CPU.
+    """Wait for all pending work on a device; no-op for a CPU.
 
     Args:
-        device: CUDA's or Apple's; any other is not waited for.
+        device: the device; only CUDA and Apple GPUs are synchronised.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -15,7 +15,7 @@ class CrossEntropyLoss(MeanMetric):
     def update(self, logits: Tensor, labels: Tensor) -> None:  # type: ignore[override]
         """Add a batch."""
         loss = F.cross_entropy(logits.float(), labels)
-        # Made on the device: a plain number would be copied there, and the copy waited for.
+        # Created on the device: a Python number would be copied synchronously.
         super().update(loss, weight=loss.new_full((), len(logits)))
 
 

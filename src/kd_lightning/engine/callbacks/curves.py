@@ -60,7 +60,7 @@ class Curves(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Write what is on its way: a resumed training does not log it again."""
+        """Flush, because a resumed training does not log these values again."""
         self._write(trainer)
 
     def _log(self, trainer: Trainer) -> None:
@@ -74,7 +74,7 @@ class Curves(Callback):
         self._coming = (self._step, [*self._sums], self._rates, ToHost(mean))
 
     def _write(self, trainer: Trainer) -> None:
-        """Write what is on its way, if anything is, waiting for it if need be."""
+        """Write pending values, if any, waiting for them if necessary."""
         if self._coming is None:
             return
         (step, names, rates, mean), self._coming = self._coming, None

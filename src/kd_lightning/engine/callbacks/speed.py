@@ -78,7 +78,7 @@ class Speed(Callback):
 
     def _stop(self, module: LightningModule) -> None:
         if self._clock_images:
-            synchronize(module.device)  # what was only started is not done
+            synchronize(module.device)  # include pending work
             module.log("images_per_second", self._count(), sync_dist=True)
 
     def _count(self) -> float:
