@@ -1,4 +1,4 @@
-"""What tests share: a small image folder, and the command line driven as a user would."""
+"""Shared fixtures: a small image folder, and the command line as a user runs it."""
 
 import json
 import sys
@@ -15,12 +15,12 @@ from PIL import Image
 from kd_lightning import cli
 from kd_lightning.config.plan import TrainerPlan
 
-# For mutation testing: that an example fails is enough, however large it is.
+# For mutation testing: a failing example is enough, no need to shrink it.
 settings.register_profile("first-failure", phases=(Phase.explicit, Phase.generate))
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
-# Small enough for seconds, complete enough to go through every part of a run.
+# Runs in seconds, but covers every part of a run.
 TINY = (
     "student.model.channels=[4,8]",
     "student.model.hidden=8",
@@ -36,7 +36,7 @@ TINY = (
 
 
 class Finished(NamedTuple):
-    """What a command left: its exit code, what it printed, and its run directories."""
+    """Result of a command: exit code, output, and run directories."""
 
     code: int
     out: str
@@ -51,7 +51,7 @@ class Finished(NamedTuple):
 
 
 def write_folder(root: Path, classes: int = 3, per_class: int = 12, size: int = 16) -> Path:
-    """Class sub-folders of images whose colour tells the class."""
+    """Class sub-folders of images whose colour determines the class."""
     generator = np.random.default_rng(0)
     for part, count in (("train", per_class), ("test", per_class // 3)):
         for label in range(classes):
@@ -89,7 +89,7 @@ def train(
             given += ["data.padding=2", "data.batch_size=16"]
         given += TINY if tiny else ()
         if not any(argument.startswith(("setting=", "-m")) for argument in arguments):
-            # Every command a folder of its own: it does not find what one before it left.
+            # A separate folder per command, so that it does not find earlier runs.
             given.append(f"setting=call-{len(calls)}")
         calls.append(arguments)
         before = set(run_directories(tmp_path))
@@ -110,19 +110,19 @@ def train(
 
 
 def run_directories(root: Path) -> list[Path]:
-    """Folders below `root` that hold a `metrics.json`."""
+    """Folders below `root` that contain a `metrics.json`."""
     return [path.parent for path in root.glob("outputs/*/**/metrics.json")]
 
 
 def trainer_plan(settings: dict[str, Any], precision: str = "32-true") -> TrainerPlan:
-    """The plan of a trainer that is one process on a CPU."""
+    """The plan of a single-process CPU trainer."""
     return TrainerPlan(settings, precision, channels_last=True, processes=1)
 
 
 def in_a_new_process(
     *command: str, cwd: Path = REPOSITORY, fresh: bool = False, **env: str
 ) -> Finished:
-    """Run a Python command line as a user would, from another process.
+    """Run a Python command line in another process, as a user does.
 
     Args:
         command: a script and its arguments, or any of Python's own.

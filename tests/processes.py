@@ -1,4 +1,4 @@
-"""Commands in processes of their own, as a user starts them.
+"""Commands in new processes, as a user starts them.
 
 Importing torch and Lightning takes ten seconds. A server imports them once and is forked for every
 command; nothing is computed in it. What depends on how Python starts runs in a fresh interpreter.
@@ -30,7 +30,7 @@ SERVER.set_forkserver_preload(
 
 
 class Started:
-    """A command that runs, in a fork of the server."""
+    """A running command, in a fork of the server."""
 
     def __init__(
         self,
@@ -50,29 +50,29 @@ class Started:
 
     @property
     def returncode(self) -> int | None:
-        """None while it runs; negative if a signal has ended it."""
+        """None while it runs; negative if killed by a signal."""
         return self._process.exitcode
 
     def poll(self) -> int | None:
-        """As `returncode`."""
+        """Same as `returncode`."""
         return self._process.exitcode
 
     @property
     def out(self) -> str:
-        """What it has printed so far."""
+        """The output so far."""
         path = self._paths[0]
         return path.read_text(encoding="utf-8") if path.exists() else ""
 
     def kill(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         self._process.kill()
 
     def send_signal(self, number: int) -> None:
-        """Send it a signal."""
+        """Send a signal."""
         os.kill(self.pid, number)
 
     def wait(self, timeout: float = 240) -> int:
-        """Wait until it has ended; its exit code."""
+        """Wait for the end; return the exit code."""
         self._process.join(timeout)
         if self._process.exitcode is None:
             self._process.kill()
@@ -80,7 +80,7 @@ class Started:
         return self._process.exitcode
 
     def communicate(self, timeout: float = 240) -> tuple[str, str]:
-        """Wait until it has ended; what it has printed."""
+        """Wait for the end; return the output."""
         self.wait(timeout)
         out, err = (path.read_text(encoding="utf-8") for path in self._paths)
         return out, err
@@ -112,7 +112,7 @@ def _run(
 ) -> None:
     from kd_lightning.engine import launch
 
-    launch.START = "fork"  # as cheap as this process itself; test_gathering.py has the real one
+    launch.START = "fork"  # cheap; test_gathering.py tests the real start method
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
     os.environ.clear()

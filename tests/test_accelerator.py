@@ -95,7 +95,7 @@ def needless_waits(device):
 
 
 @pytest.mark.parametrize("job", [COMBINED, RESNET], ids=["combined", "batchnorm"])
-def test_a_training_there_ends_with_the_student_of_the_cpu(tmp_path, images, on_cpu, device, job):
+def test_training_on_a_device_gives_the_cpu_student(tmp_path, images, on_cpu, device, job):
     expected = on_cpu(*job)
     for outputs in ("absent", "stored", "half lost") if job == COMBINED else ("not needed",):
         if outputs == "half lost":
@@ -121,9 +121,7 @@ def test_a_training_there_ends_with_the_student_of_the_cpu(tmp_path, images, on_
 
 @pytest.mark.parametrize("device", [{"apple": True}], indirect=True)
 @pytest.mark.parametrize("job", [COMBINED, RESNET], ids=["combined", "batchnorm"])
-def test_on_an_apple_gpu_there_is_no_float64_and_no_copy_that_may_come_too_late(
-    tmp_path, images, on_cpu, device, job
-):
+def test_no_float64_or_unpinned_copies_on_apple_gpus(tmp_path, images, on_cpu, device, job):
     for _ in range(2 if job == COMBINED else 1):
         assert run(tmp_path, images, "emulated", *job) == on_cpu(*job)
     assert not device.background
@@ -137,9 +135,7 @@ class Fail(Callback):
             raise InterruptedError("a test")
 
 
-def test_an_interrupted_training_there_goes_on_to_the_same_student(
-    tmp_path, images, on_cpu, device
-):
+def test_resume_on_a_device_gives_the_same_student(tmp_path, images, on_cpu, device):
     with pytest.raises(InterruptedError):
         run(tmp_path, images, "emulated", *COMBINED, callbacks=[Fail()])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
@@ -150,7 +146,7 @@ def test_an_interrupted_training_there_goes_on_to_the_same_student(
 # --- would a mistake be seen? ---------------------------------------------------------------------
 
 
-def test_outputs_stored_before_they_have_arrived_are_seen(
+def test_storing_outputs_before_they_arrive_is_detected(
     tmp_path, images, on_cpu, device, monkeypatch
 ):
     with monkeypatch.context() as broken:
@@ -160,13 +156,13 @@ def test_outputs_stored_before_they_have_arrived_are_seen(
     assert run(tmp_path, images, "emulated", *COMBINED) != on_cpu(*COMBINED)
 
 
-def test_a_needless_wait_is_named_with_its_place(tmp_path, images, device, monkeypatch):
+def test_synchronisation_is_reported_with_its_place(tmp_path, images, device, monkeypatch):
     monkeypatch.setattr(data_module, "to_device", lambda values, there: values.to(there))
     run(tmp_path, images, "emulated", *RESNET, callbacks=[CountSteps(device)])
     assert "step 1, a copy to the device: kd_lightning/data/module.py" in needless_waits(device)
 
 
-def test_a_copy_that_nobody_waits_for_arrives_late(device):
+def test_asynchronous_copy_arrives_late(device):
     coming = ToHost(torch.arange(3.0, device=DEVICE))
     assert coming._values.tolist() == [GARBAGE] * 3
     assert not coming.ready()
@@ -181,7 +177,7 @@ def test_a_copy_that_nobody_waits_for_arrives_late(device):
         there.cpu()
 
 
-def test_devices_do_not_mix(device):
+def test_mixed_devices_raise(device):
     there, here = to_device(torch.ones(3), DEVICE), torch.ones(3)
     for mix in (
         lambda: there + here,
@@ -209,7 +205,7 @@ def test_devices_do_not_mix(device):
         (lambda t: t.to("cpu"), "to the host"),
     ],
 )
-def test_what_waits_is_counted(device, what, wait):
+def test_synchronisations_are_counted(device, what, wait):
     there = to_device(torch.ones(3), DEVICE)
     assert not device.waits
     what(there)
@@ -229,6 +225,6 @@ def test_what_waits_is_counted(device, what, wait):
         lambda: torch.zeros(2).pin_memory(),
     ],
 )
-def test_what_an_apple_gpu_cannot_do_is_refused(device, what):
+def test_unsupported_on_apple_gpus_raises(device, what):
     with pytest.raises((RuntimeError, TypeError), match=r"Apple|asynchronous"):
         what()

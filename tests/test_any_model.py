@@ -1,4 +1,4 @@
-"""Students and teachers as people bring them: trained, validated and tested by Lightning."""
+"""User-defined students and teachers of many kinds: trained, validated and tested by Lightning."""
 
 from collections import namedtuple
 
@@ -50,21 +50,21 @@ class FeaturesFirst(Base):
 
 
 class Named(Base):
-    """As in Hugging Face's transformers."""
+    """Like Hugging Face transformers."""
 
     def returns(self, logits, _features):
         return Classified(None, logits)
 
 
 class Auxiliary(Base):
-    """More in training mode, as GoogLeNet."""
+    """Additional outputs in training mode, like GoogLeNet."""
 
     def returns(self, logits, _features):
         return (logits, logits * 0.5) if self.training else logits
 
 
 class Lazy(Base):
-    """Channels are found out from the first images."""
+    """Lazy: channels are inferred from the first images."""
 
     def __init__(self):
         super().__init__()
@@ -75,7 +75,7 @@ class Lazy(Base):
 
 
 class KeepsGrid(Base):
-    """Makes a grid of the first images, a plain attribute."""
+    """Creates a grid, a plain attribute, from the first images."""
 
     def __init__(self):
         super().__init__()
@@ -107,9 +107,7 @@ def batches(count):
 @pytest.mark.parametrize(
     "kind", [Base, Pair, FeaturesFirst, Named, Auxiliary, Lazy, KeepsGrid], ids=lambda k: k.__name__
 )
-def test_a_model_trains_and_teaches_whatever_it_returns_and_whenever_it_is_made(
-    kind, role, precision, tmp_path
-):
+def test_any_model_works_as_student_and_teacher(kind, role, precision, tmp_path):
     seed_everything(0, verbose=False)
     nodes = {name: {"_target_": f"{__name__}.Base"} for name in ("student", "teacher")}
     nodes[role] = {"_target_": f"{__name__}.{kind.__name__}"}

@@ -18,13 +18,13 @@ def given(folder, tmp_path):
     )  # fmt: skip
 
 
-def test_run_is_where_the_command_line_would_put_it(given, train, folder):
+def test_run_uses_the_folder_of_the_command_line(given, train, folder):
     metrics = api.run(*given)
     assert metrics["status"] == "finished"
     assert RunDirectory(metrics["folder"]).read_metrics()["name"] == metrics["name"]
-    # The command finds it, although it was run from Python.
+    # The command line finds the run of the API.
     done = train("trainer.max_epochs=3", "method=none", f"setting={metrics['setting']}")
-    assert "finished before" in done.out
+    assert "already finished" in done.out
     assert api.run(*given)["train_seconds"] == metrics["train_seconds"]  # not trained again
 
 
@@ -44,7 +44,7 @@ def test_student_predicts_class_names_of_files_and_pixels(given, folder):
     torch.testing.assert_close(probabilities, expected)
 
 
-def test_wrong_input_is_an_error_of_ours(given):
+def test_invalid_input_raises_input_error(given):
     with pytest.raises(InputError, match="max_epochs"):
         api.compose("trainer.max_epoch=1")
     with pytest.raises(InputError, match="not a run directory"):

@@ -1,4 +1,4 @@
-"""The layout: imports point downwards only, and there are no cycles."""
+"""Architecture: imports point downwards only, without cycles."""
 
 import ast
 from graphlib import TopologicalSorter
@@ -8,7 +8,7 @@ import pytest
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "kd_lightning"
 
-# From the lowest to the highest. What stands in one line does not know each other.
+# From lowest to highest. Packages in one line must not import each other.
 LAYERS = (
     {"errors", "results", "schedules"},
     {"files", "streams", "terminal"},
@@ -34,7 +34,7 @@ def modules():
 
 
 def imports(path, only_at_the_top=False):
-    """Modules of ours that a file imports, as they are called within the package."""
+    """Modules of this package that a file imports, relative to the package."""
     tree = ast.parse(path.read_text())
     known = dict(modules())
     for node in tree.body if only_at_the_top else ast.walk(tree):
@@ -64,13 +64,13 @@ def test_imports_point_downwards(name, path):
             assert RANK[other] < RANK[package], f"{name} imports {imported}"
 
 
-def test_there_are_no_cycles():
+def test_no_import_cycles():
     graph = {name: set(imports(path, only_at_the_top=True)) - {name} for name, path in modules()}
     list(TopologicalSorter(graph).static_order())  # raises an error that names the cycle
 
 
-def test_below_resolve_nobody_takes_the_whole_configuration():
-    """Where the configuration is still whole: what makes the plan of it, and what names it."""
+def test_only_resolve_reads_the_whole_configuration():
+    """Only the modules that resolve or identify the configuration may use it as a whole."""
     allowed = {"config", "storage.identity", "storage.run_directory", "cli", "api", "workflows"}
     for name, path in modules():
         if any(name == place or name.startswith(f"{place}.") for place in allowed):

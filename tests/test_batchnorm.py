@@ -1,4 +1,4 @@
-"""BatchNorm: statistics that lag are noticed and re-estimated; no batch is too small."""
+"""BatchNorm: lagging statistics are detected and re-estimated; small batches are handled."""
 
 import copy
 
@@ -25,7 +25,7 @@ test.__test__ = False
 
 
 class Lagging(nn.Sequential):
-    """Its running statistics are wrong at first, and hardly move."""
+    """Running statistics are initially wrong, and the momentum is small."""
 
     def __init__(self, num_classes=3, momentum=1e-4, dropout=0.1):
         super().__init__(
@@ -50,7 +50,7 @@ def trained(folder, path, update=False, epochs=6, **student):
     return results, module
 
 
-def test_statistics_that_lag_are_noticed_and_re_estimated(folder, tmp_path, caplog):
+def test_lagging_statistics_are_detected_and_reestimated(folder, tmp_path, caplog):
     results, module = trained(folder, tmp_path / "lagging")
     assert results["val_accuracy"] < 0.7
     assert results["val_accuracy_batch_statistics"] > 0.9
@@ -61,7 +61,7 @@ def test_statistics_that_lag_are_noticed_and_re_estimated(folder, tmp_path, capl
     assert updated["test_accuracy"] > 0.9
     assert updated["best_epoch"] == 6
     assert "running statistics" not in caplog.text
-    # Nothing else was changed, and the file has the new statistics.
+    # Nothing else has changed, and the file has the new statistics.
     for (name, one), two in zip(
         module.student.named_parameters(), again.student.parameters(), strict=True
     ):
@@ -73,13 +73,13 @@ def test_statistics_that_lag_are_noticed_and_re_estimated(folder, tmp_path, capl
     assert loaded[1].momentum == 1e-4
 
 
-def test_statistics_that_do_not_lag_are_not_complained_of(folder, tmp_path, caplog):
+def test_no_warning_if_statistics_do_not_lag(folder, tmp_path, caplog):
     results, _ = trained(folder, tmp_path, momentum=0.1, epochs=10)
     assert results["val_accuracy"] > 0.9
     assert "running statistics" not in caplog.text
 
 
-def test_the_best_epoch_is_tested_with_statistics_of_its_own(folder, tmp_path):
+def test_best_epoch_is_tested_with_its_own_statistics(folder, tmp_path):
     directory, data = RunDirectory(tmp_path), make_data(folder)
     trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 4}), tmp_path, "x")
     terms = {"cross_entropy": CROSS_ENTROPY}
@@ -87,11 +87,11 @@ def test_the_best_epoch_is_tested_with_statistics_of_its_own(folder, tmp_path):
     results = fit(trainer, module, data, directory, "student", update_bn=True)
     last = copy.deepcopy(module.state_dict())
     tested = test(trainer, module, data, directory, {**results, "best_epoch": 3}, True)
-    assert tested["test_accuracy_at_best"] > 0.5  # that of the stored weights is at chance level
+    assert tested["test_accuracy_at_best"] > 0.5  # the stored weights are at chance level
     assert all(torch.equal(value, last[name]) for name, value in module.state_dict().items())
 
 
-def test_re_estimating_is_a_plain_average_without_dropout():
+def test_update_bn_is_a_cumulative_average_without_dropout():
     seed_everything(0, verbose=False)
     model, reference = Lagging(dropout=0.5), Lagging(dropout=0.0)
     reference.load_state_dict(model.state_dict())
@@ -117,7 +117,7 @@ def test_frozen_and_unused_layers_keep_their_statistics():
     assert model["used"][1].num_batches_tracked == 1
 
 
-def test_looking_with_batch_statistics_changes_nothing():
+def test_batch_statistics_context_has_no_side_effects():
     model = Lagging()
     before = copy.deepcopy(model.state_dict())
     with torch.no_grad(), batch_statistics(model) as layers:
@@ -137,12 +137,12 @@ def test_looking_with_batch_statistics_changes_nothing():
         (94, 50, False),
     ],
 )
-def test_a_difference_must_be_large_and_beyond_noise(evaluation, batch, significant):
+def test_lag_must_be_large_and_significant(evaluation, batch, significant):
     right = torch.arange(100)
     assert Lag(right < evaluation, right < batch, 10).significant == significant
 
 
-def test_update_bn_is_resumed_bit_by_bit(tmp_path):
+def test_resume_with_update_bn_is_bit_identical(tmp_path):
     config = configuration(tmp_path, "method=none", "trainer.max_epochs=2")
     config = {**config, "update_bn": True}
     training.run(copy.deepcopy(config), tmp_path / "whole")
@@ -167,7 +167,7 @@ def test_update_bn_is_resumed_bit_by_bit(tmp_path):
         (11, 4, 4, [4, 7]),
     ],
 )
-def test_a_last_batch_that_is_too_small_joins_the_one_before(images, batch, smallest, sizes):
+def test_small_last_batch_is_merged_into_the_previous_one(images, batch, smallest, sizes):
     sampler = ViewSampler(torch.arange(images), batch, shuffle=True, smallest=smallest)
     batches = [part["index"] for part in sampler]
     assert [len(part) for part in batches] == sizes
@@ -176,7 +176,7 @@ def test_a_last_batch_that_is_too_small_joins_the_one_before(images, batch, smal
 
 
 @pytest.mark.parametrize("images", range(8, 17))
-def test_every_process_has_images_enough_and_the_right_share(images):
+def test_every_process_has_enough_images_and_the_right_weight(images):
     parts = [
         list(ViewSampler(torch.arange(images), 4, True, rank=rank, world=2, smallest=4))
         for rank in (0, 1)
@@ -192,7 +192,7 @@ def needed(model, size=16):
     return images_needed(model, layer_shapes(model, size))
 
 
-def test_two_images_are_needed_where_a_layer_sees_one_value_of_each():
+def test_two_images_needed_if_a_layer_sees_one_value_per_image():
     from torchvision.models import resnet18
 
     assert needed(Lagging()) == 2
@@ -205,8 +205,8 @@ def test_two_images_are_needed_where_a_layer_sees_one_value_of_each():
 
 
 @pytest.mark.parametrize("batch_size", [4, 31, 32])
-def test_a_student_with_batchnorm_trains_whatever_is_left_over(folder, tmp_path, batch_size):
-    """33 images: one is left over from batches of 4 and 32."""
+def test_batchnorm_student_trains_with_any_last_batch(folder, tmp_path, batch_size):
+    """33 images: batches of 4 and 32 leave a last batch of 1."""
     data = make_data(folder).variant(batch_size=batch_size)
     trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 1}), tmp_path, "x")
     module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, student=STUDENT)
@@ -214,7 +214,7 @@ def test_a_student_with_batchnorm_trains_whatever_is_left_over(folder, tmp_path,
     assert trainer.global_step == {4: 8, 31: 2, 32: 1}[batch_size]
 
 
-def test_a_batch_size_of_one_is_refused(folder, tmp_path):
+def test_batch_size_of_one_is_rejected(folder, tmp_path):
     data = make_data(folder).variant(batch_size=1)
     trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 1}), tmp_path, "x")
     module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, student=STUDENT)

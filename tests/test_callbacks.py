@@ -1,4 +1,4 @@
-"""The user's callbacks, by YAML: early stopping and others, resumed like everything else."""
+"""User callbacks from the configuration: early stopping and others, including resume."""
 
 import copy
 import time
@@ -24,7 +24,7 @@ OURS = {"_target_": f"{LIGHTNING}.ModelCheckpoint", "monitor": "val/accuracy", "
 
 
 class Counter(Callback):
-    """A user's own, with a state."""
+    """A user callback with a state."""
 
     def __init__(self, start: int = 0) -> None:
         self.count = start
@@ -45,7 +45,7 @@ def root(tmp_path_factory):
 
 
 def curves(folder):
-    """TensorBoard's curves of the training; it is validated once more after its end."""
+    """TensorBoard's curves of the training, without the final validation."""
     shown = scalars(folder)
     return {name: shown[name] for name in shown if name.startswith(("lr", "loss", "train/"))}
 
@@ -55,8 +55,8 @@ def setting(root, epochs=6, callbacks=(), **changes):
     return {**config, "callbacks": dict(callbacks), **changes}
 
 
-def test_early_stopping_ends_a_run_that_is_finished_with_the_epochs_it_had(root, tmp_path):
-    """Nothing is better by 200 points: it stops after the second epoch, and stays stopped."""
+def test_early_stopping_finishes_the_run(root, tmp_path):
+    """No improvement by 200 points: stops after the second epoch, and is not continued."""
     config = setting(root, callbacks={"stop": STOP})
     metrics = training.run(copy.deepcopy(config), tmp_path / "run")
     assert metrics["status"] == "finished"
@@ -64,17 +64,17 @@ def test_early_stopping_ends_a_run_that_is_finished_with_the_epochs_it_had(root,
     assert 1 <= metrics["best_epoch"] <= 2
     rows = (tmp_path / "run" / "history.csv").read_text().splitlines()
     assert len(rows) == 1 + 2
-    # The schedule is that of the six epochs that were planned.
+    # The scheduler still assumes the planned six epochs.
     rates = curves(tmp_path / "run")["lr-AdamW"]
     assert len(rates) == 10
     assert rates[-1][1] > 0.5 * max(rate for _, rate in rates)
 
-    # Interrupted after its last step and before it was tested, it is not trained on.
+    # If interrupted between the last step and the test, training is not continued.
     (tmp_path / "run" / "metrics.json").write_text(
         (tmp_path / "run" / "metrics.json").read_text().replace("finished", "running")
     )
     before, seen = left(tmp_path / "run"), curves(tmp_path / "run")
-    time.sleep(1.1)  # files are read in the order of the seconds in their names
+    time.sleep(1.1)  # event files are ordered by the seconds in their names
     again = training.run(copy.deepcopy(config), tmp_path / "run")
     assert again["epochs"] == 2
     assert left(tmp_path / "run")[:2] == before[:2]
@@ -82,7 +82,7 @@ def test_early_stopping_ends_a_run_that_is_finished_with_the_epochs_it_had(root,
     assert curves(tmp_path / "run") == seen
 
 
-def test_stopped_in_between_early_stopping_goes_on_waiting(root, tmp_path):
+def test_resume_keeps_the_patience_of_early_stopping(root, tmp_path):
     config = setting(root, callbacks={"stop": {**STOP, "patience": 2}})
     whole = training.run(copy.deepcopy(config), tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -102,8 +102,8 @@ def test_stopped_in_between_early_stopping_goes_on_waiting(root, tmp_path):
     ],
     ids=["StepLR", "MultiStepLR", "ReduceLROnPlateau", "OneCycleLR"],
 )
-def test_a_schedule_is_resumed_bit_by_bit(root, tmp_path, scheduler):
-    """After an epoch, and within one."""
+def test_resume_with_any_scheduler_is_bit_identical(root, tmp_path, scheduler):
+    """Interrupted after an epoch, and within one."""
     config = setting(root, epochs=3, scheduler=scheduler)
     training.run(copy.deepcopy(config), tmp_path / "whole")
     for step in (5, 7):
@@ -113,8 +113,8 @@ def test_a_schedule_is_resumed_bit_by_bit(root, tmp_path, scheduler):
         assert left(tmp_path / f"{step}") == left(tmp_path / "whole")
 
 
-def test_callbacks_that_look_like_ours_do_not_meet_them(root, tmp_path):
-    """Two checkpoints of one state key, two of one class, and a progress bar."""
+def test_user_callbacks_do_not_collide_with_ours(root, tmp_path):
+    """Two checkpoint callbacks with one state key, two of one class, and a progress bar."""
     callbacks = {
         "best": {**OURS, "dirpath": str(tmp_path / "own"), "filename": "mine"},
         "other": {**OURS, "dirpath": str(tmp_path / "other")},
@@ -145,7 +145,7 @@ AVERAGES = {
 
 
 @pytest.mark.parametrize("name", list(AVERAGES))
-def test_averaged_weights_are_those_that_are_validated_and_kept(root, tmp_path, name):
+def test_averaged_weights_are_validated_and_saved(root, tmp_path, name):
     config = setting(root, epochs=3, callbacks={name: AVERAGES[name]})
     metrics = training.run(copy.deepcopy(config), tmp_path / "run")
     plain = training.run(setting(root, epochs=3), tmp_path / "plain")
@@ -166,19 +166,19 @@ def test_averaged_weights_are_those_that_are_validated_and_kept(root, tmp_path, 
         ({"_target_": f"{LIGHTNING}.LearningRateFinder"}, r"callbacks.x: .*scripts/tune.py"),
     ],
 )
-def test_what_is_no_callback_is_refused_before_anything_is_trained(root, tmp_path, node, said):
+def test_invalid_callback_is_rejected_before_training(root, tmp_path, node, said):
     with pytest.raises(InputError, match=said):
         training.run(setting(root, callbacks={"x": node}), tmp_path / "run")
     assert not list((tmp_path / "run").glob("checkpoints"))
 
 
-def test_a_training_of_no_steps_is_not_finished(root, tmp_path):
+def test_training_without_steps_is_not_finished(root, tmp_path):
     timer = {"_target_": f"{LIGHTNING}.Timer", "duration": "00:00:00:00"}
     with pytest.raises(RunError, match="stopped the training before its first step"):
         training.run(setting(root, callbacks={"timer": timer}), tmp_path / "run")
 
 
-def test_a_metric_that_does_not_exist_is_a_sentence_with_those_that_do(root, tmp_path):
+def test_unknown_monitor_lists_the_known_metrics(root, tmp_path):
     config = setting(root, callbacks={"stop": {**STOP, "monitor": "val/acc"}})
     with pytest.raises(InputError, match=r"callbacks\.stop.monitor.*val/acc;.*val/accuracy"):
         training.run(config, tmp_path / "run")

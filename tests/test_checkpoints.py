@@ -1,4 +1,4 @@
-"""A teacher's checkpoint, however its training script has wrapped the weights."""
+"""Teacher checkpoints of various training scripts."""
 
 import argparse
 import gzip
@@ -32,7 +32,7 @@ def prefixed(prefix, state=None):
 
 
 def loaded(path, **settings):
-    """The weights of a model after it was given the file."""
+    """The weights of a model after loading the file."""
     model = network()
     load_checkpoint(model, path, settings.pop("rename_keys", {"module.": ""}), **settings)
     return model.state_dict()
@@ -89,13 +89,13 @@ def refusal(path, **settings):
     ],
     ids=lambda content: "-".join(map(str, content))[:60],
 )
-def test_the_weights_are_found_however_they_are_wrapped(tmp_path, content):
+def test_weights_are_found_in_any_wrapper(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")
     assert_theirs(loaded(tmp_path / "a.pt"))
 
 
 @pytest.mark.parametrize("name", ["a.safetensors", "a.bin", "weights"])
-def test_the_content_decides_not_the_suffix(tmp_path, name):
+def test_format_is_detected_by_content_not_suffix(tmp_path, name):
     save_file(THEIRS, tmp_path / name)
     assert_theirs(loaded(tmp_path / name))
     torch.save({"net": THEIRS}, tmp_path / name)
@@ -104,7 +104,7 @@ def test_the_content_decides_not_the_suffix(tmp_path, name):
     assert_theirs(loaded(tmp_path / name))
 
 
-def test_half_precision_weights_become_the_models(tmp_path):
+def test_half_precision_weights_are_converted(tmp_path):
     torch.save({name: t.half() if t.is_floating_point() else t for name, t in THEIRS.items()},
                tmp_path / "a.pt")  # fmt: skip
     state = loaded(tmp_path / "a.pt")
@@ -122,8 +122,8 @@ def test_half_precision_weights_become_the_models(tmp_path):
     ],
     ids=["int8", "complex", "sparse", "meta"],
 )
-def test_weights_that_are_no_plain_numbers_are_refused(tmp_path, change):
-    """Whole numbers of a quantised network, for one, mean others."""
+def test_quantised_sparse_and_complex_weights_are_rejected(tmp_path, change):
+    """For example, the integers of a quantised network are not the weights."""
     torch.save({**THEIRS, "0.weight": change(THEIRS["0.weight"])}, tmp_path / "a.pt")
     assert "'0.weight' is a" in refusal(tmp_path / "a.pt")
 
@@ -134,16 +134,16 @@ def test_keys_are_renamed_in_order(tmp_path):
     assert list(renamed) == ["3.weight"]
 
 
-def test_extra_keys_are_left_out_by_pattern(tmp_path):
+def test_extra_keys_are_ignored_by_pattern(tmp_path):
     torch.save({**THEIRS, "aux.0.weight": torch.ones(2), "aux.bias": torch.ones(2)},
                tmp_path / "a.pt")  # fmt: skip
     assert "teacher.ignore_keys=[aux.0.*]" in refusal(tmp_path / "a.pt")
     assert_theirs(loaded(tmp_path / "a.pt", ignore_keys=["aux.*"]))
-    # What the model has is left out on request only.
+    # Keys of the model are ignored only on request.
     assert "it has no '0.bias'" in refusal(tmp_path / "a.pt", ignore_keys=["aux.*", "*.bias"])
 
 
-def test_a_key_chooses_among_several_networks(tmp_path):
+def test_checkpoint_key_selects_one_of_several_networks(tmp_path):
     path = tmp_path / "a.pt"
     torch.save({"teacher": THEIRS, "student": RAW}, path)
     assert "teacher.checkpoint_key=teacher or student" in refusal(path)
@@ -156,10 +156,10 @@ def test_a_key_chooses_among_several_networks(tmp_path):
     assert_theirs(loaded(path, ignore_keys=["b.*"]))
 
 
-def test_what_does_not_fit_is_named_without_its_prefix(tmp_path):
+def test_mismatch_is_reported_without_the_prefix(tmp_path):
     path = tmp_path / "a.pt"
     torch.save(prefixed("model.", {**THEIRS, "3.weight": torch.zeros(7, 4)}), path)
-    assert "'3.weight' has the shape (7, 4) there and (2, 4) here" in refusal(path)
+    assert "'3.weight' has the shape (7, 4) instead of (2, 4)" in refusal(path)
     renamed = {name.replace("3.", "fc."): tensor for name, tensor in THEIRS.items()}
     torch.save(prefixed("model.", renamed), path)
     sentence = refusal(path)
@@ -168,7 +168,7 @@ def test_what_does_not_fit_is_named_without_its_prefix(tmp_path):
 
 
 class Whole(nn.Module):
-    """A module that was pickled as it is."""
+    """A pickled module."""
 
     def __init__(self):
         super().__init__()
@@ -186,7 +186,7 @@ class Whole(nn.Module):
     ],
     ids=["namespace", "numpy", "path", "module", "nested module"],
 )
-def test_what_could_run_code_is_named_and_can_be_converted(tmp_path, content, named, capsys):
+def test_unsafe_checkpoint_is_reported_and_convertible(tmp_path, content, named, capsys):
     path = tmp_path / "it's a.pt"
     torch.save(content, path)
     sentence = refusal(path)
@@ -195,10 +195,10 @@ def test_what_could_run_code_is_named_and_can_be_converted(tmp_path, content, na
     assert_theirs(loaded(convert(path)))
 
 
-def test_the_command_to_convert_works_as_it_is_printed(tmp_path):
+def test_printed_conversion_command_works(tmp_path):
     path = tmp_path / "it's a.pt"
     torch.save({"state_dict": THEIRS, "args": argparse.Namespace(lr=0.1)}, path)
-    command = refusal(path).split("write its weights alone: ")[1]
+    command = refusal(path).split("extract the weights: ")[1]
     command = command.replace("python", sys.executable, 1)
     subprocess.run(command, shell=True, check=True, capture_output=True)
     assert_theirs(loaded(path.with_suffix(".safetensors")))
@@ -209,7 +209,7 @@ class Bomb:
         return (print, ("the checkpoint ran code",))
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
+def test_teacher_checkpoint_cannot_run_code(tmp_path, capsys):
     torch.save({"state_dict": Bomb()}, tmp_path / "bomb.pt")
     assert "safely" in refusal(tmp_path / "bomb.pt")
     assert "ran code" not in capsys.readouterr().out
@@ -230,14 +230,14 @@ def test_a_checkpoint_cannot_run_code(tmp_path, capsys):
     ],
 )
 @pytest.mark.parametrize("name", ["a.pt", "a.safetensors"])
-def test_what_is_no_checkpoint_is_refused(tmp_path, content, reason, name):
+def test_other_file_types_are_rejected(tmp_path, content, reason, name):
     (tmp_path / name).write_bytes(content)
     sentence = refusal(tmp_path / name)
     assert "not a checkpoint that can be read safely" in sentence
     assert reason in sentence
 
 
-def test_a_backbone_and_a_head_of_other_names_are_put_together(tmp_path):
+def test_renamed_backbone_and_head_are_combined(tmp_path):
     path = tmp_path / "a.pt"
     parts = {("head.fc" + n[1:] if n[0] == "3" else f"backbone.{n}"): t for n, t in THEIRS.items()}
     torch.save({"state_dict": parts}, path)
@@ -245,7 +245,7 @@ def test_a_backbone_and_a_head_of_other_names_are_put_together(tmp_path):
     assert_theirs(loaded(path, rename_keys={"head.fc.": "3."}))
 
 
-def test_a_model_may_have_a_part_called_module(tmp_path):
+def test_model_may_have_a_submodule_called_module(tmp_path):
     class Wrapping(nn.Module):
         def __init__(self):
             super().__init__()
@@ -257,31 +257,31 @@ def test_a_model_may_have_a_part_called_module(tmp_path):
     assert torch.equal(first.module.weight, second.module.weight)
 
 
-def test_an_archive_of_torchscript_is_named(tmp_path):
+def test_torchscript_archive_is_reported(tmp_path):
     torch.jit.trace(nn.Linear(2, 2), torch.zeros(1, 2)).save(str(tmp_path / "a.pt"))
     assert "TorchScript" in refusal(tmp_path / "a.pt")
 
 
 @pytest.mark.parametrize("cut", [100, 400])
-def test_a_truncated_safetensors_file_is_refused(tmp_path, cut):
+def test_truncated_safetensors_file_is_rejected(tmp_path, cut):
     save_file(THEIRS, tmp_path / "a.safetensors")
     whole = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(whole[:cut])
     assert "safely" in refusal(tmp_path / "a.safetensors")
 
 
-def test_places_without_a_file_are_named(tmp_path):
+def test_missing_checkpoint_file_is_reported(tmp_path):
     assert "is a folder" in refusal(tmp_path)
     assert "does not exist" in refusal(tmp_path / "missing.pt")
 
 
 @pytest.mark.parametrize("content", [[torch.ones(1)], {"a": 1}, {"state_dict": {"a": "b"}}, 3])
-def test_what_holds_no_tensors_is_refused(tmp_path, content):
+def test_checkpoint_without_tensors_is_rejected(tmp_path, content):
     torch.save(content, tmp_path / "a.pt")
-    assert "holds no state dict" in refusal(tmp_path / "a.pt")
+    assert "contains no state dict" in refusal(tmp_path / "a.pt")
 
 
-def test_a_checkpoint_of_a_gpu_is_read_on_the_cpu(tmp_path, monkeypatch):
+def test_gpu_checkpoint_is_loaded_on_the_cpu(tmp_path, monkeypatch):
     torch.save({"a": torch.ones(1)}, tmp_path / "a.pt")
 
     def load(file, map_location=None, weights_only=None):

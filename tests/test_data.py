@@ -1,4 +1,4 @@
-"""Every source gives the same kind of images, splits are stratified and stay apart."""
+"""Data modules: image format, stratified and disjoint splits."""
 
 import errno
 import hashlib
@@ -48,7 +48,7 @@ def folder_data_batches(data, split):
     return list(loader)
 
 
-def test_images_of_other_sizes_and_modes_are_brought_to_one(folder):
+def test_images_of_any_size_and_mode_are_converted(folder):
     Image.new("L", (40, 25), 128).save(folder / "test" / "class0" / "grey.png")
     Image.new("RGBA", (16, 16), (0, 0, 255, 255)).save(folder / "test" / "class1" / "alpha.png")
     data = folder_data(folder)
@@ -57,7 +57,7 @@ def test_images_of_other_sizes_and_modes_are_brought_to_one(folder):
     assert batch["images"].shape == (14, 3, 16, 16)
 
 
-def test_decoded_images_are_kept_until_a_file_changes(folder, tmp_path, monkeypatch):
+def test_decoded_images_are_cached_until_a_file_changes(folder, tmp_path, monkeypatch):
     cache = tmp_path / "decoded"
     first = folder_data(folder, cache_dir=str(cache))
     first.setup()
@@ -72,7 +72,7 @@ def test_decoded_images_are_kept_until_a_file_changes(folder, tmp_path, monkeypa
     third.setup()
     assert third.fingerprint() != first.fingerprint()
     assert len(list(cache.iterdir())) == 2
-    # A damaged store is not believed.
+    # A damaged cache is not used.
     whole = stored.read_bytes()
     stored.write_bytes(whole[: len(whole) // 2])
     assert third._read_stored(stored, 48) is None
@@ -115,9 +115,9 @@ def test_training_views_are_augmented_and_evaluation_is_not(folder):
     assert torch.equal(first, second)
 
 
-def test_batches_cut_ahead_are_the_batches_asked_for(folder):
-    """Views are cut for several batches at once; each must still be what it would be alone."""
-    data = folder_data(folder, batch_size=2)  # 33 images: 17 batches, the last of one image
+def test_prefetched_batches_match_the_sampler(folder):
+    """Several batches are rendered at once; each must equal a separately rendered one."""
+    data = folder_data(folder, batch_size=2)  # 33 images: 17 batches, the last with one image
     data.setup()
     loader = data.train_dataloader()
     loader.sampler.set_epoch(3)
@@ -132,7 +132,7 @@ def test_batches_cut_ahead_are_the_batches_asked_for(folder):
         assert batch["images"].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_the_three_parts_share_no_image(folder):
+def test_splits_are_disjoint(folder):
     data = folder_data(folder)
     data.setup()
     parts = [set(data.splits[name].tolist()) for name in ("train", "val", "test")]
@@ -142,7 +142,7 @@ def test_the_three_parts_share_no_image(folder):
     assert seen == parts[0]
 
 
-def test_split_is_stratified_and_follows_its_seed():
+def test_split_is_stratified_and_depends_on_its_seed():
     labels = torch.arange(1000) % 10
     classes = [str(number) for number in range(10)]
     train, val = stratified_split(labels, 0.1, 0, classes)
@@ -152,7 +152,7 @@ def test_split_is_stratified_and_follows_its_seed():
     assert not torch.equal(stratified_split(labels, 0.1, 1, classes)[1], val)
 
 
-def test_split_refuses_a_class_with_one_image():
+def test_split_rejects_a_class_with_one_image():
     with pytest.raises(InputError, match="class 'rare' has 1"):
         stratified_split(torch.tensor([0, 0, 0, 1]), 0.5, 0, ["common", "rare"])
 
@@ -172,7 +172,7 @@ def test_digits_need_no_download():
     assert batch["images"].max() > 0.9
 
 
-def test_a_variant_shares_the_images(folder):
+def test_variant_shares_the_images(folder):
     data = folder_data(folder)
     data.setup()
     other = data.variant(seed=9)
@@ -197,7 +197,7 @@ def test_a_variant_shares_the_images(folder):
         {"num_classes": 4},
     ],
 )
-def test_impossible_settings_are_refused(folder, settings):
+def test_invalid_settings_are_rejected(folder, settings):
     with pytest.raises(ValueError, match=next(iter(settings)).split("_")[0]):
         folder_data(folder, **settings)
 
@@ -253,14 +253,14 @@ def test_cifar10_downloads_and_checks_the_archive(archive, tmp_path):
     assert (tmp_path / "data" / CIFAR10.filename).read_bytes() == archive.read_bytes()
 
 
-def test_a_truncated_archive_is_fetched_again(archive, tmp_path):
+def test_truncated_archive_is_downloaded_again(archive, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / CIFAR10.filename).write_bytes(archive.read_bytes()[:1000])
     cifar10(tmp_path / "data").setup()
     assert (tmp_path / "data" / CIFAR10.filename).read_bytes() == archive.read_bytes()
 
 
-def test_a_damaged_archive_without_network_is_said_and_kept(archive, tmp_path):
+def test_damaged_archive_without_network_is_reported_and_kept(archive, tmp_path):
     copy = tmp_path / "data" / CIFAR10.filename
     copy.parent.mkdir()
     copy.write_bytes(archive.read_bytes()[:1000])
@@ -278,7 +278,7 @@ def disk(tmp_path):
 
 
 def read_only(monkeypatch, folder):
-    """Root may write anywhere, so the file system's refusals are made up."""
+    """Simulated permission errors, as root may write anywhere."""
 
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(folder))
@@ -292,7 +292,7 @@ def test_cifar10_in_a_read_only_folder(archive, tmp_path, monkeypatch, unpacked)
     place = tmp_path / "data"
     if unpacked:
         cifar10(place).setup()
-        (place / CIFAR10.filename).unlink()  # not needed any more
+        (place / CIFAR10.filename).unlink()  # no longer needed
     else:
         place.mkdir()
         (place / CIFAR10.filename).write_bytes(archive.read_bytes())
@@ -312,13 +312,13 @@ def test_cifar10_on_a_read_only_file_system(archive, disk):
     assert len(data.splits["test"]) == 20
 
 
-def test_a_read_only_folder_without_the_archive_is_said(archive, tmp_path, monkeypatch):
+def test_read_only_folder_without_archive_is_reported(archive, tmp_path, monkeypatch):
     read_only(monkeypatch, tmp_path)
     with pytest.raises(InputError, match=r"cannot be written: Read-only file system"):
         cifar10(tmp_path / "data").setup()
 
 
-def test_no_archive_and_no_network_is_said(archive, tmp_path):
+def test_missing_archive_without_network_is_reported(archive, tmp_path):
     archive.unlink()
     with pytest.raises(InputError, match="is not there and could not be downloaded"):
         cifar10(tmp_path / "data").setup()

@@ -1,4 +1,4 @@
-"""The module: a teacher that stays frozen, a checkpoint of the student alone, a sum of terms."""
+"""The DistillationModule: frozen teacher, checkpoints of the student only, weighted terms."""
 
 import copy
 import pickle
@@ -70,7 +70,7 @@ def snapshot(model):
     return {name: value.clone() for name, value in model.state_dict().items()}
 
 
-def test_teacher_is_bit_equal_after_training_and_student_is_not(folder, tmp_path):
+def test_teacher_is_unchanged_after_training(folder, tmp_path):
     teacher = frozen()
     module = make_module(teacher)
     before, student = snapshot(teacher.model), snapshot(module.student)
@@ -84,7 +84,7 @@ def test_teacher_is_bit_equal_after_training_and_student_is_not(folder, tmp_path
     assert all(not torch.equal(after[name], value) for name, value in student.items())
 
 
-def test_the_copy_that_answers_is_bit_equal_after_training_too(folder, tmp_path):
+def test_optimised_teacher_copy_is_unchanged_after_training(folder, tmp_path):
     teacher = frozen()
     module = make_module(teacher)
     teacher.prepare(torch.device("cpu"), module.memory_format, None)
@@ -126,7 +126,7 @@ def test_checkpoint_loads_tests_and_resumes_with_weights_only(folder, tmp_path):
 
 
 @pytest.mark.parametrize("part", ["student", "optimizer", "terms"])
-def test_a_checkpoint_of_a_strangers_names_no_code(folder, tmp_path, part):
+def test_untrusted_lightning_checkpoint_cannot_name_code(folder, tmp_path, part):
     trainer = make_trainer(tmp_path, epochs=1)
     trainer.fit(make_module(frozen()), make_data(folder))
     path = tmp_path / "one.ckpt"
@@ -136,7 +136,7 @@ def test_a_checkpoint_of_a_strangers_names_no_code(folder, tmp_path, part):
     content["hyper_parameters"][part] = {"logit": evil} if part == "terms" else evil
     torch.save(content, path)
     for kwargs in ({}, {"weights_only": False}, {"trust": ["numpy"]}):
-        with pytest.raises(InputError, match=r"hyper_parameters\._target_=os\.mkdir .* refused"):
+        with pytest.raises(InputError, match=r"hyper_parameters\._target_=os\.mkdir .* rejected"):
             DistillationModule.load_from_checkpoint(path, teacher=frozen(), **kwargs)
     assert not (tmp_path / "made").exists()
 
@@ -169,12 +169,12 @@ def test_without_a_teacher_it_is_supervised_training(folder, tmp_path):
     make_trainer(tmp_path).fit(module, make_data(folder))
 
 
-def test_a_method_that_needs_a_teacher_says_so():
+def test_missing_teacher_is_reported():
     with pytest.raises(InputError, match="teacher"):
         make_module(teacher=None)
 
 
-def test_teacher_may_be_normalised_differently():
+def test_teacher_may_have_its_own_normalisation():
     torch.manual_seed(0)
     expects = Normalization((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
     pixels = torch.rand(4, 3, 16, 16)
@@ -186,7 +186,7 @@ def test_teacher_may_be_normalised_differently():
     torch.testing.assert_close(answer, teacher.model(own), rtol=1e-4, atol=1e-5)
 
 
-def test_weights_converted_for_autocast_change_nothing():
+def test_weights_converted_for_autocast_give_equal_outputs():
     images = torch.randn(4, 3, 16, 16)
     converted = frozen()
     plain = FrozenTeacher(copy.deepcopy(converted.model), expects=HALF, given=HALF)
@@ -196,7 +196,7 @@ def test_weights_converted_for_autocast_change_nothing():
         assert torch.equal(converted(images), plain(images))
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_names_the_term(folder, tmp_path):
+def test_nonfinite_loss_stops_the_run_and_names_the_term(folder, tmp_path):
     module = make_module(frozen())
     module.terms["logit"].forward = lambda *_: torch.tensor(float("nan"))
     with pytest.raises(RunError, match=r"step 0 \(term: logit\)"):
@@ -238,13 +238,13 @@ def test_adamw_trains_too(folder, tmp_path):
     [
         (SGD, "32-true", True),
         (SGD, "bf16-mixed", True),
-        (SGD, "16-mixed", None),  # a fused optimizer and clipping exclude each other there
+        (SGD, "16-mixed", None),  # a fused optimizer is incompatible with clipping here
         ({**SGD, "fused": False}, "32-true", False),
         ({**SGD, "foreach": True}, "32-true", None),
         ({"_target_": "torch.optim.Adagrad", "lr": 0.1}, "32-true", None),
     ],
 )
-def test_the_optimizer_is_fused_where_it_can_be(settings, precision, fused):
+def test_optimizer_is_fused_if_supported(settings, precision, fused):
     layer = torch.nn.Linear(3, 2)
     optimizer = build_optimizer(settings, layer.parameters(), precision)
     assert optimizer.param_groups[0]["fused"] == fused
@@ -254,12 +254,12 @@ def test_the_optimizer_is_fused_where_it_can_be(settings, precision, fused):
     assert all(not torch.equal(value, before[name]) for name, value in snapshot(layer).items())
 
 
-def test_a_model_with_another_number_of_classes_is_refused():
+def test_model_with_wrong_number_of_classes_is_rejected():
     with pytest.raises(InputError, match=r"student.model must give one logit .* 3 classes"):
         make_module(terms={"cross_entropy": CROSS_ENTROPY}, student={**STUDENT, "num_classes": 5})
 
 
-def test_a_torchvision_student_learns_from_a_torchvision_teacher(folder, tmp_path):
+def test_torchvision_student_and_teacher(folder, tmp_path):
     from torchvision.models import resnet18
 
     teacher = FrozenTeacher(resnet18(num_classes=3), expects=HALF, given=HALF)

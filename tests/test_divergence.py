@@ -1,4 +1,4 @@
-"""A student that has diverged is never finished, on whatever device, and the cause is named."""
+"""A diverged run never counts as finished, on any device, and the error names the cause."""
 
 import math
 
@@ -18,11 +18,11 @@ from kd_lightning.errors import RunError
 from kd_lightning.storage.run_directory import RunDirectory
 
 NAN = float("nan")
-EPOCH = 5  # batches in an epoch
+EPOCH = 5  # batches per epoch
 
 
 class Accelerator(Callback):
-    """The module behaves as on a device whose numbers nobody waits for."""
+    """Makes the module behave as on an accelerator, without synchronisation at every step."""
 
     def on_train_start(self, trainer, module):
         (watch,) = [c for c in trainer.callbacks if isinstance(c, StopWhenDiverged)]
@@ -30,7 +30,7 @@ class Accelerator(Callback):
 
 
 class Spoil(Callback):
-    """A weight, a gradient or the loss of the nth batch is not a number."""
+    """Sets a weight, a gradient or the loss of the nth batch to NaN."""
 
     def __init__(self, what, batch):
         self.what, self.batch = what, batch
@@ -64,7 +64,7 @@ def run(folder, path, *callbacks, teacher=None, settings=(), **module_settings):
 
 @pytest.mark.parametrize("what", ["loss", "gradient", "weight"])
 @pytest.mark.parametrize("batch", [EPOCH, EPOCH + 2, 2 * EPOCH])
-def test_on_an_accelerator_it_is_seen_at_the_end_of_the_epoch(folder, tmp_path, what, batch):
+def test_divergence_on_an_accelerator_is_detected_at_epoch_end(folder, tmp_path, what, batch):
     with pytest.raises(RunError, match=r"not finite .*; lower the learning rate"):
         run(folder, tmp_path, Accelerator(), Spoil(what, batch))
     assert not (tmp_path / "run" / "student.safetensors").exists()
@@ -77,21 +77,21 @@ def test_on_an_accelerator_it_is_seen_at_the_end_of_the_epoch(folder, tmp_path, 
 
 @pytest.mark.parametrize("what", ["gradient", "weight"])
 @pytest.mark.parametrize("settings", [{}, {"max_steps": 7}])
-def test_weights_spoilt_in_the_last_step_fail_the_run(folder, tmp_path, what, settings):
+def test_nonfinite_weights_in_the_last_step_fail_the_run(folder, tmp_path, what, settings):
     """The loss of every step was finite."""
     last = settings.get("max_steps", 2 * EPOCH)
     with pytest.raises(RunError, match=rf"the weights are not finite after step {last}"):
         run(folder, tmp_path, Spoil(what, last), settings=settings)
 
 
-def test_no_checkpoint_of_anybody_holds_a_student_that_has_diverged(folder, tmp_path):
+def test_no_checkpoint_contains_a_diverged_student(folder, tmp_path):
     own = ModelCheckpoint(tmp_path / "own", every_n_train_steps=1, save_top_k=-1)
     with pytest.raises(RunError, match="not finite"):
         run(folder, tmp_path, Spoil("gradient", 3), own)
     assert len(list((tmp_path / "own").glob("*"))) == 2
 
 
-def test_the_losses_of_many_steps_are_looked_at_together():
+def test_losses_of_several_steps_are_checked_together():
     watch = LossWatch()
     assert watch.look() == []
     for value in (1.0, math.inf, 2.0):
@@ -101,7 +101,7 @@ def test_the_losses_of_many_steps_are_looked_at_together():
     assert watch.look() == []
 
 
-def test_steps_that_a_gradient_scaler_skips_are_not_a_divergence():
+def test_steps_skipped_by_the_scaler_are_not_divergence():
     watch = LossWatch(scaled=True)
     for value in (NAN, 1.0, math.inf):
         watch.note("a", torch.tensor([value]))
@@ -118,19 +118,19 @@ def test_a_mask_may_be_infinite_and_integers_are_finite():
 
 
 @pytest.mark.parametrize("accelerator", [False, True])
-def test_a_teacher_that_answers_with_nan_is_named(folder, tmp_path, accelerator):
+def test_teacher_with_nan_outputs_is_reported(folder, tmp_path, accelerator):
     teacher = frozen()
     with torch.no_grad():
         next(teacher.model.parameters()).fill_(NAN)
     callbacks = [Accelerator()] if accelerator else []
     with pytest.raises(
-        RunError, match=r"the teacher's answers are not finite .*teacher\.checkpoint"
+        RunError, match=r"the teacher's outputs are not finite .*teacher\.checkpoint"
     ):
         run(folder, tmp_path, *callbacks, teacher=teacher)
 
 
 class SpoilValidation(Callback):
-    """The last validation batch is not finite, in every epoch or up to one."""
+    """Makes the last validation batch NaN, in every epoch or up to one."""
 
     def __init__(self, until=99):
         self.until = until
@@ -140,7 +140,7 @@ class SpoilValidation(Callback):
             batch["images"] = batch["images"] * NAN
 
 
-def test_a_validation_batch_that_is_nan_is_not_dropped(folder, tmp_path):
+def test_nan_in_a_validation_batch_is_not_dropped(folder, tmp_path):
     with pytest.raises(RunError, match="loss on the validation images is not finite"):
         run(folder, tmp_path, SpoilValidation())
     rows = (tmp_path / "run" / "history.csv").read_text().splitlines()
@@ -148,6 +148,6 @@ def test_a_validation_batch_that_is_nan_is_not_dropped(folder, tmp_path):
     assert [row.split(",")[3] for row in rows[1:]] == ["nan", "nan"]
 
 
-def test_a_student_that_recovers_is_finished(folder, tmp_path):
+def test_run_with_recovered_student_is_finished(folder, tmp_path):
     results = run(folder, tmp_path, SpoilValidation(until=1))
     assert results["epochs"] == 2

@@ -1,4 +1,4 @@
-"""What the documents say exists."""
+"""Tests and files mentioned in the documents exist."""
 
 import re
 
@@ -9,7 +9,7 @@ DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_tests_that_are_named_exist(document):
+def test_mentioned_tests_exist(document):
     named = re.findall(r"`(test_\w+\.py)(?:::(test_\w+))?(\.\.\.)?", document.read_text())
     for file, test, more in named:
         source = (REPOSITORY / "tests" / file).read_text()
@@ -19,6 +19,6 @@ def test_tests_that_are_named_exist(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
-def test_files_that_are_linked_exist(document):
+def test_linked_files_exist(document):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target

@@ -1,4 +1,4 @@
-"""Real faults: a disk that takes no more, files cut off or full of garbage. Nothing is lost."""
+"""Real faults: full disks, truncated files, garbage. Nothing is lost."""
 
 import errno
 import json
@@ -26,7 +26,7 @@ COMMAND = (
 
 
 def train(root, *arguments, largest_file=None):
-    """In a process that cannot write a file of more bytes than this."""
+    """Run in a process with a limited file size."""
 
     process = processes.start(
         *COMMAND, *arguments, f"output_dir={root}", f"data_dir={root}/data",
@@ -37,13 +37,13 @@ def train(root, *arguments, largest_file=None):
 
 
 def limit(largest_file):
-    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # an error instead of the process's end
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # raise an error instead of killing the process
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
-    """A run in which nothing went wrong."""
+    """A run without faults."""
     root = tmp_path_factory.mktemp("whole")
     done = train(root)
     assert done.code == 0, done.err
@@ -61,13 +61,13 @@ def left(run):
     return (run / "student.safetensors").read_bytes(), kept
 
 
-# The first checkpoint does not fit; or it does, but not TensorBoard's file.
+# Too small for the first checkpoint; or large enough for it, but not for TensorBoard's file.
 @pytest.mark.parametrize("size", [3_000, 20_000])
-def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, whole, size):
+def test_full_disk_is_reported_and_the_run_resumes(tmp_path, whole, size):
     done = train(tmp_path, largest_file=size)
     assert done.code == 1
     assert "error: File too large" in done.err
-    assert "free some space, the same command goes on" in done.err
+    assert "rerun the same command to resume" in done.err
     assert "Traceback" not in done.err
     run = run_of(tmp_path)
     assert RunDirectory(run).read_metrics()["status"] == "failed"
@@ -78,7 +78,7 @@ def test_a_full_disk_is_a_sentence_and_the_same_command_goes_on(tmp_path, whole,
 
 
 @pytest.mark.parametrize("tenth", range(10))
-def test_a_checkpoint_cut_off_anywhere_is_not_gone_on_with(tmp_path, whole, tenth):
+def test_truncated_checkpoint_is_not_resumed(tmp_path, whole, tenth):
     run = RunDirectory(tmp_path)
     content = (whole / "checkpoints" / "last.ckpt").read_bytes()
     (tmp_path / "checkpoints").mkdir()
@@ -92,13 +92,13 @@ def test_a_checkpoint_cut_off_anywhere_is_not_gone_on_with(tmp_path, whole, tent
 @pytest.mark.parametrize(
     "garbage", [b"", b"{", b"[]", b"\xff\xfe", b"null", b'{"status": "finished"}', b"\0" * 4096]
 )
-def test_metrics_of_garbage_are_no_finished_run(tmp_path, garbage):
+def test_garbage_metrics_are_not_a_finished_run(tmp_path, garbage):
     (tmp_path / "metrics.json").write_bytes(garbage)
     from kd_lightning.errors import InputError
     from kd_lightning.storage.identity import finished
 
     config = {"remember": {"dtype": "float16"}, "seed": 0}
-    if b"finished" in garbage:  # somebody's finished run is not written over
+    if b"finished" in garbage:  # a finished run is not overwritten
         with pytest.raises(InputError, match="another configuration"):
             finished(tmp_path, config)
     else:
@@ -106,18 +106,18 @@ def test_metrics_of_garbage_are_no_finished_run(tmp_path, garbage):
         assert RunDirectory(tmp_path).read_metrics() == {}
 
 
-def test_the_clock_may_go_backwards(tmp_path, whole):
-    """A run is found by what it is, whatever the times of its files."""
+def test_clock_set_back_has_no_effect(tmp_path, whole):
+    """A run is identified by its configuration, not by the times of its files."""
     for path in sorted(whole.rglob("*")):
         os.utime(path, (4e9, 4e9))  # the year 2096
     done = train(whole.parents[2])
     assert done.code == 0, done.err
-    assert "finished before" in done.out
+    assert "already finished" in done.out
     assert json.loads((whole / "metrics.json").read_text())["status"] == "finished"
 
 
 class Disk:
-    """A small file system of its own."""
+    """A small separate file system."""
 
     def __init__(self, place):
         self.place = place
@@ -147,14 +147,14 @@ class Disk:
 
 @pytest.fixture
 def disk(tmp_path):
-    """Where `train` puts everything."""
+    """The output folder of `train`."""
     disk = Disk(tmp_path / "outputs")
     yield disk
     disk.remove()
 
 
 def before(monkeypatch, disk, owner, name, which=lambda *_, **__: True):
-    """Fill the disk just before that is written."""
+    """Fill the disk just before this is written."""
     original = getattr(owner, name)
 
     def write(*args, **kwargs):
@@ -188,7 +188,7 @@ def is_teacher(run, model, name="student"):
         ("write_metrics", is_finished),
     ],
 )
-def test_a_full_disk_where_a_result_is_written(train, tmp_path, disk, monkeypatch, name, which):
+def test_full_disk_while_a_result_is_written(train, tmp_path, disk, monkeypatch, name, which):
     settings = ("method=logit", "trainer.precision=32-true")
     (reference,) = train(*settings, "setting=whole").runs
     expected = left(reference)
@@ -198,7 +198,7 @@ def test_a_full_disk_where_a_result_is_written(train, tmp_path, disk, monkeypatc
         done = train(*settings, "setting=full")
     assert (done.code, done.err.count("error: ")) == (1, 1)
     assert "error: No space left on device: " in done.err
-    assert "free some space, the same command goes on" in done.err
+    assert "rerun the same command to resume" in done.err
     assert "Traceback" not in done.err
     assert not list(disk.place.rglob(".*.partial"))
     disk.free()
@@ -208,8 +208,8 @@ def test_a_full_disk_where_a_result_is_written(train, tmp_path, disk, monkeypatc
     assert left(run) == expected
 
 
-def test_a_full_disk_where_an_answer_is_remembered(train, disk, monkeypatch, caplog):
-    """The teacher computes; the student is the same."""
+def test_full_disk_while_an_output_is_cached(train, disk, monkeypatch, caplog):
+    """Outputs are computed instead; the student is the same."""
     settings = ("method=logit", "trainer.precision=32-true", "remember.dtype=float32")
     (reference,) = train(*settings, "setting=whole").runs
     shutil.rmtree(disk.place / "teachers" / "remembered")
@@ -231,13 +231,13 @@ def test_a_full_disk_where_an_answer_is_remembered(train, disk, monkeypatch, cap
         done = train(*settings, "setting=full")
     assert done.code == 0, done.err
     assert set(refused) == {errno.ENOSPC}
-    assert "no more of the teacher's answers are stored" in caplog.text + done.err
+    assert "no further teacher outputs are cached" in caplog.text + done.err
     assert not list(disk.place.glob("teachers/remembered/*/*.rows"))
     assert left(disk.place / "runs" / "full" / reference.name) == left(reference)
 
 
-def test_a_full_disk_where_a_grid_writes_its_table(train, disk, monkeypatch):
-    """No run is lost, and the table is written by the same command."""
+def test_full_disk_while_a_grid_writes_its_table(train, disk, monkeypatch):
+    """No run is lost, and the same command writes the table."""
     grid = ("-m", "method=none", "seed=0,1", "setting=grid")
     with monkeypatch.context() as patch:
         from kd_lightning.reports import documents
@@ -245,14 +245,14 @@ def test_a_full_disk_where_a_grid_writes_its_table(train, disk, monkeypatch):
         before(patch, disk, documents, "write_text")
         patch.setattr(sweep, "update", once_full(disk, sweep.update))
         done = train(*grid)
-    assert "could not be brought up to date: [Errno 28] No space left on device" in done.err
+    assert "could not be updated: [Errno 28] No space left on device" in done.err
     done = train(*grid)
     assert done.code == 0, done.err
     assert (disk.place / "runs" / "grid" / "results.csv").read_text().count("finished") == 2
 
 
 def once_full(disk, update):
-    """The disk has room again after a table."""
+    """The disk has free space again after a table."""
 
     def updated(folder, **how):
         update(folder, **how)
@@ -261,7 +261,7 @@ def once_full(disk, update):
     return updated
 
 
-def test_a_folder_that_cannot_be_written_is_said_at_once(train, disk):
+def test_folder_not_writable_is_reported_before_training(train, disk):
     run = disk.place / "runs" / "old"
     run.mkdir(parents=True)
     (run / "metrics.json").write_text("{}")
@@ -286,7 +286,7 @@ with RunDirectory(Path(sys.argv[1])).lock():
 """
 
 
-def test_a_lock_of_a_process_that_died_holds_nobody_up(tmp_path):
+def test_lock_of_a_dead_process_is_released(tmp_path):
     script = tmp_path / "holder.py"
     script.write_text(HOLDER)
     holder = processes.start(str(script), str(tmp_path))
@@ -303,14 +303,14 @@ def test_a_lock_of_a_process_that_died_holds_nobody_up(tmp_path):
         pass
 
 
-def test_two_grids_in_one_folder_do_the_work_once(tmp_path):
+def test_concurrent_grids_in_one_folder_train_every_run_once(tmp_path):
     command = [
         "train.py", "-m", *TINY, "method=none,logit", "seed=0,1", "setting=grid",
         "data=digits", "trainer.max_epochs=2", f"output_dir={tmp_path}", f"data_dir={tmp_path}/d",
     ]  # fmt: skip
     grids = [processes.start(*command) for _ in range(2)]
     said = [grid.communicate() for grid in grids]
-    # A cell that the other one is working on is passed over, and said: exit code 1.
+    # A run that the other grid is executing is skipped with a message: exit code 1.
     for grid, (_, err) in zip(grids, said, strict=True):
         passed_over = "another process is working on" in err
         assert grid.returncode == (1 if passed_over else 0), err
@@ -319,7 +319,7 @@ def test_two_grids_in_one_folder_do_the_work_once(tmp_path):
     assert len(runs) == 4
     for metrics in runs:
         assert json.loads(metrics.read_text())["status"] == "finished"
-        # The number before the last is that of the process that wrote it.
+        # The second last number is the PID of the writer.
         writers = {path.name.split(".")[-2] for path in metrics.parent.glob("events.*")}
         assert len(writers) == 1
     assert len(list((tmp_path / "teachers").glob("*/teacher.safetensors"))) == 1

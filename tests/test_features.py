@@ -1,4 +1,4 @@
-"""Features are what the layer put out, logits are found, and models made on first use work."""
+"""Features are exact layer outputs, logits are found, and lazy models work."""
 
 import copy
 import gc
@@ -16,11 +16,11 @@ from kd_lightning.models.features import count_parameters, layer_shapes
 from kd_lightning.models.outputs import find_logits
 from kd_lightning.models.preparing import materialize, to_memory_format
 
-# --- features are what the layer put out --------------------------------------------------------
+# --- features are exact layer outputs -----------------------------------------------------------
 
 
 def cloned_outputs(model, images):
-    """What every layer puts out, copied at once, and what the model returns."""
+    """The outputs of all layers, copied immediately, and of the model."""
     found, handles = {}, []
     for name, module in model.named_modules():
 
@@ -35,7 +35,7 @@ def cloned_outputs(model, images):
 
 
 class InPlace(torch.nn.Module):
-    """Every way in which a layer's output may be modified by what follows."""
+    """All ways in which a layer's output may be modified in place later."""
 
     def __init__(self):
         super().__init__()
@@ -51,7 +51,7 @@ class InPlace(torch.nn.Module):
         y = self.identity(self.relu(y))
         y = self.last(y * 1)
         with torch.no_grad():
-            y.data.clamp_(max=0.1)  # not counted by autograd
+            y.data.clamp_(max=0.1)  # does not increment the version
         y.view(-1)[::2].detach().mul_(0.5)
         return self.fc(y.mean((2, 3)))
 
@@ -59,7 +59,7 @@ class InPlace(torch.nn.Module):
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("gradients", [False, True])
 @pytest.mark.parametrize("logits", [False, True])
-def test_a_feature_is_what_the_layer_put_out_whatever_modifies_it(training, gradients, logits):
+def test_features_are_unaffected_by_in_place_operations(training, gradients, logits):
     torch.manual_seed(0)
     model, images = InPlace().train(training), torch.randn(4, 3, 6, 6)
     with torch.set_grad_enabled(gradients):
@@ -76,7 +76,7 @@ def test_a_feature_is_what_the_layer_put_out_whatever_modifies_it(training, grad
             read.close()
 
 
-def test_features_are_those_of_the_mode_the_model_is_in():
+def test_features_follow_the_mode_of_the_model():
     torch.manual_seed(0)
     model, images = InPlace(), torch.randn(4, 3, 6, 6)
     read = FeatureReader(model, ["conv1", "bn1"])
@@ -89,7 +89,7 @@ def test_features_are_those_of_the_mode_the_model_is_in():
                     assert torch.equal(feature, truth[layer])
 
 
-def test_gradients_flow_through_features_that_are_modified_later():
+def test_gradients_flow_through_features_modified_in_place():
     torch.manual_seed(0)
     model, images = InPlace(), torch.randn(4, 3, 6, 6)
     out_of_place = copy.deepcopy(model)
@@ -107,7 +107,7 @@ def test_gradients_flow_through_features_that_are_modified_later():
         torch.testing.assert_close(gradient, gradients[0])
 
 
-def test_what_is_not_modified_is_not_copied():
+def test_unmodified_features_are_not_copied():
     model, images = ResNet9(width=4).eval(), torch.randn(2, 3, 32, 32)
     put_out = {}
     model.stage1.register_forward_hook(lambda _m, _i, output: put_out.update(stage1=output))
@@ -117,7 +117,7 @@ def test_what_is_not_modified_is_not_copied():
 
 
 class Moody(torch.nn.Module):
-    """Modifies the output of a layer in place, but not the first time."""
+    """Modifies the output of a layer in place, but not in the first call."""
 
     def __init__(self):
         super().__init__()
@@ -131,7 +131,7 @@ class Moody(torch.nn.Module):
         return self.fc(x)
 
 
-def test_a_modification_that_the_first_call_did_not_show_is_never_silent():
+def test_new_in_place_modification_is_detected():
     model, images = Moody().eval(), torch.randn(4, 3)
     read = FeatureReader(model, ["layer"])
     with torch.no_grad():
@@ -143,7 +143,7 @@ def test_a_modification_that_the_first_call_did_not_show_is_never_silent():
         read(images)
 
 
-def test_a_layer_that_is_not_used_or_puts_out_no_tensor_is_named():
+def test_unused_or_non_tensor_layer_is_reported():
     class Odd(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -161,7 +161,7 @@ def test_features_are_not_kept_between_calls():
     model, images = ConvNet([4, 8], 16), torch.randn(2, 3, 32, 32)
     read = FeatureReader(model, ["stage1"])
     feature = weakref.ref(read(images).features["stage1"])
-    model(images)  # as in validation: nobody reads
+    model(images)  # as in validation, without reading
     gc.collect()
     assert feature() is None
     assert read._reading is None
@@ -176,7 +176,7 @@ Prediction = namedtuple("Prediction", "loss logits")
 
 @dataclass
 class ModelOutput:
-    """As in Hugging Face's transformers."""
+    """Like Hugging Face transformers."""
 
     loss: object = None
     logits: object = None
@@ -204,7 +204,7 @@ class ModelOutput:
         {"head": {"prediction": LOGITS}},
     ],
 )
-def test_logits_are_found_in_whatever_a_model_returns(output):
+def test_logits_are_found_in_any_model_output(output):
     assert find_logits(output, 10) is LOGITS
 
 
@@ -223,17 +223,17 @@ def test_logits_are_found_in_whatever_a_model_returns(output):
         LOGITS.long(),
     ],
 )
-def test_an_output_without_logits_is_described(output):
+def test_output_without_logits_is_reported(output):
     sentence = r"^the teacher must give one logit for each of the 10 classes.*returns"
     with pytest.raises(InputError, match=sentence):
         find_logits(output, 10, "the teacher")
 
 
-# --- models that are made on first use ----------------------------------------------------------
+# --- lazy models --------------------------------------------------------------------------------
 
 
 class LazyGrid(torch.nn.Module):
-    """Keeps a position grid, which is no buffer, of the first images."""
+    """Creates a position grid, which is not a buffer, from the first images."""
 
     def __init__(self):
         super().__init__()
@@ -248,7 +248,7 @@ class LazyGrid(torch.nn.Module):
 
 
 class LazyHead(torch.nn.Module):
-    """Makes its classifier when it knows the width, by hand."""
+    """Creates its classifier once the width is known."""
 
     def __init__(self):
         super().__init__()
@@ -260,7 +260,7 @@ class LazyHead(torch.nn.Module):
         return self.fc(images.flatten(1))
 
 
-def test_looking_at_shapes_leaves_nothing_behind():
+def test_layer_shapes_has_no_side_effects():
     model = LazyGrid()
     before = torch.get_rng_state()
     with torch.inference_mode():
@@ -281,7 +281,7 @@ def test_looking_at_shapes_leaves_nothing_behind():
         LazyHead,
     ],
 )
-def test_weights_that_are_made_on_first_use_are_made_before_they_are_needed(build):
+def test_lazy_weights_are_materialised_in_time(build):
     torch.manual_seed(0)
     model = build()
     materialize(model, 8)
@@ -293,13 +293,13 @@ def test_weights_that_are_made_on_first_use_are_made_before_they_are_needed(buil
     assert [id(weight) for weight in model.parameters()] == weights
 
 
-def test_a_lazy_model_that_cannot_take_the_images_is_refused_in_a_sentence():
+def test_lazy_model_with_wrong_image_size_is_rejected():
     model = nn.Sequential(nn.LazyConv2d(4, 9), nn.Flatten(), nn.LazyLinear(10))
     with pytest.raises(InputError, match=r"student\.model cannot take images of 8x8 pixels"):
         materialize(model, 8, "student.model")
 
 
-def test_materializing_changes_nothing_of_an_ordinary_model():
+def test_materialize_leaves_other_models_unchanged():
     torch.manual_seed(0)
     model = ResNet9(width=4)
     state, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()

@@ -1,4 +1,4 @@
-"""The frozen teacher answers what the plain model would, whatever the model is made of."""
+"""The frozen teacher has the outputs of the original model, for any architecture."""
 
 import copy
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 
 
 class ConvBN(nn.Module):
-    """A convolution, its normalisation, a classifier."""
+    """A convolution, BatchNorm, a classifier."""
 
     def __init__(self, convolution=None, normalization=None):
         super().__init__()
@@ -47,7 +47,7 @@ def hooked():
 
 
 class Nested(nn.Module):
-    """A stem that ends with a convolution, a block that begins with a normalisation."""
+    """A stem that ends with a convolution, a block that starts with BatchNorm."""
 
     def __init__(self):
         super().__init__()
@@ -60,7 +60,7 @@ class Nested(nn.Module):
 
 
 class Reused(ConvBN):
-    """The normalisation is called twice."""
+    """BatchNorm is called twice."""
 
     def forward(self, images):
         x = self.bn(self.conv(images))
@@ -68,7 +68,7 @@ class Reused(ConvBN):
 
 
 class Functional(ConvBN):
-    """The convolution's weight is used a second time."""
+    """The convolution's weight is used twice."""
 
     def forward(self, images):
         other = F.conv2d(images.flip(-1), self.conv.weight)
@@ -76,7 +76,7 @@ class Functional(ConvBN):
 
 
 class Alias(ConvBN):
-    """The convolution has a second name, by which it is called."""
+    """The convolution has a second name, under which it is called."""
 
     def __init__(self):
         super().__init__()
@@ -100,7 +100,7 @@ class Tied(ConvBN):
 
 
 class Stores(ConvBN):
-    """Keeps a feature with its history, which cannot be deep-copied."""
+    """Stores a non-leaf feature, which cannot be deep-copied."""
 
     def forward(self, images):
         self.feature = self.bn(self.conv(images))
@@ -126,7 +126,7 @@ MODELS = {
 
 
 def build(name):
-    """The model with statistics other than a new one's, trained for a step."""
+    """The model after one training step, with non-default statistics."""
     torch.manual_seed(0)
     model = MODELS[name]()
     model.train()(torch.randn(8, 3, 9, 9) * 2 + 1).sum().backward()
@@ -136,7 +136,7 @@ def build(name):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16], ids=["float32", "autocast"])
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prepared_teacher_answers_what_the_model_does(name, dtype):
+def test_prepared_teacher_has_the_outputs_of_the_model(name, dtype):
     model = build(name)
     layers = [layer for layer, _ in model.named_children() if layer != "other"]
     layers = [layer for layer in layers if (name, layer) != ("alias", "same")]
@@ -161,18 +161,18 @@ def test_a_prepared_teacher_answers_what_the_model_does(name, dtype):
 
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated")
 @pytest.mark.parametrize("name", MODELS)
-def test_only_what_nothing_else_sees_is_folded(name):
+def test_only_unshared_batchnorms_are_folded(name):
     count = fold_batchnorm(copy.deepcopy(build(name)) if name == "plain" else build(name))
     assert count == (name in {"plain", "nested", "no_affine", "stores"})
 
 
 @pytest.mark.parametrize("layer", ["stem", "stem.0"])
-def test_a_container_that_ends_with_a_convolution_keeps_its_output(layer):
+def test_container_that_ends_with_a_convolution_keeps_its_output(layer):
     assert fold_batchnorm(build("nested"), keep=[layer]) == 0
     assert fold_batchnorm(build("nested"), keep=["block", "block.0"]) == 1
 
 
-def test_a_copy_that_answers_otherwise_is_not_used(monkeypatch):
+def test_copy_with_different_outputs_is_not_used(monkeypatch):
     def fold_wrongly(model, keep=()):
         del keep
         model.bn.bias.data.add_(0.5)
@@ -186,7 +186,7 @@ def test_a_copy_that_answers_otherwise_is_not_used(monkeypatch):
     assert torch.equal(teacher(images), expected)
 
 
-def test_a_copy_that_fails_is_not_used(monkeypatch):
+def test_failing_copy_is_not_used(monkeypatch):
     def fail(*_arguments, **_keywords):
         raise RuntimeError("not foldable")
 
@@ -216,7 +216,7 @@ def test_weights_used_in_float32_too_are_not_converted():
         assert torch.equal(teacher(images), model(images))
 
 
-def test_the_model_itself_is_bit_equal_and_in_evaluation_mode_after_answering():
+def test_original_model_is_unchanged_and_in_evaluation_mode():
     torch.manual_seed(0)
     model = ResNet9(width=4)
     before = copy.deepcopy(model.state_dict())
@@ -231,7 +231,7 @@ def test_the_model_itself_is_bit_equal_and_in_evaluation_mode_after_answering():
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_preparing_and_answering_draw_no_random_numbers():
+def test_teacher_draws_no_random_numbers():
     teacher = FrozenTeacher(build("plain"), HALF, HALF)
     teacher.prepare(CPU, torch.channels_last, None)
     images = torch.randn(8, 3, 9, 9)
@@ -241,7 +241,7 @@ def test_preparing_and_answering_draw_no_random_numbers():
 
 
 class Position(nn.Module):
-    """Makes a position grid on first use and keeps it."""
+    """Creates and stores a position grid on first use."""
 
     def __init__(self):
         super().__init__()
@@ -253,27 +253,27 @@ class Position(nn.Module):
         return self.fc((images + self.grid).flatten(1))
 
 
-def test_what_a_teacher_keeps_of_its_first_images_is_not_kept_before_it_is_in_place():
+def test_lazy_buffers_are_created_only_after_placement():
     model = Position()
     teacher = FrozenTeacher(model, HALF, HALF)
     teacher(torch.randn(4, 3, 2, 2))
     assert teacher.why_not_stored(torch.randn(4, 3, 2, 2)) == ""
     assert model.grid is None
-    with torch.inference_mode():  # as Lightning may
+    with torch.inference_mode():  # as in Lightning's validation
         teacher.prepare(CPU, torch.channels_last, None)
         teacher(torch.randn(4, 3, 2, 2))
     assert model.grid is None or not model.grid.is_inference()
 
 
 class Noisy(ConvBN):
-    """Another answer each time."""
+    """Different outputs in every pass."""
 
     def forward(self, images):
         return super().forward(images + torch.rand_like(images))
 
 
 class BatchMean(ConvBN):
-    """An image is compared with the others."""
+    """Outputs depend on the other images of the batch."""
 
     def forward(self, images):
         return super().forward(images - images.mean(0, keepdim=True))
@@ -283,12 +283,12 @@ class BatchMean(ConvBN):
     ("model", "reason"),
     [
         (ConvBN, ""),
-        (Noisy, "differently each time"),
+        (Noisy, "two passes"),
         (BatchMean, "other images"),
         (MODELS["no_statistics"], "other images"),
     ],
 )
-def test_answers_that_cannot_be_repeated_must_not_be_stored(model, reason):
+def test_nondeterministic_outputs_must_not_be_cached(model, reason):
     torch.manual_seed(0)
     teacher = FrozenTeacher(model(), HALF, HALF)
     images, before = torch.randn(4, 3, 9, 9), torch.get_rng_state()
@@ -298,7 +298,7 @@ def test_answers_that_cannot_be_repeated_must_not_be_stored(model, reason):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_answers_can_be_used_in_training():
+def test_teacher_outputs_can_be_used_in_training():
     teacher = FrozenTeacher(build("plain"), HALF, HALF)
     with torch.inference_mode():
         logits = teacher(torch.randn(4, 3, 9, 9))
@@ -306,7 +306,7 @@ def test_answers_can_be_used_in_training():
     assert not logits.requires_grad
 
 
-def test_a_layer_that_is_read_with_and_without_logits_is_the_same():
+def test_features_are_equal_with_and_without_logits():
     model = nn.Sequential(convolution(), nn.BatchNorm2d(4), nn.ReLU(inplace=True), nn.Flatten())
     images = torch.randn(4, 3, 9, 9)
     answers = []

@@ -1,4 +1,4 @@
-"""Our own files, with anything at all in them: read, or refused in a sentence, never a crash."""
+"""Fuzzing of our own files: they are read, or rejected with a message, and never crash."""
 
 import contextlib
 import copy
@@ -41,7 +41,7 @@ garbage = st.binary(max_size=200) | st.sampled_from([b"", b"\xff\xfe", b"null", 
 
 @st.composite
 def damaged(draw, content):
-    """A file's bytes cut off, or some of them changed."""
+    """A file's bytes, truncated or modified."""
     if draw(st.booleans()):
         return content[: draw(st.integers(0, len(content)))]
     data = bytearray(content)
@@ -52,7 +52,7 @@ def damaged(draw, content):
 
 @st.composite
 def changed(draw, tree):
-    """A tree of dictionaries with something else, or nothing, in some places."""
+    """A tree of dictionaries with some values replaced or removed."""
     tree = copy.deepcopy(tree)
     for _ in range(draw(st.integers(1, 3))):
         node = tree
@@ -103,7 +103,7 @@ def write(path, content):
 
 
 def tables(sources):
-    """Everything that is said of runs, as far as `results.md`."""
+    """The full reporting pipeline, up to `results.md`."""
     runs = read_runs(sources)
     for setting, part in runs[runs["status"] != "unreadable"].groupby("setting"):
         markdown(setting, part, summarise(part), {})
@@ -149,8 +149,8 @@ def test_results_csv(tmp_path, column, row, value, data):
 )
 @example(b"a,b\n1,2\n", b"a,b\n1,2\n")
 @example(b"epoch,val_accuracy\nlate,good\n", b"cat,dog\nmany,few\n3,4\n")
-def test_what_a_run_has_beside_its_metrics(tmp_path, history, confusion):
-    """The report is written all the same, without the picture."""
+def test_other_files_of_a_run(tmp_path, history, confusion):
+    """The report is written without the figure."""
     run = tmp_path / "runs" / "run"
     write(run / "metrics.json", metrics())
     write(run / "history.csv", history)
@@ -223,7 +223,7 @@ def test_checkpoint(tmp_path, data):
 
 @fuzz
 @given(st.data())
-def test_a_stored_teacher(tmp_path_factory, data):
+def test_damaged_stored_teacher(tmp_path_factory, data):
     store = TeacherStore(tmp_path_factory.mktemp("store"))
     trained = []
 
@@ -241,13 +241,13 @@ def test_a_stored_teacher(tmp_path_factory, data):
         assert isinstance(again.facts[fact], float)
     assert len(trained) in (1, 2)
     assert (again.path / "teacher.safetensors").exists()
-    if len(trained) == 2:  # what was there is kept
+    if len(trained) == 2:  # the existing one is kept
         assert list(store.root.glob("*.damaged-1/teacher.safetensors"))
 
 
 @fuzz
 @given(st.data())
-def test_rows_that_were_changed_are_not_known(tmp_path_factory, data):
+def test_modified_rows_are_invalid(tmp_path_factory, data):
     root = tmp_path_factory.mktemp("rows")
     rows = memory.Rows(root / "t", {"a": 1}, images=5, shape=(3,), dtype=torch.float16)
     index, view = torch.arange(5), torch.zeros(5, dtype=torch.int64)
@@ -261,7 +261,7 @@ def test_rows_that_were_changed_are_not_known(tmp_path_factory, data):
     width = len(before) // 5
     for row in range(5):
         same = content[row * width : (row + 1) * width] == before[row * width : (row + 1) * width]
-        whole = len(content) >= len(before)  # else there is no file, as far as it goes
+        whole = len(content) >= len(before)  # otherwise the file counts as missing
         assert bool(known[row]) == (same and whole)
         if known[row]:
             assert numbers[row].tolist() == [3 * row, 3 * row + 1, 3 * row + 2]
@@ -271,7 +271,7 @@ def test_rows_that_were_changed_are_not_known(tmp_path_factory, data):
 
 @fuzz
 @given(st.data())
-def test_decoded_images(tmp_path_factory, data):
+def test_damaged_decoded_images(tmp_path_factory, data):
     from conftest import write_folder
 
     root = tmp_path_factory.mktemp("images")
@@ -298,7 +298,7 @@ def test_decoded_images(tmp_path_factory, data):
 
 @fuzz
 @given(values | garbage)
-def test_what_a_grid_remembers_of_its_results(tmp_path, content):
+def test_state_file_of_a_grid(tmp_path, content):
     write(tmp_path / "run" / "metrics.json", {**metrics(), "status": "failed", "error": "why"})
     write(tmp_path / ".results.json", content)
     (tmp_path / "results.csv").unlink(missing_ok=True)
@@ -306,8 +306,8 @@ def test_what_a_grid_remembers_of_its_results(tmp_path, content):
     assert (tmp_path / "results.csv").exists()
 
 
-def test_a_strangers_setting_leads_nowhere(tmp_path):
-    """Its name is part of the pictures' names."""
+def test_untrusted_setting_name_stays_in_the_report_folder(tmp_path):
+    """The setting's name is part of the figures' file names."""
     for number, setting in enumerate(("../../elsewhere", "/tmp/x", "<script>alert(1)</script>")):
         write(tmp_path / "runs" / str(number) / "metrics.json", {**metrics(), "setting": setting})
     out = tmp_path / "a" / "b" / "out"

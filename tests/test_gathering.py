@@ -1,4 +1,4 @@
-"""Relational terms see the batches of all processes as one, and gradients find their way back."""
+"""Gathering: relational terms get the batches of all processes, with gradients."""
 
 import pytest
 import torch
@@ -33,10 +33,10 @@ def loss_of(model, rows, targets, size):
 
 
 def work(sizes):
-    """The gradient that DDP would average over the processes."""
+    """The gradient of this process, before DDP averages it."""
     dist.init_process_group("gloo", world_size=2, rank=_rank())
     ours = slice(0, sizes[0]) if _rank() == 0 else slice(sizes[0], sum(sizes))
-    # A process without an image of its own has one all the same, which does not count.
+    # A process without images gets one of weight 0.
     rows, targets = (x[ours] if sizes[_rank()] else x[:1] for x in (ROWS, TARGETS))
     model = network()
     loss = loss_of(model, rows, targets, sizes[_rank()])
@@ -52,7 +52,7 @@ def _rank():
 
 
 @pytest.mark.parametrize("sizes", [(4, 3), (7, 0)])
-def test_gathered_loss_and_gradient_are_those_of_the_whole_batch(sizes):
+def test_gathered_loss_and_gradient_equal_those_of_the_whole_batch(sizes):
     model = network()
     index = torch.arange(7)
     loss = Relations()(Output(model(ROWS), {}), TARGETS, TermBatch(index, index, index))
@@ -68,11 +68,11 @@ def fails(where, how):
     return "fine"
 
 
-def test_an_error_of_rank_0_is_raised_as_it_is():
+def test_error_of_rank_0_is_raised_unchanged():
     with pytest.raises(RunError, match="of rank 0"):
         launch(2, fails, 0, RunError("of rank 0"))
 
 
-def test_an_error_of_another_process_says_which():
-    with pytest.raises(RunError, match="process 1 of 2: disk is full"):
+def test_error_of_another_worker_names_it():
+    with pytest.raises(RunError, match="worker 1 of 2: disk is full"):
         launch(2, fails, 1, OSError("disk is full"))

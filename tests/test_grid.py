@@ -1,4 +1,4 @@
-"""A grid: every cell, results as they come, and after an interruption it goes on."""
+"""Grids: complete results, continuous updates, and resume after an interruption."""
 
 import csv
 import json
@@ -28,8 +28,8 @@ def statuses(folder):
     }
 
 
-def test_a_grid_fills_reports_and_is_then_left_alone(train, tmp_path):
-    # What happens in another grid meanwhile is not its affair.
+def test_grid_trains_reports_and_is_not_repeated(train, tmp_path):
+    # Unaffected by other grids.
     other = tmp_path / "outputs" / "runs" / "other"
     (other / "none-small-s9").mkdir(parents=True)
     (other / "none-small-s9" / "metrics.json").write_text('{"status": "failed"}')
@@ -57,26 +57,26 @@ def test_a_grid_fills_reports_and_is_then_left_alone(train, tmp_path):
     kept = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "multirun.yaml"}
     again = train(*GRID)
     assert again.code == 0
-    assert again.out.count("was finished before") == 4
-    assert again.err == ""  # nothing was done that could say how long the rest will take
+    assert again.out.count("is already finished") == 4
+    assert again.err == ""  # nothing was trained, so there is no estimate
     files = {p: p.stat().st_mtime_ns for p in folder.rglob("*") if p.name != "multirun.yaml"}
     for path, at in kept.items():
         assert files[path] == at or not path.is_file() or path.suffix == ".lock", path
     assert files.keys() == kept.keys()
-    # One more seed: what is there is not trained again.
+    # One more seed: finished runs are not repeated.
     wider = train("-m", "setting=grid", "method=none,logit", "seed=0,1,2")
-    assert wider.out.count("was finished before") == 4
+    assert wider.out.count("is already finished") == 4
     assert len(wider.runs) == 2
 
 
-def test_the_experiment_is_a_grid_and_an_axis_can_be_narrowed(train, tmp_path):
+def test_experiment_grid_with_overridden_axis(train, tmp_path):
     done = train("experiment=grid", "setting=grid", "method=none", "seed=3")
     assert done.code == 0, done.err
     names = {run.name.partition("-model")[0] for run in done.runs}
     assert names == {"none-small-s3", "none-medium-s3", "none-large-s3"}
 
 
-def test_each_of_several_teachers_has_a_table_and_none_is_trained_for_the_first(train, tmp_path):
+def test_none_is_trained_once_for_several_teachers(train, tmp_path):
     done = train(
         "-m", "experiment=grid", "teacher=resnet20,resnet32", "teacher.trainer.max_epochs=1",
         "method=none,logit", "student=small", "seed=0", "trainer.max_epochs=1", "optimizer.lr=0.01",
@@ -86,8 +86,8 @@ def test_each_of_several_teachers_has_a_table_and_none_is_trained_for_the_first(
     tables = list(tmp_path.glob("outputs/runs/*/results.md"))
     assert len(tables) == 2
     for teacher in ("resnet20", "resnet32"):
-        assert f"\nteacher {teacher} (" in done.out  # in words, above its table
-    # The baseline is trained once; the second table looks it up.
+        assert f"\nteacher {teacher} (" in done.out  # the title of its table
+    # The baseline is trained once and used in both tables.
     assert sorted(run.name.partition("-s0")[0] for run in done.runs) == [
         "logit-small", "logit-small", "none-small",
     ]  # fmt: skip
@@ -98,7 +98,7 @@ def test_each_of_several_teachers_has_a_table_and_none_is_trained_for_the_first(
         assert accuracies.keys() == {"none", "logit"}
 
 
-def test_one_bad_cell_stops_no_other_and_is_tried_again(train, tmp_path, monkeypatch):
+def test_failed_run_does_not_stop_the_grid_and_is_retried(train, tmp_path, monkeypatch):
     original = training.train_student
 
     def fails(job, *rest):
@@ -121,7 +121,7 @@ def test_one_bad_cell_stops_no_other_and_is_tried_again(train, tmp_path, monkeyp
     assert "failed" not in (folder / "results.md").read_text()
 
 
-def test_a_cell_that_another_process_works_on_is_passed_over(train, tmp_path):
+def test_run_locked_by_another_process_is_skipped(train, tmp_path):
     (run,) = train("method=none", "setting=grid").runs
     (run / "metrics.json").unlink()
     with RunDirectory(run).lock():
@@ -131,7 +131,7 @@ def test_a_cell_that_another_process_works_on_is_passed_over(train, tmp_path):
     assert len(done.runs) == 1
 
 
-def test_without_a_teacher_a_run_is_trained_once_for_all_teachers(train, tmp_path):
+def test_run_without_teacher_is_shared_by_all_teachers(train, tmp_path):
     other = ("teacher.model.hidden=24", "setting=another")
     (first,) = train("method=none", "setting=grid").runs
     files = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
@@ -139,14 +139,14 @@ def test_without_a_teacher_a_run_is_trained_once_for_all_teachers(train, tmp_pat
     assert again.code == 0
     assert not again.runs
     assert str(first) in again.out
-    assert not (tmp_path / "outputs" / "runs" / "another").exists()  # nothing is left for it
+    assert not (tmp_path / "outputs" / "runs" / "another").exists()  # no empty folder is left
     in_a_grid = train("-m", "method=none", *other)
-    assert f"was finished before, in {first}" in in_a_grid.out
+    assert f"is already finished, in {first}" in in_a_grid.out
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()} == files
-    # What does depend on the teacher, or differs in more, is trained.
+    # Runs that depend on the teacher, or differ otherwise, are trained.
     (distilled,) = train("method=logit", *other).runs
     (more,) = train("method=none", "setting=longer", "trainer.max_epochs=3").runs
-    # The table of the other setting has the baseline that belongs to it, and its gain.
+    # The table of the other setting contains the baseline and the gain.
     runs = read_runs([distilled.parent])
     assert list(runs["method"]) == ["none", "logit"]
     assert list(runs["folder"]) == [str(first), str(distilled)]
@@ -154,11 +154,11 @@ def test_without_a_teacher_a_run_is_trained_once_for_all_teachers(train, tmp_pat
     assert cells.loc["logit", "pairs"] == 1
     expected = runs["test_accuracy"][1] - runs["test_accuracy"][0]
     assert cells.loc["logit", "gain"] == pytest.approx(expected)
-    # Its compression is that of the teacher that the table is about.
+    # Its compression ratio refers to the teacher of the table.
     metrics = RunDirectory(distilled).read_metrics()
     assert runs["teacher_parameters"][0] == metrics["teacher_parameters"]
     assert runs["compression_ratio"][0] == pytest.approx(metrics["compression_ratio"])
-    # Training the baseline there, too, ends with the same student.
+    # Training the baseline again gives the same student.
     weights = (first / "student.safetensors").read_bytes()
     shutil.rmtree(first)
     shutil.rmtree(more)
@@ -181,7 +181,7 @@ def uninterrupted(tmp_path_factory):
 
 
 def results(root):
-    """Of every cell: weights, history without the speed, and what was measured."""
+    """Weights, history without speed, and results of every cell."""
     found = {}
     for run in sorted((root / "runs" / "grid").glob("*/")):
         metrics = json.loads((run / "metrics.json").read_text())
@@ -199,9 +199,7 @@ def results(root):
     ("cell", "how"),
     [("none", "SIGKILL"), ("combined", "SIGKILL"), ("none", "SIGTERM"), ("combined", "SIGINT")],
 )
-def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
-    tmp_path, uninterrupted, cell, how
-):
+def test_resume_after_kill_gives_the_same_grid(tmp_path, uninterrupted, cell, how):
     command = [*COMMAND, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
     process = processes.start(*command)
     processes.wait_for(f"runs/grid/{cell}*/checkpoints/last.ckpt", tmp_path, process)
@@ -223,7 +221,7 @@ def test_killed_and_started_again_it_ends_as_if_nothing_had_been(
     assert results(tmp_path) == uninterrupted
 
 
-def test_a_damaged_checkpoint_is_not_gone_on_with(train, tmp_path, caplog):
+def test_damaged_checkpoint_restarts_training(train, tmp_path, caplog):
     (run,) = train("method=none", "setting=grid").runs
     weights = (run / "student.safetensors").read_bytes()
     (run / "metrics.json").write_text(
@@ -233,11 +231,11 @@ def test_a_damaged_checkpoint_is_not_gone_on_with(train, tmp_path, caplog):
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     done = train("method=none", "setting=grid")
     assert done.code == 0
-    assert "is damaged: training begins anew" in done.err + caplog.text
+    assert "is damaged; training restarts" in done.err + caplog.text
     assert (run / "student.safetensors").read_bytes() == weights
 
 
-def test_interrupted_after_its_last_epoch_it_is_only_tested(train):
+def test_resume_after_the_last_epoch_only_tests(train):
     (run,) = train("method=none", "setting=grid").runs
     metrics = json.loads((run / "metrics.json").read_text())
     unfinished = ("status", "test_accuracy", "test_accuracy_at_best")
@@ -249,11 +247,11 @@ def test_interrupted_after_its_last_epoch_it_is_only_tested(train):
     again = json.loads((run / "metrics.json").read_text())
     for key in ("status", "val_accuracy", "test_accuracy", "best_epoch", "test_accuracy_at_best"):
         assert again[key] == metrics[key]
-    assert again["images_per_second"] == metrics["images_per_second"]  # nothing was trained again
+    assert again["images_per_second"] == metrics["images_per_second"]  # not trained again
     assert (run / "student.safetensors").read_bytes() == weights
 
 
-def test_a_checkpoint_is_replaced_when_the_next_is_whole(tmp_path, monkeypatch):
+def test_checkpoint_write_is_atomic(tmp_path, monkeypatch):
     from kd_lightning.engine.trainer import AtomicCheckpoints
 
     path = tmp_path / "last.ckpt"
@@ -274,7 +272,7 @@ def test_a_checkpoint_is_replaced_when_the_next_is_whole(tmp_path, monkeypatch):
     ("launcher", "setting"),
     [("joblib", "hydra.launcher.n_jobs=2"), ("submitit_local", "hydra.launcher.timeout_min=5")],
 )
-def test_workers_and_jobs_of_a_cluster_share_one_teacher(tmp_path, launcher, setting):
+def test_joblib_and_submitit_jobs_share_one_teacher(tmp_path, launcher, setting):
     pytest.importorskip(f"hydra_plugins.hydra_{launcher.partition('_')[0]}_launcher")
     done = in_a_new_process(
         "train.py", "-m", *TINY, f"hydra/launcher={launcher}", setting, "method=logit",

@@ -13,7 +13,7 @@ from kd_lightning.models import CifarResNet, ConvNet, ResNet9
 @pytest.fixture
 def machine(monkeypatch):
     def pretend(cuda=None, cpu=(), mps=False):
-        """`cuda`: None, or whether it has bfloat16 of its own; `cpu`: its capabilities."""
+        """`cuda`: None, or whether it has native bfloat16; `cpu`: its capabilities."""
 
         def bf16(including_emulation=True):
             return including_emulation or bool(cuda)
@@ -37,7 +37,7 @@ def machine(monkeypatch):
     ("what", "precision", "memory_format"),
     [
         ({"cuda": True}, "bf16-mixed", torch.channels_last),
-        ({"cuda": False}, "16-mixed", torch.channels_last),  # a T4 claims bf16, and emulates it
+        ({"cuda": False}, "16-mixed", torch.channels_last),  # a T4 reports bf16, but emulates it
         ({"cpu": ["avx512_bf16"]}, "bf16-mixed", torch.channels_last),
         ({"cpu": ["amx_bf16"]}, "bf16-mixed", torch.channels_last),
         ({"cpu": ["avx2"]}, "32-true", torch.channels_last),
@@ -45,17 +45,17 @@ def machine(monkeypatch):
         ({"mps": True, "cpu": ["avx512_bf16"]}, "32-true", torch.contiguous_format),
     ],
 )
-def test_what_is_chosen(machine, what, precision, memory_format):
+def test_choice_of_precision_and_memory_format(machine, what, precision, memory_format):
     machine(**what)
     assert hardware.choose_precision() == precision
     assert hardware.choose_memory_format(precision) == memory_format
 
 
 @pytest.mark.parametrize("best", [{"cuda": True}, {"cuda": False}, {"mps": True}])
-def test_the_cpu_can_be_asked_for_on_a_machine_with_a_gpu(machine, best):
+def test_cpu_can_be_selected_on_a_gpu_machine(machine, best):
     machine(**best, cpu=["avx2"])
     assert hardware.choose_precision("cpu") == "32-true"
-    # The accelerator that trains decides, not the best one that there is.
+    # The selected accelerator matters, not the best available one.
     assert hardware.choose_memory_format("32-true", "cpu") == torch.channels_last
     assert hardware.choose_memory_format("32-true", "gpu") == torch.contiguous_format
     trainer = {"accelerator": "cpu", "devices": 1, "precision": "auto", "memory_format": "auto"}
@@ -106,7 +106,7 @@ GROUPED = {
 
 
 @pytest.mark.parametrize(("name", "grouped"), GROUPED.items())
-def test_grouped_convolutions_are_found_in_any_family(name, grouped):
+def test_grouped_convolutions_are_detected(name, grouped):
     with torch.device("cpu" if name.startswith("regnet") else "meta"):  # it computes its widths
         assert hardware.has_groups(getattr(torchvision.models, name)()) == grouped
 
@@ -124,17 +124,15 @@ def test_grouped_convolutions_are_found_in_any_family(name, grouped):
         ("mobilenet_v3_small", {"cpu": ["amx_bf16"]}, {"precision": "bf16-mixed"}, "bf16-mixed"),
     ],
 )  # fmt: skip
-def test_a_model_with_grouped_convolutions_is_trained_in_float32_on_a_cpu(
-    machine, student, what, trainer, precision
-):
+def test_grouped_convolutions_use_float32_on_a_cpu(machine, student, what, trainer, precision):
     machine(**what)
     node = {"_target_": f"torchvision.models.{student}", "num_classes": 3}
     state = torch.get_rng_state()
     assert resolve_trainer({**AUTO, **trainer}, node).precision == precision
-    assert torch.equal(torch.get_rng_state(), state)  # looking at a model draws nothing
+    assert torch.equal(torch.get_rng_state(), state)  # inspecting a model draws no random numbers
 
 
-def test_every_published_network_keeps_its_precision(machine):
+def test_precision_of_every_configured_network(machine):
     machine(cpu=["avx512_bf16"])
     for model in (ConvNet([4], 8), ResNet9(), CifarResNet(depth=20)):
         assert hardware.choose_precision("auto", model) == "bf16-mixed"
@@ -151,13 +149,13 @@ def test_every_published_network_keeps_its_precision(machine):
         (5, 1, "one of auto, gpu"),
     ],
 )
-def test_an_accelerator_that_is_not_there_is_refused(machine, accelerator, devices, part):
+def test_unavailable_accelerator_is_rejected(machine, accelerator, devices, part):
     machine()
     with pytest.raises(InputError, match=part):
         hardware.check_accelerator(accelerator, devices, "trainer")
 
 
-def test_more_devices_than_there_are_are_refused(machine, monkeypatch):
+def test_too_many_devices_are_rejected(machine, monkeypatch):
     machine(cuda=True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     hardware.check_accelerator("gpu", 2, "trainer")
@@ -168,7 +166,7 @@ def test_more_devices_than_there_are_are_refused(machine, monkeypatch):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_is_asked_for_before_anything_is_loaded(train, monkeypatch):
+def test_missing_gpu_is_reported_before_loading_data(train, monkeypatch):
     from kd_lightning.data.module import ImageDataModule
 
     monkeypatch.setattr(ImageDataModule, "setup", lambda *_: pytest.fail("data were loaded"))
@@ -179,7 +177,7 @@ def test_a_gpu_is_asked_for_before_anything_is_loaded(train, monkeypatch):
 
 
 @pytest.mark.parametrize(("override", "expected"), [("32-true", "32-true"), ("auto", None)])
-def test_one_key_overrides_it(train, override, expected):
+def test_precision_can_be_overridden(train, override, expected):
     metrics = train("method=none", f"trainer.precision={override}", "trainer.max_epochs=1").metrics
     assert metrics["precision"] == (expected or hardware.choose_precision())
 
@@ -194,7 +192,7 @@ def settings_of_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("override", ["deterministic=true", "deterministic=warn", "benchmark=true"])
-def test_on_a_cpu_the_switches_for_kernels_change_nothing(train, settings_of_torch, override):
+def test_kernel_options_change_nothing_on_a_cpu(train, settings_of_torch, override):
     plain, switched = train("method=combined"), train("method=combined", f"+trainer.{override}")
     assert switched.code == 0, switched.err
     assert torch.are_deterministic_algorithms_enabled() == override.startswith("deterministic")
@@ -204,7 +202,7 @@ def test_on_a_cpu_the_switches_for_kernels_change_nothing(train, settings_of_tor
     assert weights[0] == weights[1]
 
 
-def test_another_c_library_is_left_alone(monkeypatch):
+def test_keep_freed_memory_without_glibc(monkeypatch):
     def missing(name):
         raise OSError(f"{name}: cannot open shared object file")
 

@@ -1,4 +1,4 @@
-"""Contents decide, not paths: what changes behind a name invalidates what was computed from it."""
+"""Content hashes: changed inputs invalidate everything computed from them."""
 
 import importlib
 import json
@@ -39,7 +39,7 @@ def write_checkpoint(path, seed):
 
 def write_module(path, text):
     path.write_text(textwrap.dedent(text))
-    # As in a new process: Python would go on with what it has imported.
+    # As in a new process: otherwise Python would use the imported version.
     for name in ("mine", "helpers"):
         sys.modules.pop(name, None)
     shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
@@ -47,7 +47,7 @@ def write_module(path, text):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    """A folder for the user's own modules, on Python's path."""
+    """A folder for user modules, on Python's path."""
     folder = tmp_path / "own"
     folder.mkdir()
     monkeypatch.syspath_prepend(folder)
@@ -67,7 +67,7 @@ NET = """
 # --- runs --------------------------------------------------------------------------------------
 
 
-def test_a_replaced_checkpoint_is_another_teacher(train, tmp_path):
+def test_replaced_checkpoint_invalidates_runs(train, tmp_path):
     checkpoint = tmp_path / "teacher.pt"
     command = ("method=logit", f"teacher.checkpoint={checkpoint}", *TEACHER, *SETTING)
     write_checkpoint(checkpoint, seed=0)
@@ -87,7 +87,7 @@ def test_a_replaced_checkpoint_is_another_teacher(train, tmp_path):
     assert (kept / "student.safetensors").exists()
 
 
-def test_relabelled_images_are_other_images(train, tmp_path, folder):
+def test_relabelled_images_invalidate_runs(train, tmp_path, folder):
     first = train("method=none", *SETTING).metrics
     for number in (0, 2):
         (folder / "train" / "class0" / f"{number}.jpg").rename(
@@ -100,7 +100,7 @@ def test_relabelled_images_are_other_images(train, tmp_path, folder):
     assert superseded(tmp_path) == [f"{name}-1"]
 
 
-def test_an_interrupted_run_is_not_resumed_on_other_images(train, tmp_path, folder):
+def test_interrupted_run_is_not_resumed_on_other_images(train, tmp_path, folder):
     (run,) = train("method=none", *SETTING).runs
     metrics = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").write_text(json.dumps({**metrics, "status": "running"}))
@@ -113,7 +113,7 @@ def test_an_interrupted_run_is_not_resumed_on_other_images(train, tmp_path, fold
     assert (kept / "student.safetensors").read_bytes() == weights
 
 
-def test_files_that_only_look_newer_change_nothing(train, tmp_path, folder, monkeypatch):
+def test_newer_mtime_alone_has_no_effect(train, tmp_path, folder, monkeypatch):
     checkpoint = tmp_path / "teacher.pt"
     write_checkpoint(checkpoint, seed=0)
     command = ("method=logit", f"teacher.checkpoint={checkpoint}", *TEACHER, *SETTING)
@@ -121,15 +121,15 @@ def test_files_that_only_look_newer_change_nothing(train, tmp_path, folder, monk
     before = (run / "student.safetensors").stat().st_mtime_ns
     for path in [checkpoint, *folder.rglob("*.png")]:
         os.utime(path, (1e9, 1e9))
-    assert "finished before" in train(*command).out + train(*command).out
+    assert "already finished" in train(*command).out + train(*command).out
     assert (run / "student.safetensors").stat().st_mtime_ns == before
     assert not superseded(tmp_path)
-    # Now that it is known, nothing is loaded to see it again.
+    # The stamps are updated, so that nothing is loaded again.
     monkeypatch.setattr(training, "prepare", lambda *_: pytest.fail("loaded the images"))
-    assert "finished before" in train(*command).out
+    assert "already finished" in train(*command).out
 
 
-def test_a_corrected_forward_of_a_teacher_invalidates_its_stored_outputs(train, tmp_path, own):
+def test_changed_teacher_code_invalidates_cached_outputs(train, tmp_path, own):
     checkpoint = tmp_path / "teacher.pt"
     write_checkpoint(checkpoint, seed=0)
     command = (
@@ -153,7 +153,7 @@ def test_a_corrected_forward_of_a_teacher_invalidates_its_stored_outputs(train, 
     assert weights[0] == weights[1]
 
 
-def test_corrected_code_of_a_student_supersedes_its_runs(train, tmp_path, own):
+def test_changed_student_code_invalidates_runs(train, tmp_path, own):
     command = ("method=none", "student.model._target_=mine.Net", "student.name=mine", *SETTING)
     write_module(own / "mine.py", NET.format(""))
     first = train(*command).metrics
@@ -172,7 +172,7 @@ TERM = """
 """
 
 
-def test_what_a_term_of_ones_own_stored_is_forgotten_when_its_code_changes(train, tmp_path, own):
+def test_changed_term_code_invalidates_cached_targets(train, tmp_path, own):
     command = ("method=logit", "method.terms.logit._target_=mine.Mine", *SETTING)
     stored = tmp_path / "outputs" / "teachers" / "remembered"
     counts = []
@@ -183,7 +183,7 @@ def test_what_a_term_of_ones_own_stored_is_forgotten_when_its_code_changes(train
     assert counts == [1, 2, 2]
 
 
-def test_a_term_that_only_compares_in_another_way_shares_the_stored_logits(train, tmp_path, own):
+def test_terms_with_equal_targets_share_cached_logits(train, tmp_path, own):
     write_module(
         own / "mine.py",
         """
@@ -221,26 +221,26 @@ def test_a_term_that_only_compares_in_another_way_shares_the_stored_logits(train
     assert len(rows()) == 2 * len(before)
 
 
-def test_a_run_of_an_older_version_is_believed(train, tmp_path):
+def test_run_of_an_older_version_is_valid(train, tmp_path):
     (run,) = train("method=none", *SETTING).runs
     metrics = json.loads((run / "metrics.json").read_text())
     new = ("images_sha256", "teacher_sha256", "code_sha256", "stamps")
     old = {key: value for key, value in metrics.items() if key not in new}
     (run / "metrics.json").write_text(json.dumps(old))
-    assert "finished before" in train("method=none", *SETTING).out
+    assert "already finished" in train("method=none", *SETTING).out
     assert json.loads((run / "metrics.json").read_text()) == old
 
 
-def test_evaluating_on_other_images_says_so(train, folder, capsys):
+def test_evaluation_on_other_images_warns(train, folder, capsys):
     (run,) = train("method=none").runs
     evaluate(run)
     assert capsys.readouterr().err == ""
     (folder / "test" / "class0" / "0.jpg").rename(folder / "test" / "class1" / "moved.jpg")
     evaluate(run)
-    assert "the images are not those" in capsys.readouterr().err
+    assert "the images differ" in capsys.readouterr().err
 
 
-def test_a_student_without_a_teacher_is_not_copied_from_other_images(train, folder):
+def test_baseline_on_other_images_is_not_reused(train, folder):
     train("method=none", "setting=one")
     (folder / "train" / "class0" / "0.jpg").rename(folder / "train" / "class1" / "moved.jpg")
     other = ("setting=two", "teacher.model.hidden=24")
@@ -264,19 +264,19 @@ NET_TEXT = """
 """
 
 
-def test_code_is_what_is_computed_and_not_how_it_is_written(own):
+def test_comments_and_formatting_do_not_change_the_code_hash(own):
     first = digest(own, NET_TEXT)
     commented = NET_TEXT.replace("return x", "'''Doc.'''  # why\n            return  x")
     assert digest(own, commented) == first
     assert digest(own, NET_TEXT.replace("x *", "x +")) != first
-    assert digest(own, NET_TEXT, helper="VALUE = 2\n") != first  # what it imports counts
+    assert digest(own, NET_TEXT, helper="VALUE = 2\n") != first  # imports are included
 
 
-def test_code_counts_as_it_was_loaded(own):
+def test_code_hash_is_of_the_imported_version(own):
     write_module(own / "helpers.py", "VALUE = 1\n")
     write_module(own / "mine.py", textwrap.dedent(NET_TEXT))
     first = contents.source_sha256({"_target_": "mine.Net"})
-    # The runs of a grid that has begun go on with what they have imported.
+    # The remaining runs of a grid use the imported version.
     (own / "mine.py").write_text(textwrap.dedent(NET_TEXT.replace("x *", "x +")))
     assert contents.source_sha256({"_target_": "mine.Net"}) == first
     importlib.reload(sys.modules["mine"])
@@ -284,13 +284,13 @@ def test_code_counts_as_it_was_loaded(own):
 
 
 @pytest.mark.parametrize("file", ["__init__.py", "patches.py", "late.py"])
-def test_everything_counts_that_a_package_runs(own, file):
+def test_code_hash_includes_package_init_and_late_imports(own, file):
     package = own / "helpers"
     package.mkdir()
     texts = {
         "__init__.py": "from . import patches\nSCALE = 1\n",
         "patches.py": "VALUE = 1\n",
-        "late.py": "VALUE = 1\n",  # imported by a call, which may come after the question
+        "late.py": "VALUE = 1\n",  # imported by a later function call
         "net.py": "class Net:\n    def forward(self, x):\n        from . import late\n",
     }
     for name, text in texts.items():
@@ -307,12 +307,12 @@ def test_everything_counts_that_a_package_runs(own, file):
     assert contents.source_sha256(node) != first
 
 
-def test_packages_of_others_count_by_name():
+def test_third_party_packages_are_identified_by_name():
     node = {"a": {"_target_": "torchvision.models.resnet18"}, "b": [{"_target_": "torch.nn.ReLU"}]}
     assert contents.source_sha256(node, {"_target_": "kd_lightning.models.ConvNet"}) is None
 
 
-def test_a_class_that_hydra_only_looks_up_is_code_too(own):
+def test_code_hash_includes_hydra_get_class(own):
     write_module(own / "mine.py", "class Norm: pass\n")
     node = {"norm_layer": {"_target_": "hydra.utils.get_class", "path": "mine.Norm"}}
     first = contents.source_sha256(node)
@@ -321,7 +321,7 @@ def test_a_class_that_hydra_only_looks_up_is_code_too(own):
     assert contents.source_sha256(node) != first
 
 
-def test_files_that_a_model_is_given_count_by_content(tmp_path):
+def test_files_passed_to_a_model_are_hashed_by_content(tmp_path):
     weights = tmp_path / "backbone.bin"
     weights.write_bytes(b"one")
     node = {"_target_": "torchvision.models.resnet18", "weights": str(weights)}
@@ -334,7 +334,7 @@ def test_files_that_a_model_is_given_count_by_content(tmp_path):
     assert contents.source_sha256({**node, "weights": str(moved)}) == contents.source_sha256(node)
 
 
-def test_a_copy_that_preserves_size_and_time_has_other_stamps(tmp_path):
+def test_copy_with_preserved_mtime_is_detected(tmp_path):
     checkpoint, other = tmp_path / "a.pt", tmp_path / "b.pt"
     checkpoint.write_bytes(b"one")
     other.write_bytes(b"two")
@@ -350,7 +350,7 @@ def test_a_copy_that_preserves_size_and_time_has_other_stamps(tmp_path):
 # --- where it is stored ------------------------------------------------------------------------
 
 
-def test_keys_that_are_new_rename_no_run():
+def test_new_keys_do_not_rename_runs():
     from test_naming import composed
 
     config = composed()
@@ -362,7 +362,7 @@ def test_keys_that_are_new_rename_no_run():
     assert naming.config_key({**new, "update_bn": True}) != naming.config_key(config)
 
 
-def test_stored_outputs_are_of_one_kind_of_device(train, monkeypatch):
+def test_cached_outputs_are_specific_to_the_device_type(train, monkeypatch):
     from kd_lightning.distill import caching
 
     keys = []
@@ -377,7 +377,7 @@ def test_stored_outputs_are_of_one_kind_of_device(train, monkeypatch):
 
 
 @pytest.mark.parametrize("layer", ["torch.nn.BatchNorm2d(3, track_running_stats=False)", "Noise()"])
-def test_outputs_that_are_not_the_images_alone_are_not_stored(train, tmp_path, own, layer):
+def test_outputs_that_depend_on_the_batch_are_not_cached(train, tmp_path, own, layer):
     write_module(
         own / "mine.py",
         f"""
@@ -400,8 +400,8 @@ def test_outputs_that_are_not_the_images_alone_are_not_stored(train, tmp_path, o
     assert not list((tmp_path / "outputs" / "teachers").glob("remembered/*"))
 
 
-def test_the_device_recorded_is_the_one_that_trained(train, monkeypatch):
-    """Lightning brings a module back to the CPU when it has tested it."""
+def test_recorded_device_is_the_training_device(train, monkeypatch):
+    """Lightning moves a module back to the CPU after testing."""
     named = []
     monkeypatch.setattr(training, "device_name", lambda device: named.append(device) or "it")
     original = training.build_trainer
@@ -416,13 +416,13 @@ def test_the_device_recorded_is_the_one_that_trained(train, monkeypatch):
     assert named == [torch.device("cpu", 0)]
 
 
-# --- a run begins when everything is checked -----------------------------------------------------
+# --- runs start only after all checks ------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "wrong", ["method.terms.logit.temperature=-3", "trainer.max_time=never", "data.batch_size=999"]
 )
-def test_a_run_that_never_starts_leaves_no_folder(train, tmp_path, wrong):
+def test_rejected_run_leaves_no_folder(train, tmp_path, wrong):
     plus = "+" if "max_time" in wrong else ""
     done = train("method=logit", plus + wrong)
     assert done.code == 2
@@ -430,7 +430,7 @@ def test_a_run_that_never_starts_leaves_no_folder(train, tmp_path, wrong):
     logging.getLogger("anything").warning("no log file is left that this would be written to")
 
 
-def test_a_finished_run_of_another_configuration_stays_where_it_is(train):
+def test_finished_run_of_another_configuration_is_kept(train):
     place = ("setting=here", "name=there")
     (run,) = train("method=none", *place).runs
     before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
@@ -438,7 +438,7 @@ def test_a_finished_run_of_another_configuration_stays_where_it_is(train):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_a_single_process_is_its_own_whatever_a_scheduler_says(folder, tmp_path):
+def test_single_process_ignores_cluster_variables(folder, tmp_path):
     variables = {
         "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "grid", "RANK": "1",
         "LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "1", "MASTER_PORT": "1",
@@ -459,7 +459,7 @@ def test_a_single_process_is_its_own_whatever_a_scheduler_says(folder, tmp_path)
     assert evaluated.code == 0, evaluated.err
 
 
-def test_a_teacher_that_cannot_be_built_without_numbers_is_counted(train):
+def test_parameters_of_a_teacher_not_buildable_on_meta_device(train):
     from torchvision.models import regnet_y_400mf
 
     model = "teacher.model._target_=torchvision.models.regnet_y_400mf"

@@ -1,4 +1,4 @@
-"""Image files of every kind become the pixels that a person sees; folders, the parts they hold."""
+"""Image files of all kinds are decoded as displayed; image folders."""
 
 import io
 import os
@@ -24,7 +24,7 @@ RAMP = np.arange(64, dtype=np.uint8).reshape(8, 8) * 4
 
 
 def decoded(tmp_path, image, name="image.png", size=8, **options):
-    """Pixels (8, 8, 3) of an image, or of the content of a file, written under this name."""
+    """Decoded pixels (8, 8, 3) of an image, or of file content, written under this name."""
     path = tmp_path / name
     if isinstance(image, bytes):
         path.write_bytes(image)
@@ -34,7 +34,7 @@ def decoded(tmp_path, image, name="image.png", size=8, **options):
 
 
 def png(width, height, depth, colour, rows, **chunks):
-    """A PNG file of kinds that Pillow does not write."""
+    """A PNG file of a kind that Pillow cannot write."""
 
     def chunk(kind, data):
         return (
@@ -61,7 +61,7 @@ def grey(values):
 
 @pytest.mark.parametrize("name", ["a.png", "a.jpg", "a.JPEG", "a.bmp", "a.webp", "a.ppm", "a.tif"])
 @pytest.mark.parametrize("size", [8, 5])
-def test_ordinary_images_are_decoded_as_ever(tmp_path, name, size):
+def test_common_images_are_decoded_as_by_pillow(tmp_path, name, size):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     got = decoded(tmp_path, Image.fromarray(pixels), name, size)
     with Image.open(tmp_path / name) as file:
@@ -71,8 +71,8 @@ def test_ordinary_images_are_decoded_as_ever(tmp_path, name, size):
     assert np.array_equal(got, np.asarray(expected))
 
 
-def test_pixels_of_ordinary_folders_are_the_same_as_before(folder):
-    """Fingerprints name trained teachers, so this value must never change."""
+def test_decoded_pixels_are_stable(folder):
+    """Fingerprints identify trained teachers, so this value must never change."""
     for number, path in enumerate(sorted(folder.rglob("*.*"))):
         path.unlink()
         pixels = (np.arange(20 * 20 * 3).reshape(20, 20, 3) * (number + 3) // 7 % 256).astype("u1")
@@ -86,7 +86,7 @@ def test_pixels_of_ordinary_folders_are_the_same_as_before(folder):
 def test_16_bit_grey_is_scaled(tmp_path, name):
     values = RAMP.astype(np.uint16) * 257
     assert np.array_equal(decoded(tmp_path, Image.fromarray(values), name), grey(RAMP))
-    values = np.full((8, 8), 300, np.uint16)  # clipped it would be white
+    values = np.full((8, 8), 300, np.uint16)  # would be white if clipped
     assert np.array_equal(decoded(tmp_path, Image.fromarray(values), name), grey(values * 0 + 1))
 
 
@@ -113,7 +113,7 @@ def test_16_bit_grey_with_alpha(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["float.tif", "signed.tif", "32-bit.tif"])
-def test_pixels_without_a_defined_white_are_refused(tmp_path, folder, kind):
+def test_pixels_without_a_defined_white_are_rejected(tmp_path, folder, kind):
     if kind == "float.tif":
         image = Image.fromarray(np.zeros((8, 8), np.float32))
         options = {}
@@ -165,25 +165,25 @@ def transparent_right_half(mode):
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 @pytest.mark.parametrize("name", ["a.png", "a.gif", "a.tif", "a.webp"])
-def test_transparent_pixels_are_white_whatever_lies_below(tmp_path, mode, name):
+def test_transparent_pixels_become_white(tmp_path, mode, name):
     image, colour = transparent_right_half(mode)
     if mode == "LA" and name == "a.gif":
         pytest.skip("Pillow writes no transparency here")
     if mode == "P" and name in ("a.tif", "a.webp"):
-        image = image.convert("RGBA")  # what an editor does, to write these
+        image = image.convert("RGBA")  # as image editors do for these formats
     options = {"lossless": True} if name == "a.webp" else {}
     got = decoded(tmp_path, image, name, **options)
     assert (got[:, 4:] == 255).all()
-    assert np.abs(got[:, :4].astype(int) - colour).max() <= 3  # a palette of GIF's
+    assert np.abs(got[:, :4].astype(int) - colour).max() <= 3  # GIF palette
 
 
-def test_half_transparent_pixels_are_mixed_with_white(tmp_path):
+def test_half_transparent_pixels_are_blended_with_white(tmp_path):
     got = decoded(tmp_path, Image.new("RGBA", (8, 8), (0, 100, 200, 128)))
     assert np.abs(got.astype(int) - [127, 177, 227]).max() <= 1
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA"])
-def test_opaque_images_with_alpha_are_as_without(tmp_path, mode):
+def test_opaque_alpha_has_no_effect(tmp_path, mode):
     pixels = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
     plain = Image.fromarray(pixels).convert("RGB" if mode == "RGBA" else "L")
     with_alpha = decoded(tmp_path, plain.convert(mode), "alpha.png")
@@ -212,14 +212,14 @@ def test_a_transparent_colour_of_16_bits(tmp_path):
 
 
 def test_cmyk(tmp_path):
-    """As printing programs write it, inverted, with Adobe's marker; and TIFF, not inverted."""
+    """As written by print software, inverted, with Adobe's marker; and TIFF, not inverted."""
     for name in ("a.jpg", "a.tif"):
         got = decoded(tmp_path, Image.new("RGB", (8, 8), (200, 30, 40)).convert("CMYK"), name)
         assert np.abs(got.astype(int) - [200, 30, 40]).max() <= 3, name
 
 
 def test_ycck(tmp_path):
-    """Adobe's other kind: YCbCr of red, green and blue in the place of CMY, and all inverted."""
+    """Adobe's other encoding: YCbCr of RGB in place of CMY, all inverted."""
     bands = Image.new("RGB", (8, 8), (200, 30, 40)).convert("YCbCr").split()
     image = Image.merge("CMYK", (*bands, Image.new("L", (8, 8), 0)))
     file = io.BytesIO()
@@ -256,20 +256,20 @@ def test_images_are_turned_upright(tmp_path, name, orientation):
 @pytest.mark.parametrize(
     "exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"\0" * 99]
 )
-def test_damaged_metadata_are_no_damaged_image(tmp_path, exif):
+def test_damaged_metadata_do_not_reject_the_image(tmp_path, exif):
     got = decoded(tmp_path, Image.fromarray(grey(RAMP)), "a.jpg", exif=exif, quality=100)
     assert np.abs(got.astype(int) - grey(RAMP)).max() <= 3
 
 
 @pytest.mark.parametrize("orientation", [0, 9, 60000])
-def test_an_orientation_that_does_not_exist_turns_nothing(tmp_path, orientation):
+def test_invalid_orientation_is_ignored(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     assert np.array_equal(decoded(tmp_path, Image.fromarray(grey(RAMP)), exif=exif), grey(RAMP))
 
 
 @pytest.mark.parametrize("name", ["a.gif", "a.png", "a.webp", "a.tif"])
-def test_of_several_frames_the_first_counts(tmp_path, name):
+def test_first_frame_of_several_is_used(tmp_path, name):
     first, second = (Image.new("RGB", (8, 8), colour) for colour in ("red", "blue"))
     got = decoded(tmp_path, first, name, save_all=True, append_images=[second])
     assert np.abs(got.astype(int) - [255, 0, 0]).max() <= 3
@@ -277,23 +277,23 @@ def test_of_several_frames_the_first_counts(tmp_path, name):
 
 @pytest.mark.parametrize("suffix", sorted(SUFFIXES))
 @pytest.mark.parametrize("keep", [0.5, 0.9])
-def test_truncated_files_of_every_kind_are_refused(folder, suffix, keep):
+def test_truncated_files_of_every_format_are_rejected(folder, suffix, keep):
     format = Image.registered_extensions()[suffix]
     pixels = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     path = folder / "train" / "class0" / f"cut{suffix}"
     Image.fromarray(pixels).save(path, format)
     decode(path, 8)
     path.write_bytes(path.read_bytes()[: int(keep * path.stat().st_size)])
-    with pytest.raises(InputError, match=f"cut{suffix} is not an image that can be read"):
+    with pytest.raises(InputError, match=f"cut{suffix} is not a readable image"):
         folder_data(folder).setup()
 
 
-def test_programs_in_the_guise_of_images_are_not_run(folder, monkeypatch):
-    """Pillow reads PostScript, whatever the file's name, with Ghostscript."""
+def test_postscript_is_not_executed(folder, monkeypatch):
+    """Pillow would read PostScript, whatever the file's suffix, with Ghostscript."""
     monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *_: pytest.fail("it ran"))
     path = folder / "train" / "class0" / "0.png"
     Image.new("RGB", (8, 8)).save(path, "EPS")
-    with pytest.raises(InputError, match=r"0\.png is not an image that can be read"):
+    with pytest.raises(InputError, match=r"0\.png is not a readable image"):
         folder_data(folder).setup()
 
 
@@ -322,7 +322,7 @@ def folder(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation"])
-def test_a_validation_folder_is_the_validation_set(folder, name):
+def test_validation_folder_is_the_validation_set(folder, name):
     before = folder_data(folder)
     before.setup()
     for label in range(3):
@@ -335,24 +335,24 @@ def test_a_validation_folder_is_the_validation_set(folder, name):
     (batch,) = list(data.val_dataloader())
     assert (batch["images"] > 0.999).all()
     assert batch["labels"].tolist() == [0, 1, 1, 2, 2, 2]
-    # No image of it is trained on, and none of train is left out.
+    # Training uses exactly the images of train.
     seen = torch.cat([batch["index"] for batch in data.train_dataloader()])
     assert sorted(seen.tolist()) == list(range(36))
     assert data.fingerprint() != before.fingerprint()
 
 
-def test_a_run_with_a_validation_folder(train, folder):
-    """All parts of a run agree on it, the teacher and its stored answers too."""
+def test_run_with_a_validation_folder(train, folder):
+    """Including the teacher and its cached outputs."""
     for label in range(3):
         of_colour(folder, "val", f"class{label}", "white", count=2)
     done = train("method=combined", "trainer.precision=32-true")
     assert done.code == 0, done.err
     accuracies = [done.metrics[f"{role}val_accuracy"] for role in ("", "teacher_")]
-    # White images of three classes: whatever is said, a third of it is right.
+    # White images of three classes: any prediction is right for a third of them.
     assert accuracies == [pytest.approx(1 / 3), pytest.approx(1 / 3)]
 
 
-def test_which_images_are_for_validation_is_part_of_the_fingerprint():
+def test_fingerprint_includes_the_validation_split():
     class Data(ImageDataModule):
         classes = ("a", "b")
         val_size = 0
@@ -372,20 +372,20 @@ def test_which_images_are_for_validation_is_part_of_the_fingerprint():
     assert len(prints) == 3
 
 
-def test_a_class_of_one_image_will_do_where_there_is_a_validation_folder(tmp_path):
+def test_class_with_one_image_and_a_validation_folder(tmp_path):
     for part in ("train", "val", "test"):
         for name in ("a", "b"):
             of_colour(tmp_path, part, name, "red", count=1)
     assert sizes(folder_data(tmp_path, batch_size=2)) == {"train": 2, "val": 2, "test": 2}
 
 
-def test_a_validation_folder_must_have_the_same_classes(folder):
+def test_validation_folder_must_have_the_same_classes(folder):
     of_colour(folder, "val", "class0", "white")
     with pytest.raises(InputError, match=r"train and .*val must have the same.*class1, class2"):
         folder_data(folder)
 
 
-def test_two_validation_folders_are_one_too_many(folder):
+def test_two_validation_folders_are_rejected(folder):
     for name in ("val", "valid"):
         for label in range(3):
             of_colour(folder, name, f"class{label}", "white")
@@ -393,19 +393,19 @@ def test_two_validation_folders_are_one_too_many(folder):
         folder_data(folder)
 
 
-def test_a_validation_folder_that_is_a_link_to_nowhere_is_not_passed_over(folder):
+def test_broken_link_as_validation_folder_is_rejected(folder):
     (folder / "val").symlink_to(folder / "moved")
-    with pytest.raises(InputError, match=r"val is a link that leads nowhere"):
+    with pytest.raises(InputError, match=r"val is a broken link"):
         folder_data(folder)
 
 
-def test_validation_without_test_images_is_answered(folder):
+def test_validation_without_test_folder_gets_a_suggestion(folder):
     (folder / "test").rename(folder / "val")
     with pytest.raises(InputError, match=r"no folder 'test'.*rename 'val' to 'test'"):
         folder_data(folder)
 
 
-def test_other_folders_and_loose_images_are_not_ignored_in_silence(folder, caplog):
+def test_unused_folders_and_images_cause_a_warning(folder, caplog):
     (folder / "dev" / "class0").mkdir(parents=True)
     (folder / "__MACOSX").mkdir()
     (folder / "README.txt").write_text("nothing to do with it")
@@ -421,14 +421,14 @@ def test_other_folders_and_loose_images_are_not_ignored_in_silence(folder, caplo
 @pytest.mark.parametrize(
     "name", ["Thumbs.db", "desktop.ini", ".DS_Store", "Icon\r", "._0.png", ".hidden", "ehthumbs.db"]
 )
-def test_droppings_of_file_managers_are_passed_over(folder, name):
+def test_files_of_file_managers_are_skipped(folder, name):
     (folder / "train" / "class0" / name).write_bytes(b"")
     (folder / "test" / name).write_bytes(b"")
     assert sizes(folder_data(folder)) == {"train": 33, "val": 3, "test": 12}
 
 
 @pytest.mark.parametrize("name", ["@eaDir", "__MACOSX", ".ipynb_checkpoints"])
-def test_folders_of_file_managers_are_no_classes(folder, name):
+def test_folders_of_file_managers_are_not_classes(folder, name):
     (folder / "train" / name).mkdir()
     (folder / "train" / "class0" / name).mkdir()
     assert folder_data(folder).classes == ["class0", "class1", "class2"]
@@ -436,13 +436,13 @@ def test_folders_of_file_managers_are_no_classes(folder, name):
 
 
 @pytest.mark.parametrize("make", [lambda p: p.write_bytes(b""), lambda p: p.mkdir(), os.mkfifo])
-def test_what_only_looks_like_an_image_is_refused(folder, make):
+def test_non_image_with_image_suffix_is_rejected(folder, make):
     make(folder / "train" / "class0" / "odd.png")
     with pytest.raises(InputError, match=r"odd\.png is "):
         folder_data(folder).setup()
 
 
-def test_class_names_of_either_normal_form_are_one_class(folder):
+def test_class_names_are_unicode_normalised(folder):
     for part, name in (("train", NFD), ("test", NFC), ("val", NFD)):
         (folder / part).mkdir(exist_ok=True)
         of_colour(folder, part, name, "white")
@@ -455,7 +455,7 @@ def test_class_names_of_either_normal_form_are_one_class(folder):
     assert (batch["images"][batch["labels"] == 0] > 0.999).all()
 
 
-def test_one_class_in_two_normal_forms_is_refused(folder):
+def test_class_in_two_unicode_forms_is_rejected(folder):
     for name in (NFC, NFD):
         of_colour(folder, "train", name, "white")
     with pytest.raises(InputError, match=f"two folders for the class '{NFC}'"):
@@ -469,11 +469,11 @@ def latin_1(path, name):
     return path / os.fsdecode(name.encode("latin-1"))
 
 
-def test_file_and_class_names_of_any_bytes(folder, tmp_path):
+def test_file_and_class_names_with_arbitrary_bytes(folder, tmp_path):
     (folder / "train" / "class0").rename(latin_1(folder / "train", "café"))
     (folder / "test" / "class0").rename(latin_1(folder / "test", "café"))
     (folder / "train" / "class1" / "1.png").rename(latin_1(folder / "train" / "class1", "é.png"))
-    for _ in range(2):  # the second reads what the first stored
+    for _ in range(2):  # the second iteration reads the cache
         data = folder_data(folder, cache_dir=str(tmp_path / "decoded"))
         assert sizes(data) == {"train": 33, "val": 3, "test": 12}
         assert data.classes == [r"caf\xe9", "class1", "class2"]
@@ -481,7 +481,7 @@ def test_file_and_class_names_of_any_bytes(folder, tmp_path):
 
 
 @pytest.mark.parametrize("content", [b"", b"no image"])
-def test_a_sentence_about_a_name_of_any_bytes_can_be_printed(folder, content):
+def test_message_with_arbitrary_bytes_is_printable(folder, content):
     latin_1(folder / "train" / "class1", "é.png").write_bytes(content)
     with pytest.raises(InputError) as refused:
         folder_data(folder).setup()
@@ -489,7 +489,7 @@ def test_a_sentence_about_a_name_of_any_bytes_can_be_printed(folder, content):
     str(refused.value).encode()
 
 
-def test_an_ascii_locale_reads_and_prints_other_names(folder, tmp_path):
+def test_non_ascii_names_in_an_ascii_locale(folder, tmp_path):
     root = folder.rename(tmp_path / "été")
     (root / "dev").mkdir()
     (root / "train" / "class1" / "é.png").write_bytes(b"")
@@ -504,7 +504,7 @@ def test_an_ascii_locale_reads_and_prints_other_names(folder, tmp_path):
     assert r"\xe9t\xe9/dev" in done.err
 
 
-def test_control_characters_in_names_do_not_reach_the_terminal(folder):
+def test_control_characters_in_names_are_escaped(folder):
     (folder / "train" / "class1" / "\x1b[2J\n.png").write_bytes(b"")
     with pytest.raises(InputError) as refused:
         folder_data(folder).setup()
@@ -514,7 +514,7 @@ def test_control_characters_in_names_do_not_reach_the_terminal(folder):
 # --- storing decoded images -----------------------------------------------------------------------
 
 
-def test_an_older_decoding_is_not_used_again(folder, tmp_path, monkeypatch):
+def test_cache_of_an_older_decoder_is_not_used(folder, tmp_path, monkeypatch):
     data = folder_data(folder, cache_dir=str(tmp_path / "decoded"))
     with monkeypatch.context() as patch:
         patch.setattr("kd_lightning.data.folder.DECODER", "1")
@@ -524,9 +524,7 @@ def test_an_older_decoding_is_not_used_again(folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("error", [OSError(30, "Read-only file system"), OSError(28, "No space")])
-def test_images_that_cannot_be_stored_are_decoded_all_the_same(
-    folder, tmp_path, monkeypatch, caplog, error
-):
+def test_failed_cache_write_is_not_an_error(folder, tmp_path, monkeypatch, caplog, error):
     whole = folder_data(folder)
     whole.setup()
 
@@ -537,28 +535,28 @@ def test_images_that_cannot_be_stored_are_decoded_all_the_same(
     data = folder_data(folder, cache_dir=str(tmp_path / "decoded"))
     data.setup()
     assert data.fingerprint() == whole.fingerprint()
-    assert "cannot be stored" in caplog.text
+    assert "cannot be cached" in caplog.text
 
 
 @pytest.mark.parametrize("how", ["read-only", "full"])
-def test_a_file_system_that_takes_no_decoded_images(folder, tmp_path, caplog, how):
+def test_decoded_images_on_a_full_or_read_only_file_system(folder, tmp_path, caplog, how):
     disk = Disk(tmp_path / "disk")
     try:
         disk.mount("ro") if how == "read-only" else disk.fill()
         data = folder_data(folder, cache_dir=str(disk.place))
         assert sizes(data)["train"] == 33
-        assert "cannot be stored" in caplog.text
+        assert "cannot be cached" in caplog.text
         assert not list(disk.place.glob("*safetensors*"))
         assert not list(disk.place.glob(".*partial"))
     finally:
         disk.remove()
 
 
-def test_a_file_where_decoded_images_would_be_stored(folder, tmp_path, caplog):
+def test_file_at_the_path_of_the_decoded_images_folder(folder, tmp_path, caplog):
     (tmp_path / "decoded").write_text("in the way")
     data = folder_data(folder, cache_dir=str(tmp_path / "decoded"))
     assert sizes(data)["train"] == 33
-    assert "cannot be stored" in caplog.text
+    assert "cannot be cached" in caplog.text
     assert (tmp_path / "decoded").read_text() == "in the way"
 
 
@@ -567,7 +565,7 @@ def test_a_file_where_decoded_images_would_be_stored(folder, tmp_path, caplog):
 
 @pytest.mark.parametrize("key", ["view_seed", "split_seed", "seed"])
 @pytest.mark.parametrize("seed", [-1, 2**32, 2**63, 2**64 + 1, 1.5])
-def test_seeds_that_would_be_cut_are_refused(folder, key, seed):
+def test_seeds_beyond_32_bits_are_rejected(folder, key, seed):
     with pytest.raises(ValueError, match=f"^{key} must be a whole number from 0 to 2"):
         folder_data(folder, **{key: seed})
 
@@ -583,7 +581,7 @@ def test_the_largest_seed_works(folder, key):
     assert not torch.equal(one, two)
 
 
-def test_the_largest_seed_orders_every_epoch_in_another_way():
+def test_largest_seed_shuffles_every_epoch():
     sampler = ViewSampler(torch.arange(50), 50, shuffle=True, seed=2**32 - 1)
     orders = set()
     for epoch in (0, 1, 10**6, 2**31):
@@ -593,6 +591,6 @@ def test_the_largest_seed_orders_every_epoch_in_another_way():
     assert len(orders) == 4
 
 
-def test_views_of_two_seeds_are_never_the_same_by_wrapping():
+def test_seeds_do_not_wrap_around():
     with pytest.raises(ValueError, match="seed"):
         Augmentation(seed=2**32)

@@ -1,4 +1,4 @@
-"""What a layer puts out becomes the map that it is, however its axes are ordered."""
+"""Detection of feature-map layouts, for any order of the axes."""
 
 import pytest
 import torch
@@ -38,7 +38,7 @@ class Patches(nn.Module):
             x = self.embed(x)
         one = len(images)
         x = torch.cat([self.first.expand(one, -1, -1), x, self.end.expand(one, -1, -1)], 1)
-        x = x + 0.01 * x.mean(1, keepdim=True)  # every token sees all others
+        x = x + 0.01 * x.mean(1, keepdim=True)  # every token depends on all others
         x = self.tokens(x.transpose(1, 2) if self.last else x)
         return self.tail(x.flatten(1))
 
@@ -47,16 +47,14 @@ class Patches(nn.Module):
 @pytest.mark.parametrize("convolution", [False, True])
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize(("before", "after"), [(0, 0), (1, 0), (2, 0), (4, 0), (5, 0), (0, 1)])
-def test_tokens_are_a_grid_beside_class_and_register_tokens(
-    before, after, fixed, convolution, last
-):
+def test_token_grid_with_class_and_register_tokens(before, after, fixed, convolution, last):
     torch.manual_seed(0)
     model = Patches(before, after, fixed, convolution, last=last)
     kind = "tokens_last" if last else "tokens"
     assert layer_shapes(model, 32).layouts["tokens"] == Layout(kind, 4, 4, before)
 
 
-def test_tokens_as_many_as_channels_are_told_from_them():
+def test_equal_numbers_of_tokens_and_channels():
     torch.manual_seed(0)
     for last in (False, True):
         model = Patches(channels=16, last=last)
@@ -65,7 +63,7 @@ def test_tokens_as_many_as_channels_are_told_from_them():
 
 
 class Cube(nn.Module):
-    """A map of as many channels as rows and columns, in either order."""
+    """A map with equal numbers of channels, rows and columns, in either order."""
 
     def __init__(self, last, fixed):
         super().__init__()
@@ -82,7 +80,7 @@ class Cube(nn.Module):
 
 @pytest.mark.parametrize("fixed", [False, True])
 @pytest.mark.parametrize("last", [False, True])
-def test_a_cube_is_read_in_its_own_order(last, fixed):
+def test_layout_of_a_cubic_map(last, fixed):
     torch.manual_seed(0)
     layouts = layer_shapes(Cube(last, fixed), 32).layouts
     assert layouts["out"] == Layout("channels_last" if last else "channels_first", 8, 8)
@@ -90,7 +88,7 @@ def test_a_cube_is_read_in_its_own_order(last, fixed):
 
 
 class Sequence(nn.Module):
-    """Rows of the image one after the other: 16 tokens, but no grid."""
+    """Rows of the image as tokens: 16 tokens, but no grid."""
 
     def __init__(self, rows=4):
         super().__init__()
@@ -103,11 +101,11 @@ class Sequence(nn.Module):
 
 
 @pytest.mark.parametrize("rows", [1, 2])
-def test_tokens_that_form_no_grid_are_refused_in_a_sentence(rows):
+def test_tokens_without_a_grid_are_rejected(rows):
     torch.manual_seed(0)
     shapes = layer_shapes(Sequence(rows), 32)
     assert "embed" not in shapes.layouts
-    with pytest.raises(ValueError, match=rf"puts out \({32 // rows}, 24\), but attention needs"):
+    with pytest.raises(ValueError, match=rf"outputs \({32 // rows}, 24\), but attention needs"):
         Attention(pairs=[["stage1", "embed"]]).setup(
             Context(layer_shapes(ConvNet([4, 8], 8), 32), shapes)
         )
@@ -123,7 +121,7 @@ def test_tokens_that_form_no_grid_are_refused_in_a_sentence(rows):
         Layout("tokens_last", 3, 4, 1),
     ],
 )
-def test_a_layout_gives_the_map_back_without_a_copy(layout):
+def test_to_map_does_not_copy(layout):
     true = torch.randn(2, 5, 3, 4)
     output = {
         "channels_first": true,
@@ -168,7 +166,7 @@ def vit():
     ],
 )
 @pytest.mark.parametrize("role", ["teacher", "student"])
-def test_attention_looks_at_the_map_of_a_transformer(build, layer, true_map, role):
+def test_attention_of_a_transformer(build, layer, true_map, role):
     torch.manual_seed(0)
     model, images = build().eval(), torch.randn(4, 3, 32, 32)
     other = {"map": (4, 4, 4)}
@@ -185,7 +183,7 @@ def test_attention_looks_at_the_map_of_a_transformer(build, layer, true_map, rol
         torch.testing.assert_close(term.remember(read), plain.remember(truth))
         key = term.depends_on()["maps"][0]
         assert key[:3] == [layer, 4, 4]
-        assert len(key) > 3  # never the key of what took its axes for (C, H, W)
+        assert len(key) > 3  # different from the key of older versions, which assumed (C, H, W)
     else:
         target = plain.remember(read._replace(features={"map": torch.randn(4, 7, 4, 4)}))
         loss = term(read, target, labels)
@@ -194,19 +192,19 @@ def test_attention_looks_at_the_map_of_a_transformer(build, layer, true_map, rol
         assert any(weight.grad is not None for weight in model.parameters())
 
 
-def test_what_is_stored_of_an_ordinary_map_keeps_its_key():
+def test_cache_key_of_channels_first_maps_is_stable():
     models = pytest.importorskip("torchvision").models
     student = layer_shapes(ConvNet([4, 8], 8), 32)
     term = Attention(pairs=[["stage1", "layer1"], ["stage1", "layer1.0.bn1"]])
     term.setup(Context(student, layer_shapes(models.resnet18(num_classes=10), 32)))
     ordinary, modified = term.depends_on()["maps"]
     assert ordinary == ["layer1", 8, 8]
-    # Read after an in-place ReLU until now: what is stored of that must not be believed.
+    # Older versions read it after an in-place ReLU: their cache must not be used.
     assert modified[:3] == ["layer1.0.bn1", 8, 8]
     assert len(modified) == 4
 
 
-def test_a_layer_that_puts_out_no_tensor_is_named_as_such():
+def test_layer_without_tensor_output_is_reported():
     class Attending(nn.Module):
         def __init__(self):
             super().__init__()
@@ -221,15 +219,15 @@ def test_a_layer_that_puts_out_no_tensor_is_named_as_such():
     assert isinstance(shapes, LayerShapes)
     student = layer_shapes(ConvNet([4, 8], 8), 32)
     for layer, message in (
-        ("attention", "of the teacher puts out tuple"),
-        ("unused", "of the teacher puts out nothing"),
+        ("attention", "of the teacher outputs tuple"),
+        ("unused", "of the teacher outputs nothing"),
         ("nowhere", "in the teacher there is no layer"),
     ):
         with pytest.raises(ValueError, match=message):
             Attention(pairs=[["stage1", layer]]).setup(Context(student, shapes))
 
 
-def test_an_output_whose_first_axis_is_not_the_images_is_no_map():
+def test_output_without_batch_axis_is_not_a_map():
     class Windows(nn.Module):
         def __init__(self):
             super().__init__()
@@ -245,11 +243,11 @@ def test_an_output_whose_first_axis_is_not_the_images_is_no_map():
     assert "images" in shapes.others["windows"]
 
 
-def test_tokens_in_another_order_than_along_rows_are_no_map():
+def test_tokens_not_in_row_major_order_are_not_a_map():
     class Scattered(Patches):
         def forward(self, images):
             x = self.embed(images).unflatten(2, (2, 2)).unflatten(4, (2, 2))
-            x = x.permute(0, 2, 4, 3, 5, 1).flatten(1, 4)  # 2x2 windows one after the other
+            x = x.permute(0, 2, 4, 3, 5, 1).flatten(1, 4)  # in order of 2x2 windows
             return self.tail(self.tokens(x).flatten(1))
 
     torch.manual_seed(0)

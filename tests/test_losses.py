@@ -1,4 +1,4 @@
-"""Losses against values computed by hand and against a slow, obvious reference."""
+"""Losses, compared with values computed by hand and with reference implementations."""
 
 import math
 
@@ -46,7 +46,7 @@ def slow_soft_target_loss(student, teacher, temperature):
     st.floats(0.5, 20),
     st.integers(0, 2**31),
 )
-def test_soft_target_loss_equals_the_slow_reference(batch, classes, temperature, seed):
+def test_soft_target_loss_matches_reference(batch, classes, temperature, seed):
     generator = torch.Generator().manual_seed(seed)
     student = 3 * torch.randn(batch, classes, generator=generator)
     teacher = 3 * torch.randn(batch, classes, generator=generator)
@@ -56,7 +56,7 @@ def test_soft_target_loss_equals_the_slow_reference(batch, classes, temperature,
     assert float(loss) == pytest.approx(expected, rel=1e-3, abs=1e-5)
 
 
-def test_logit_gradient_hardly_depends_on_a_high_temperature():
+def test_logit_gradient_is_independent_of_high_temperatures():
     # The point of T^2 (Hinton et al., section 2.1): for large T the gradient is (z_s - z_t) / C
     # for logits of zero mean, whatever T is.
     student = torch.tensor([[1.0, -1.0]], requires_grad=True)
@@ -67,12 +67,12 @@ def test_logit_gradient_hardly_depends_on_a_high_temperature():
 
 
 @pytest.mark.parametrize("temperature", [0, -3, math.nan, math.inf])
-def test_logit_refuses_a_temperature_that_is_none(temperature):
+def test_logit_rejects_invalid_temperatures(temperature):
     with pytest.raises(ValueError, match="temperature"):
         Logit(temperature)
 
 
-def test_logit_remembers_logits_so_that_every_temperature_shares_them():
+def test_logit_targets_do_not_depend_on_temperature():
     teacher = output(torch.tensor([[1.0, 2.0]], dtype=torch.bfloat16))
     remembered = Logit(4.0).remember(teacher)
     assert torch.equal(remembered, Logit(1.0).remember(teacher))
@@ -103,7 +103,7 @@ def test_label_smoothing_by_hand():
 
 
 @pytest.mark.parametrize("smoothing", [1, 1.5, -0.1, math.nan])
-def test_label_smoothing_is_a_share_below_one(smoothing):
+def test_label_smoothing_must_be_below_one(smoothing):
     with pytest.raises(
         ValueError, match=rf"^label_smoothing must be in \[0, 1\), not {smoothing}$"
     ):
@@ -128,7 +128,7 @@ def test_attention_map_by_hand():
     )
 
 
-def test_attention_map_squares_before_it_pools():
+def test_attention_map_squares_before_pooling():
     # Activations of opposite sign would cancel if they were averaged first.
     feature_map = torch.tensor([[[[1.0, -1.0, 0.0, 0.0]] * 2]])
     pooled = attention_map(feature_map, size=(1, 2))
@@ -141,7 +141,7 @@ def reference_map(feature_map):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_attention_map_and_its_gradient_equal_the_plain_expression(dtype, memory_format):
+def test_attention_map_and_gradient_match_reference(dtype, memory_format):
     torch.manual_seed(0)
     plain = torch.randn(4, 6, 5, 7).to(dtype).to(memory_format=memory_format).requires_grad_()
     ours = plain.detach().clone().requires_grad_()
@@ -153,7 +153,7 @@ def test_attention_map_and_its_gradient_equal_the_plain_expression(dtype, memory
     torch.testing.assert_close(ours.grad, plain.grad, **tolerance)
 
 
-def test_attention_map_leaves_a_float32_feature_map_alone():
+def test_attention_map_does_not_modify_its_input():
     feature_map = torch.randn(2, 3, 4, 4)
     before = feature_map.clone()
     attention_map(feature_map)
@@ -175,7 +175,7 @@ def connected(**arguments):
     return term
 
 
-def test_attention_mean_square_is_that_of_the_authors_code():
+def test_attention_mean_square_matches_the_authors_code():
     torch.manual_seed(0)
     term = connected(pairs=[["a", "y"]])
     student, teacher = torch.randn(3, 4, 8, 8), torch.randn(3, 6, 8, 8)
@@ -185,7 +185,7 @@ def test_attention_mean_square_is_that_of_the_authors_code():
     torch.testing.assert_close(loss, expected)
 
 
-def test_attention_norm_is_that_of_the_papers_equation():
+def test_attention_norm_matches_the_paper():
     torch.manual_seed(0)
     term = connected(pairs=[["a", "y"]], distance="norm")
     student, teacher = torch.randn(3, 4, 8, 8), torch.randn(3, 6, 8, 8)
@@ -209,14 +209,14 @@ def test_attention_sums_over_pairs_of_any_sizes():
     torch.testing.assert_close(term(student, remembered, torch.zeros(3)), sum(singles))
 
 
-def test_a_target_of_another_size_is_refused():
+def test_target_of_wrong_size_is_rejected():
     term = connected(pairs=[["a", "y"], ["b", "x"]])
     student = output(a=torch.randn(3, 4, 8, 8), b=torch.randn(3, 8, 4, 4))
     with pytest.raises((ValueError, RuntimeError)):
         term(student, torch.zeros(3, 8 * 8), torch.zeros(3))
 
 
-def test_attention_of_a_network_with_itself_is_nothing():
+def test_attention_loss_of_identical_networks_is_zero():
     term = connected(pairs=[["a", "y"]])
     same = torch.randn(3, 4, 8, 8)
     assert float(term(output(a=same), term.remember(output(y=same)), torch.zeros(3))) == 0
@@ -225,7 +225,7 @@ def test_attention_of_a_network_with_itself_is_nothing():
 SHAPES = {"a": (4, 8, 6), "b": (8, 4, 3), "c": (8, 4, 3), "fc": (10,)}
 
 
-def test_attention_pairs_the_layers_it_may_read():
+def test_attention_pairs_only_candidate_layers():
     term = Attention(["a", "c"], ["x", "y", "z"])
     assert term.sizes == []
     reads = term.setup(
@@ -242,14 +242,14 @@ def test_attention_compares_at_the_smaller_height_and_width():
     reads = term.setup(Context(SHAPES, {"x": (2, 5, 9), "y": (2, 9, 5)}))
     assert term.sizes == [(5, 6), (8, 5), (4, 3)]
     assert (reads.student, reads.teacher) == (("a", "b"), ("x", "y"))  # once each, in order
-    term.sizes.pop()  # never another number of maps than of pairs
+    term.sizes.pop()  # the numbers of maps and pairs must be equal
     with pytest.raises(ValueError, match="zip"):
         term.remember(output(x=torch.ones(1, 2, 5, 9), y=torch.ones(1, 2, 9, 5)))
     with pytest.raises(ValueError, match="zip"):
         term.depends_on()
 
 
-def test_layers_are_paired_by_resolution_the_deepest_of_each():
+def test_deepest_layers_are_paired_by_resolution():
     student = {"s1": (32, 32), "s2": (16, 16), "s3": (16, 16)}
     teacher = {"t1": (32, 32), "t2": (32, 32), "t3": (16, 16), "t4": (8, 8)}
     assert pair_by_resolution(student, teacher) == [("s1", "t2"), ("s3", "t3")]
@@ -277,19 +277,19 @@ def test_without_a_common_resolution_the_deepest_are_paired():
             {"student_layers": ["a"], "teacher_layers": ["x"], "distance": "far"},
             "^distance must be 'mean_square' or 'norm', not 'far'$",
         ),
-        ({}, "^attention needs layers of both networks, or pairs of them$"),
+        ({}, "^attention needs layers of both networks, or pairs of layers$"),
         ({"student_layers": ["a"]}, "^attention needs layers of both"),
         ({"teacher_layers": ["x"]}, "^attention needs layers of both"),
     ],
 )
-def test_attention_refuses_what_cannot_work(arguments, message):
+def test_attention_rejects_invalid_arguments(arguments, message):
     with pytest.raises(ValueError, match=message):
         connected(**arguments)
 
 
-def test_attention_refuses_a_layer_without_a_map():
+def test_attention_rejects_a_layer_without_a_map():
     term = Attention(pairs=[["a", "x"]])
-    needs = r"puts out \(10,\), but attention needs a map \(channels, height, width\)$"
+    needs = r"outputs \(10,\), but attention needs a map \(channels, height, width\)$"
     with pytest.raises(ValueError, match=f"^layer 'a' of the student {needs}"):
         term.setup(Context({"a": (10,)}, {"x": (2, 8, 8)}))
     with pytest.raises(ValueError, match=f"^layer 'x' of the teacher {needs}"):
@@ -299,11 +299,11 @@ def test_attention_refuses_a_layer_without_a_map():
 # --- every term ----------------------------------------------------------------------------------
 
 
-def test_a_term_is_what_it_says_it_needs():
+def test_terms_declare_their_needs():
     assert (CrossEntropy().needs_teacher, Logit().needs_teacher) == (False, True)
     assert Logit().temperature == 4
-    assert Logit().depends_on() == {}  # the temperature comes later
-    assert Term().depends_on() is None  # until a term says better, nothing is stored
+    assert Logit().depends_on() == {}  # the temperature is applied later
+    assert Term().depends_on() is None  # by default nothing is cached
     assert Term().setup(Context({})) == Reads()
     assert not Term().relational
     for method in (lambda: Term().remember(output()), lambda: Term()(output(), None, None)):

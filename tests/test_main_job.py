@@ -1,4 +1,4 @@
-"""The main job, driven as a user drives it: one command from data to a tested student."""
+"""End-to-end tests of the main command: from data to a tested student."""
 
 import json
 import re
@@ -28,7 +28,7 @@ KEYS = {
 }  # fmt: skip
 
 
-def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tmp_path):
+def test_complete_run_with_one_command(train, tmp_path):
     first = train("method=combined")
     assert first.code == 0, first.err
     metrics = first.metrics
@@ -38,12 +38,12 @@ def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tm
     assert 0 <= metrics["agreement"] <= 1
     assert metrics["compression_ratio"] == metrics["teacher_parameters"] / metrics["parameters"]
 
-    # What was printed is what was recorded, and where.
+    # The output shows the recorded results and the folder.
     for name in ("test_accuracy", "teacher_test_accuracy", "val_accuracy", "agreement"):
         assert f"{100 * metrics[name]:.2f} %" in first.out
     (run,) = first.runs
     assert str(run) in first.out
-    # No bar, no warning: this is not a terminal. Each training says how its last epoch went.
+    # No bar, no warning, as this is not a terminal; one line for the last epoch of each training.
     said = [line.partition(": epoch ")[::2] for line in first.err.splitlines()]
     assert [name.partition("-model")[0] for name, _ in said] == [
         "teacher convnet", "combined-small-s0",
@@ -51,7 +51,7 @@ def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tm
     assert [state[:3] for _, state in said] == ["1/1", "2/2"]
     assert f"val {100 * metrics['val_accuracy']:.2f} %" in said[1][1]
 
-    # The run is rebuilt from its folder alone, to the same accuracy.
+    # The student loaded from the run folder has the same accuracy.
     assert evaluate(run)["accuracy"] == pytest.approx(metrics["test_accuracy"], abs=1e-7)
     moved = shutil.copytree(tmp_path / "images", tmp_path / "moved")
     assert evaluate(run, str(moved))["accuracy"] == evaluate(run)["accuracy"]
@@ -61,7 +61,7 @@ def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tm
     assert yaml.safe_load((run / "config.yaml").read_text()) == config
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
 
-    # The second run finds the teacher, and with the same seed ends with the same student.
+    # The second run reuses the teacher and gives the same student with the same seed.
     (teacher,) = (tmp_path / "outputs" / "teachers").glob("*/teacher.safetensors")
     trained = teacher.stat().st_mtime_ns
     second = train("method=combined")
@@ -71,7 +71,7 @@ def test_one_command_trains_the_teacher_once_and_leaves_a_complete_run(train, tm
     assert weights[0] == weights[1]
 
 
-def test_tensorboard_shows_losses_accuracies_rate_speed_and_pictures(train):
+def test_tensorboard_contents(train):
     (run,) = train("method=combined", "trainer.log_every_n_steps=1").runs
     events = EventAccumulator(str(run), size_guidance={"images": 0})
     events.Reload()
@@ -94,7 +94,7 @@ def test_every_method_runs(train, tmp_path, method):
     done = train(f"method={method}")
     assert done.code == 0, done.err
     assert done.metrics["method"] == method
-    if method == "none":  # no teacher is trained for a method that does not listen to one
+    if method == "none":  # no teacher is trained for a method without teacher
         assert done.metrics["teacher_val_accuracy"] is None
         assert not (tmp_path / "outputs" / "teachers").exists()
 
@@ -106,7 +106,7 @@ def test_every_method_runs(train, tmp_path, method):
         ["teacher=resnet20"],
     ],
 )
-def test_every_teacher_teaches(train, teacher):
+def test_every_teacher_works(train, teacher):
     done = train(
         "method=combined", "optimizer=adamw", "scheduler=cosine", *teacher, "trainer.max_epochs=1",
         "teacher.trainer.max_epochs=1", "student.model.channels=[4,8]", "student.model.hidden=8",
@@ -116,7 +116,7 @@ def test_every_teacher_teaches(train, teacher):
     assert done.metrics["teacher_val_accuracy"] is not None
 
 
-def test_a_teacher_of_ones_own(train, tmp_path):
+def test_user_checkpoint_as_teacher(train, tmp_path):
     (run,) = train("method=none", "student.name=mine").runs
     checkpoint = run / "student.safetensors"
     done = train(
@@ -125,15 +125,15 @@ def test_a_teacher_of_ones_own(train, tmp_path):
     )  # fmt: skip
     assert done.code == 0, done.err
     recorded = json.loads((run / "metrics.json").read_text())
-    # The teacher is measured by the evaluator that measured it as a student.
+    # As a teacher it has the accuracy that was measured when it was a student.
     assert done.metrics["teacher_test_accuracy"] == recorded["test_accuracy"]
     assert done.metrics["teacher_val_accuracy"] == recorded["val_accuracy"]
     assert done.metrics["teacher_key"] is None
-    # What it said is remembered, but no teacher was trained.
+    # Its outputs are cached, but no teacher was trained.
     assert not list((tmp_path / "outputs" / "teachers").rglob("teacher.*"))
 
 
-def test_a_student_and_a_term_of_ones_own_from_yaml_alone(train):
+def test_user_student_and_term_from_yaml(train):
     done = train(
         "method=logit", "student.name=squeezed",
         "student.model._target_=torchvision.models.squeezenet1_1",
@@ -146,7 +146,7 @@ def test_a_student_and_a_term_of_ones_own_from_yaml_alone(train):
     assert done.metrics["student"] == "squeezed"
 
 
-def test_a_sweep_goes_on_after_a_failed_cell_and_says_so(train, tmp_path):
+def test_sweep_continues_after_a_failed_run(train, tmp_path):
     done = train("-m", "method=none", "optimizer.lr=0.01,-1,0.02")
     assert done.code == 2
     assert done.err.count("error:") == 1, done.err
@@ -170,7 +170,7 @@ def test_best_epoch_and_last_epoch_are_both_recorded(train):
         pytest.param(("+trainer.check_val_every_n_epoch=2", "trainer.max_epochs=3"), id="between"),
     ],
 )
-def test_the_headline_is_of_the_last_weights_wherever_training_stops(train, stop):
+def test_reported_result_is_of_the_last_weights(train, stop):
     done = train("method=none", "trainer.precision=32-true", *stop)
     assert done.code == 0, done.err
     student, config = RunDirectory(done.runs[0]).load_student()
@@ -183,7 +183,7 @@ def test_the_headline_is_of_the_last_weights_wherever_training_stops(train, stop
     assert done.metrics["best_val_accuracy"] >= done.metrics["val_accuracy"]
 
 
-def test_a_finished_run_is_shown_again_and_not_overwritten(train, tmp_path):
+def test_finished_run_is_shown_and_not_repeated(train, tmp_path):
     place = ("setting=here", "name=there")
     first = train("method=none", *place)
     (run,) = first.runs
@@ -191,14 +191,14 @@ def test_a_finished_run_is_shown_again_and_not_overwritten(train, tmp_path):
     again = train("method=none", *place)
     assert again.code == 0
     assert first.out in again.out
-    assert "finished before" in again.out
+    assert "already finished" in again.out
     other = train("method=none", "optimizer.lr=0.02", *place)
     assert other.code == 2
     assert "finished run of another configuration" in other.err
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_the_command_in_a_process_of_its_own(folder, tmp_path):
+def test_command_in_a_new_process(folder, tmp_path):
     """Prints the table, and a line of progress; the evaluate script prints the same accuracy."""
     done = in_a_new_process(
         "train.py", "method=none", "data=folder", f"data.root={folder}", "data.image_size=16",
@@ -217,7 +217,7 @@ def test_the_command_in_a_process_of_its_own(folder, tmp_path):
     assert evaluated.out.count(f"{100 * accuracy:.2f} %") == 2
 
 
-def test_two_commands_started_together_train_one_teacher(folder, tmp_path):
+def test_concurrent_commands_train_one_teacher(folder, tmp_path):
     command = [
         "train.py", "method=logit", "data=folder", f"data.root={folder}", "data.image_size=16",
         "data.batch_size=16", "student.model.channels=[4,8]", "teacher.model.channels=[4,8]",
@@ -233,7 +233,7 @@ def test_two_commands_started_together_train_one_teacher(folder, tmp_path):
     assert len(list((tmp_path / "outputs" / "teachers").glob("*/teacher.json"))) == 1
 
 
-def test_help_lists_every_choice_without_importing_torch():
+def test_help_lists_all_choices_without_importing_torch():
     done = in_a_new_process("-X", "importtime", "train.py", "--help")
     assert done.code == 0
     for choice in ("combined", "small", "resnet9", "folder", "one_cycle", "adamw"):
@@ -246,15 +246,15 @@ def shared(name: str) -> Path:
 
     root = Path(os.environ.get("KD_TEST_DATA", "nowhere")) / name
     if not root.exists():
-        pytest.skip(f"KD_TEST_DATA does not name a folder that holds {name}")
+        pytest.skip(f"KD_TEST_DATA is not a folder that contains {name}")
     return root
 
 
 @pytest.mark.parametrize(
     ("depth", "accuracy"), [(20, 0.9173), pytest.param(56, 0.9338, marks=pytest.mark.slow)]
 )
-def test_published_networks_of_strangers_reach_their_accuracy(train, tmp_path, depth, accuracy):
-    """Their keys, their normalisation, our evaluator, on the CIFAR-10 test set."""
+def test_third_party_checkpoints_reach_their_accuracy(train, tmp_path, depth, accuracy):
+    """With their keys and normalisation, on the CIFAR-10 test set."""
     from PIL import Image
 
     checkpoint = next(shared("checkpoints").glob(f"resnet{depth}-*.th"))

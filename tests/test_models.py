@@ -1,4 +1,4 @@
-"""The networks have exactly the sizes they claim, and any layer of any model can be read."""
+"""Model sizes, and feature extraction from any layer of any model."""
 
 import pytest
 import torch
@@ -19,13 +19,13 @@ from kd_lightning.models.folding import fold_batchnorm
         ([64, 128, 256], 512, 33_930_890),
     ],
 )
-def test_the_published_family_has_the_published_sizes(channels, hidden, parameters):
+def test_convnets_have_the_sizes_of_the_original_table(channels, hidden, parameters):
     for pool_after in range(1, len(channels) + 1):
         model = ConvNet(channels, hidden, pool_after=pool_after)
         assert count_parameters(model) == parameters
 
 
-def test_pooling_before_relu_is_the_same_as_after():
+def test_pooling_commutes_with_relu():
     torch.manual_seed(0)
     model = ConvNet([4, 8], 16, pool_after=1).eval()
     images = torch.randn(3, 3, 32, 32)
@@ -36,7 +36,7 @@ def test_pooling_before_relu_is_the_same_as_after():
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format])
-def test_flattening_gives_the_gradient_back_in_the_maps_own_format(memory_format):
+def test_flatten_gradient_keeps_the_memory_format(memory_format):
     images = torch.randn(2, 3, 4, 5).contiguous(memory_format=memory_format).requires_grad_()
     weights = torch.randn(2, 60)
     formats = []
@@ -50,7 +50,7 @@ def test_flattening_gives_the_gradient_back_in_the_maps_own_format(memory_format
 
 
 @pytest.mark.parametrize("pool_after", [1, 2])
-def test_where_the_pooling_stands(pool_after):
+def test_position_of_the_pooling(pool_after):
     shapes = layer_shapes(ConvNet([4, 8], 16, pool_after=pool_after), 32)
     assert shapes["stage1"] == ((4, 16, 16) if pool_after == 1 else (4, 32, 32))
     assert shapes["stage2"] == (8, 16, 16)
@@ -66,7 +66,7 @@ def test_where_the_pooling_stands(pool_after):
         {"channels": [4], "hidden": 8, "num_classes": 1},
     ],
 )
-def test_convnet_refuses_impossible_sizes(arguments):
+def test_convnet_rejects_invalid_sizes(arguments):
     with pytest.raises(ValueError):
         ConvNet(**arguments)
 
@@ -80,7 +80,7 @@ def test_cifar_resnets_have_the_sizes_of_the_paper(depth, parameters):
     assert count_parameters(CifarResNet(depth)) == parameters
 
 
-def test_cifar_resnet_refuses_a_depth_that_is_not_6n_plus_2():
+def test_cifar_resnet_rejects_invalid_depths():
     with pytest.raises(ValueError, match="6n"):
         CifarResNet(21)
 
@@ -101,18 +101,18 @@ def test_features_are_read_by_name_from_a_torchvision_model():
     torch.testing.assert_close(output.logits, model(images))
 
 
-def test_closing_a_reader_takes_its_hooks_away():
+def test_close_removes_the_hooks():
     model = ConvNet([4, 8], 16)
     FeatureReader(model, ["stage1"]).close()
     assert not model.stage1._forward_hooks
 
 
-def test_an_unknown_layer_is_answered_with_those_that_exist():
-    with pytest.raises(ValueError, match=r"no layer 'stage9'; there are: stage1, .*classifier"):
+def test_unknown_layer_lists_the_existing_ones():
+    with pytest.raises(ValueError, match=r"no layer 'stage9'; layers: stage1, .*classifier"):
         FeatureReader(ConvNet([4, 8], 16), ["stage9"])
 
 
-def test_layer_shapes_leaves_the_model_as_it_was():
+def test_layer_shapes_leaves_the_model_unchanged():
     model = ResNet9(width=4)
     model.stage1.eval()
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -125,7 +125,7 @@ def test_layer_shapes_leaves_the_model_as_it_was():
 
 
 @pytest.mark.parametrize("logits", [True, False])
-def test_a_layer_used_twice_is_read_the_last_time(logits):
+def test_last_call_of_a_layer_is_read(logits):
     class Twice(torch.nn.Module):
         def __init__(self):
             super().__init__()
@@ -145,14 +145,14 @@ def test_a_layer_used_twice_is_read_the_last_time(logits):
     for _ in range(3):
         output = read(images)
         assert torch.equal(output.features["twice"], 2 * images)
-    # What comes after the last reading is computed only if somebody wants it.
+    # Layers after the last one read run only if the logits are requested.
     assert model.calls == (3 if logits else 1)
     assert output.logits.shape == (2, 3 if logits else 0)
     assert torch.equal(read(images, complete=True).logits, 4 * images)
 
 
 def trained_statistics(model):
-    """Running statistics and scales other than those of a new network."""
+    """Non-default running statistics and scales."""
     for module in model.modules():
         if isinstance(module, torch.nn.BatchNorm2d):
             torch.nn.init.uniform_(module.running_mean, -1, 1)
@@ -163,9 +163,9 @@ def trained_statistics(model):
 
 
 @pytest.mark.parametrize("family", ["resnet9", "cifar_resnet", "torchvision"])
-def test_folding_changes_no_output_and_no_layer_that_is_read(family):
+def test_folding_changes_no_output_and_no_read_layer(family):
     torch.manual_seed(0)
-    model, count, layers = {  # of ResNet-9, three have a pooling in between
+    model, count, layers = {  # in ResNet-9, three are separated by pooling
         "resnet9": lambda: (ResNet9(width=4), 5, ["stem", "stage1", "stage3"]),
         "cifar_resnet": lambda: (CifarResNet(20), 19, ["layer1", "layer2.0.bn1"]),
         "torchvision": lambda: (
@@ -187,13 +187,13 @@ def test_folding_changes_no_output_and_no_layer_that_is_read(family):
         )
 
 
-def test_a_convolution_that_is_read_keeps_its_normalisation():
+def test_read_convolution_is_not_folded():
     model = trained_statistics(CifarResNet(8))
     assert fold_batchnorm(model, keep=["layer1.0.conv1"]) == 6
     assert isinstance(model.layer1[0].bn1, torch.nn.BatchNorm2d)
 
 
-def test_a_network_that_cannot_be_traced_is_left_alone():
+def test_untraceable_network_is_not_folded():
     class Branching(torch.nn.Sequential):
         def forward(self, images):
             return super().forward(images) if images.sum() > 0 else images

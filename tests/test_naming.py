@@ -1,4 +1,4 @@
-"""The same configuration lies in the same folder, another one in another."""
+"""Equal configurations have the same folder, different ones different folders."""
 
 import pytest
 from hydra import compose, initialize_config_dir
@@ -23,7 +23,7 @@ def composed(*overrides):
         ["remember.disk_gb=0"],
     ],
 )
-def test_a_setting_is_what_runs_share_that_may_be_compared(overrides):
+def test_comparable_runs_share_a_setting(overrides):
     assert composed(*overrides)["setting"] == composed()["setting"]
 
 
@@ -39,13 +39,13 @@ def test_a_setting_is_what_runs_share_that_may_be_compared(overrides):
         ["+trainer.limit_train_batches=3"],
     ],
 )
-def test_what_changes_a_result_changes_the_setting_and_the_key(overrides):
+def test_setting_and_key_depend_on_everything_relevant(overrides):
     one, other = composed(), composed(*overrides)
     assert one["setting"] != other["setting"]
     assert naming.config_key(one) != naming.config_key(other)
 
 
-def test_the_key_tells_apart_what_the_setting_does_not():
+def test_key_distinguishes_runs_of_one_setting():
     keys = {
         naming.config_key(composed(*overrides))
         for overrides in ([], ["seed=1"], ["method=none"], ["method.terms.logit.temperature=2"])
@@ -67,11 +67,11 @@ def test_the_key_tells_apart_what_the_setting_does_not():
         (["method.terms.a.b='x/../y z'"], "-a.b_x_.._y_z"),
     ],
 )
-def test_a_variant_is_readable_and_safe(overrides, suffix):
+def test_variant_is_readable_and_safe(overrides, suffix):
     assert naming.variant(overrides) == suffix
 
 
-def test_a_long_variant_is_shortened_and_still_of_its_own():
+def test_long_variant_is_shortened_and_unique():
     names = {naming.variant([f"method.terms.logit.{'x' * 100}={n}"]) for n in range(3)}
     assert len(names) == 3
     assert all(len(name) < 20 for name in names)

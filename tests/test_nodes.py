@@ -1,4 +1,4 @@
-"""What a `_target_` node may hold, and what it is refused for."""
+"""Validation of `_target_` nodes."""
 
 import enum
 from collections.abc import Callable, Sequence
@@ -70,7 +70,7 @@ def node(**arguments):
         {"_convert_": "partial"},
     ],
 )  # fmt: skip
-def test_what_fits_is_taken(arguments):
+def test_valid_nodes_are_accepted(arguments):
     check_node(node(**arguments), "it")
     build(node(**arguments), "it")
 
@@ -99,14 +99,14 @@ def test_what_fits_is_taken(arguments):
          ["did you mean it.layer.bias"]),
     ],
 )  # fmt: skip
-def test_what_does_not_fit_is_said_in_one_sentence(arguments, parts):
+def test_invalid_nodes_are_rejected_with_one_sentence(arguments, parts):
     with pytest.raises(InputError) as refused:
         check_node(node(**arguments), "it")
     for part in parts:
         assert part in str(refused.value)
 
 
-def test_a_name_becomes_the_member_of_the_enum():
+def test_enum_member_by_name():
     built = build(node(mode="EXACT", maybe="Mode.FAST", either="FAST"), "it")
     assert (built["mode"], built["maybe"], built["either"]) == (Mode.EXACT, Mode.FAST, "FAST")
     assert build_partial(node(mode="EXACT"), "it")()["mode"] is Mode.EXACT
@@ -125,21 +125,21 @@ def test_a_name_becomes_the_member_of_the_enum():
                                             "eps": 1e-3}}),
         ("MobileNetV2", {"width_mult": 0.5, "inverted_residual_setting": [[1, 16, 1, 1]]}),
         ("swin_t", {"dropout": 0}),
-        ("alexnet", {"dropout": 0.1}),  # of the same name as its module
+        ("alexnet", {"dropout": 0.1}),  # has the same name as its module
         ("googlenet", {"weights": "DEFAULT"}),
         ("regnet_y_400mf", {"activation": {"_target_": "torch.nn.SiLU", "_partial_": True}}),
     ],
 )  # fmt: skip
-def test_the_builders_of_torchvision_take_what_they_document(target, arguments):
+def test_torchvision_builders_accept_documented_arguments(target, arguments):
     check_node({"_target_": f"torchvision.models.{target}", **arguments}, "student.model")
 
 
-def test_weights_of_another_network_are_refused():
+def test_weights_of_another_network_are_rejected():
     with pytest.raises(InputError, match="IMAGENET1K_V1"):
         check_node({"_target_": "torchvision.models.resnet18", "weights": "V7"}, "teacher.model")
 
 
-def test_a_partial_node_in_a_model_is_built():
+def test_nested_partial_node_is_built():
     model = build(
         {
             "_target_": "torchvision.models.mobilenet_v3_small",
@@ -152,7 +152,7 @@ def test_a_partial_node_in_a_model_is_built():
     assert {module.momentum for module in norms} == {0.2}
 
 
-def test_a_whole_model_is_no_partial():
+def test_model_node_must_not_be_partial():
     with pytest.raises(InputError, match="_partial_"):
         build({"_target_": "torch.nn.ReLU", "_partial_": True}, "student.model")
     optimizer = build_partial(
@@ -161,7 +161,7 @@ def test_a_whole_model_is_no_partial():
     assert optimizer([nn.Parameter(torch.zeros(1))]).defaults["lr"] == 0.1
 
 
-def test_a_download_that_fails_is_one_sentence(monkeypatch):
+def test_failed_download_is_one_sentence(monkeypatch):
     def fail(*_, **__):
         raise URLError("no route to host")
 
@@ -172,6 +172,6 @@ def test_a_download_that_fails_is_one_sentence(monkeypatch):
     assert "could not be downloaded" in str(refused.value)
 
 
-def test_a_module_is_no_target():
+def test_module_is_not_a_target():
     with pytest.raises(InputError, match="neither a class nor a function"):
         check_node({"_target_": "torch.nn"}, "student.model")

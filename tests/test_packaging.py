@@ -1,4 +1,4 @@
-"""A wheel runs outside the repository, its configuration tree included."""
+"""A wheel includes the configuration tree and runs outside the repository."""
 
 import subprocess
 import sys
@@ -7,8 +7,8 @@ import zipfile
 from conftest import REPOSITORY, in_a_new_process
 
 
-def test_an_installed_wheel_runs_anywhere(tmp_path):
-    # From a copy, so that building leaves nothing in the checkout.
+def test_installed_wheel_runs_from_any_directory(tmp_path):
+    # Build from a copy, to keep the checkout clean.
     source = tmp_path / "source"
     tracked = ["pyproject.toml", "README.md", "LICENSE", "configs", "src"]
     source.mkdir()

@@ -1,4 +1,4 @@
-"""Pictures: of bounded size for any number of classes, names shown as they are, never fatal."""
+"""Figures: bounded size for any number of classes, literal names, never fatal."""
 
 import io
 import logging
@@ -38,7 +38,7 @@ def texts(figure):
 
 
 def assert_literal(figure):
-    """Nothing is read as a formula, and all of it can be drawn without a word."""
+    """Nothing is rendered as a formula, and no warnings are raised."""
     from matplotlib.text import Text
 
     with warnings.catch_warnings():
@@ -51,7 +51,7 @@ def assert_literal(figure):
 
 
 @pytest.mark.parametrize("classes", [2, 10, 20, 21, 100, 1000])
-def test_the_confusion_picture_is_of_bounded_size(classes):
+def test_confusion_matrix_figure_has_bounded_size(classes):
     figure = plots.confusion_matrix(
         counts_of(classes), [f"a class of number {number}" for number in range(classes)]
     )
@@ -59,13 +59,13 @@ def test_the_confusion_picture_is_of_bounded_size(classes):
     assert width * height <= plots.LARGEST
     drawn = plots.pixels(figure)
     assert drawn.size <= 3 * plots.LARGEST * 100**2
-    assert drawn.std() > 10  # something is on it
-    # What is drawn is bounded, too, which decides about time and memory.
+    assert drawn.std() > 10  # not empty
+    # The number of drawn elements is bounded, too, which limits time and memory.
     assert len(figure.findobj()) < 5000
 
 
-def test_one_canvas_serves_all_labels(monkeypatch):
-    """One of its own for each of them took gigabytes."""
+def test_labels_share_one_canvas(monkeypatch):
+    """One canvas per label needed gigabytes."""
     from matplotlib.backends.backend_agg import RendererAgg
 
     made = []
@@ -77,13 +77,13 @@ def test_one_canvas_serves_all_labels(monkeypatch):
     assert len(made) <= 4
 
 
-def test_few_classes_are_shown_with_names_and_shares():
+def test_confusion_matrix_of_few_classes():
     counts = np.array([[8, 2], [1, 9]])
     shown = texts(plots.confusion_matrix(counts, ["cat", "dog"]))
     assert {"cat", "dog", "80", "20", "10", "90"} <= set(shown)
 
 
-def test_of_many_classes_the_most_frequent_confusions_are_named():
+def test_confusion_matrix_of_many_classes_lists_top_confusions():
     counts = np.diag(np.full(150, 10))
     counts[3, 7], counts[100, 2], counts[140, 141] = 9, 5, 30
     figure = plots.confusion_matrix(counts, [f"name{number}" for number in range(150)])
@@ -94,8 +94,8 @@ def test_of_many_classes_the_most_frequent_confusions_are_named():
 
 
 @pytest.mark.parametrize("classes", [100, 600])
-def test_the_overview_shows_every_image(classes):
-    """Row by row, squares of one or several classes sum to 100 %."""
+def test_overview_counts_every_image(classes):
+    """Each row sums to 100 %, with one or several classes per square."""
     counts = counts_of(classes)
     figure = plots.confusion_matrix(counts, [str(number) for number in range(classes)])
     (image,) = figure.axes[0].images
@@ -108,14 +108,14 @@ def test_the_overview_shows_every_image(classes):
 
 
 @pytest.mark.parametrize("classes", [5, 30])
-def test_pictures_of_nothing_and_of_no_mistakes(classes):
+def test_empty_and_perfect_confusion_matrix(classes):
     names = [str(number) for number in range(classes)]
     for counts in (np.zeros((classes, classes), np.int64), np.eye(classes, dtype=np.int64)):
         assert_literal(plots.confusion_matrix(counts, names))
 
 
 @pytest.mark.parametrize("classes", [20, 60])
-def test_class_names_are_text(classes):
+def test_class_names_are_literal(classes):
     names = (NAMES * classes)[:classes]
     figure = plots.confusion_matrix(counts_of(classes), names, "$_$ \\frac{ " * 30)
     assert_literal(figure)
@@ -123,7 +123,7 @@ def test_class_names_are_text(classes):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_names_of_methods_and_students_are_text(name):
+def test_method_and_student_names_are_literal(name):
     cells = pd.DataFrame(
         {
             "label": ["none", name, name], "student": [name, name, "other"], "n": 2,
@@ -144,7 +144,7 @@ def test_names_of_methods_and_students_are_text(name):
     )
     for figure in figures:
         assert_literal(figure)
-    if name.strip():  # Matplotlib leaves names that begin with _ out
+    if name.strip():  # Matplotlib omits names that begin with _
         for figure in figures:
             assert any(axes.get_legend() is not None for axes in figure.axes)
             labels = [
@@ -154,7 +154,7 @@ def test_names_of_methods_and_students_are_text(name):
             assert any(label.strip()[:3] == plots.text(name).strip()[:3] for label in labels)
 
 
-def test_the_picture_of_many_students_is_of_bounded_size():
+def test_figure_of_many_students_has_bounded_size():
     histories = pd.DataFrame(
         {"label": "none", "student": [f"s{n}" for n in range(100)], "epoch": 1, "val_accuracy": 0.5}
     )
@@ -164,11 +164,11 @@ def test_the_picture_of_many_students_is_of_bounded_size():
     assert "88 more students are not shown" in texts(figure)
 
 
-# --- pictures never fail a run ------------------------------------------------------------------
+# --- figures never fail a run -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("error", [MemoryError(), ValueError("mathtext"), OSError("no font")])
-def test_a_picture_that_cannot_be_drawn_costs_a_warning(train, monkeypatch, error):
+def test_failed_figure_causes_a_warning(train, monkeypatch, error):
     def fail(*_, **__):
         raise error
 
@@ -177,35 +177,35 @@ def test_a_picture_that_cannot_be_drawn_costs_a_warning(train, monkeypatch, erro
     done = train("method=none", "trainer.max_epochs=1")
     assert done.code == 0, done.err
     assert done.metrics["status"] == "finished"
-    said = [line for line in done.err.splitlines() if "is left out" in line]
+    said = [line for line in done.err.splitlines() if "is omitted" in line]
     assert "training views" in said[0]
     assert "confusion" in said[-1]
     assert "Traceback" not in done.err
 
 
-def test_pictures_can_be_switched_off(train, monkeypatch):
+def test_figures_can_be_disabled(train, monkeypatch):
     def fail(*_, **__):
         pytest.fail("a picture was drawn")
 
     (drawn,) = train("method=none", "trainer.max_epochs=1").runs
     key = RunDirectory(drawn).read_metrics()["config_key"]
-    shutil.rmtree(drawn)  # else it need not be trained again
+    shutil.rmtree(drawn)  # otherwise it is not trained again
     monkeypatch.setattr(plots, "confusion_matrix", fail)
     monkeypatch.setattr("kd_lightning.engine.callbacks.pictures.page_of_views", fail)
     done = train("method=none", "trainer.max_epochs=1", "pictures=false")
     assert done.code == 0
-    # It is the same run by its name and its key.
+    # Same name and key of the run.
     assert done.runs[0].name == drawn.name
     assert done.metrics["config_key"] == key
 
 
-def test_pictures_are_true_or_false(train):
+def test_pictures_must_be_a_boolean(train):
     done = train("pictures=often")
     assert done.code == 2
     assert "pictures must be true or false" in done.err
 
 
-def test_the_report_does_without_a_picture_that_cannot_be_drawn(tmp_path, monkeypatch, caplog):
+def test_report_without_a_failed_figure(tmp_path, monkeypatch, caplog):
     write_run(tmp_path, "none", "small", 0, 0.8)
 
     def fail(*_, **__):
@@ -222,7 +222,7 @@ def test_the_report_does_without_a_picture_that_cannot_be_drawn(tmp_path, monkey
 
 
 @pytest.mark.parametrize("size", [8, 128, 400])
-def test_the_page_of_views_is_of_bounded_size(size):
+def test_grid_of_views_has_bounded_size(size):
     class Data(ImageDataModule):
         classes = ("a", "b")
 
@@ -238,7 +238,7 @@ def test_the_page_of_views_is_of_bounded_size(size):
     assert -0.01 <= page.min() < page.max() <= 1.01
 
 
-# --- the table of confusions ----------------------------------------------------------------------
+# --- confusion.csv --------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -250,7 +250,7 @@ def test_the_page_of_views_is_of_bounded_size(size):
         ["\udce9", "é", "", "😀"],
     ],
 )
-def test_the_table_of_confusions_has_a_column_for_every_class(tmp_path, names):
+def test_confusion_csv_has_one_column_per_class(tmp_path, names):
     counts = counts_of(4)
     columns = _columns(names)
     assert len(set(columns)) == 4
@@ -260,17 +260,17 @@ def test_the_table_of_confusions_has_a_column_for_every_class(tmp_path, names):
     assert np.array_equal(table.to_numpy(), counts)
 
 
-def test_ordinary_names_are_columns_as_they_are():
+def test_common_class_names_are_unchanged_columns():
     assert _columns(["cat", "dog", "été"]) == ["cat", "dog", "été"]
 
 
-def test_a_run_with_odd_class_names(train, folder):
+def test_run_with_unusual_class_names(train, folder):
     for part in ("train", "test"):
         (folder / part / "class0").rename(folder / part / "$_$")
         (folder / part / "class1").rename(folder / part / "a,b\n\\frac{")
     done = train("method=none", "trainer.max_epochs=1")
     assert done.code == 0, done.err
-    assert "left out" not in done.err  # no picture failed
+    assert "omitted" not in done.err  # no figure failed
     table = read_numbers(done.runs[0] / "confusion.csv")
     assert list(table.columns) == ["$_$", r"a,b\n\frac{", "class2"]
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator

@@ -1,4 +1,4 @@
-"""What is printed while something runs, and that it can be printed anywhere."""
+"""Progress output, to any terminal, file or pipe."""
 
 import io
 import os
@@ -23,14 +23,14 @@ from kd_lightning.workflows.grid import Job, cells_of, time_left
 
 @pytest.fixture
 def clock(monkeypatch):
-    """A clock that is moved by hand."""
+    """A manually advanced clock."""
     now = SimpleNamespace(seconds=0.0)
     monkeypatch.setattr(progress.time, "monotonic", lambda: now.seconds)
     return now
 
 
 def train(bar, clock, epochs, seconds, rank_zero=True):
-    """Go through a training of 10 steps an epoch in which each epoch takes so many seconds."""
+    """Simulate a training with 10 steps per epoch and these seconds per epoch."""
     trainer = SimpleNamespace(
         is_global_zero=rank_zero, global_step=0, max_epochs=epochs, current_epoch=0,
         estimated_stepping_batches=10 * epochs,
@@ -44,7 +44,7 @@ def train(bar, clock, epochs, seconds, rank_zero=True):
     bar.on_train_end(trainer, None)
 
 
-def test_without_a_terminal_every_epoch_has_a_line(capsys, clock):
+def test_one_line_per_epoch_without_a_terminal(capsys, clock):
     train(ProgressBar("combined-small-s0"), clock, epochs=3, seconds=60)
     assert capsys.readouterr().err.splitlines() == [
         "combined-small-s0: epoch 1/3, val 71.20 %, 6,120 images/s, 2 min left",
@@ -53,19 +53,19 @@ def test_without_a_terminal_every_epoch_has_a_line(capsys, clock):
     ]
 
 
-def test_short_epochs_do_not_flood_a_log_but_the_last_is_there(capsys, clock):
+def test_short_epochs_are_rate_limited(capsys, clock):
     train(ProgressBar("x"), clock, epochs=300, seconds=0.1)
     lines = capsys.readouterr().err.splitlines()
     assert 2 <= len(lines) <= 7
     assert "epoch 300/300" in lines[-1]
 
 
-def test_only_the_first_of_several_processes_prints(capsys, clock):
+def test_only_rank_0_prints(capsys, clock):
     train(ProgressBar("x"), clock, epochs=3, seconds=60, rank_zero=False)
     assert capsys.readouterr().err == ""
 
 
-def test_a_bar_is_for_a_terminal_that_can_redraw(monkeypatch):
+def test_progress_bar_needs_a_capable_terminal(monkeypatch):
     screen = io.StringIO()
     screen.isatty = lambda: True
     monkeypatch.setattr(sys, "stderr", screen)
@@ -75,7 +75,7 @@ def test_a_bar_is_for_a_terminal_that_can_redraw(monkeypatch):
     assert not terminal.watched(error=True)
     screen.isatty = lambda: False
     monkeypatch.setenv("TERM", "xterm")
-    monkeypatch.setenv("FORCE_COLOR", "1")  # as CI services set it
+    monkeypatch.setenv("FORCE_COLOR", "1")  # set by CI services
     assert not terminal.watched(error=True)
 
 
@@ -84,18 +84,18 @@ def test_a_bar_is_for_a_terminal_that_can_redraw(monkeypatch):
     [(0.2, "1 s"), (41, "41 s"), (59.9, "60 s"), (2400, "40 min"), (3600, "1 h"),
      (12_000, "3 h 20 min"), (190_000, "2 d 4 h")],
 )  # fmt: skip
-def test_how_long_something_takes(seconds, words):
+def test_format_of_durations(seconds, words):
     assert about(seconds) == words
 
 
-def test_the_time_left_of_a_grid_follows_from_the_runs_that_worked():
+def test_remaining_time_is_estimated_from_trained_runs():
     cells = ["small", "large"] * 3
     done = [Job("x", 0, 10.0), Job("x", 1, 100.0)]
     assert time_left(cells, done, elapsed=110) == 2 * 10 + 2 * 100
-    # Runs that were finished before are done, and tell nothing.
+    # Already finished runs count as done, but not for the estimate.
     before = [Job("x", 0, 0.0), Job("x", 1, 0.0), Job("x", 2, 10.0)]
     assert time_left(cells, before, elapsed=10) == 3 * 10
-    # Two at a time take half as long.
+    # Two parallel runs take half the time.
     assert time_left(cells, done, elapsed=55) == (2 * 10 + 2 * 100) / 2
 
 
@@ -104,14 +104,14 @@ def grid(task, **sweeper):
     return OmegaConf.create({"hydra": {"sweeper": sweeper, "overrides": {"task": task}}})
 
 
-def test_the_runs_of_a_grid_are_counted_as_the_sweeper_does(monkeypatch):
+def test_runs_of_a_grid_match_the_sweeper(monkeypatch):
     monkeypatch.setattr(
         sweep.GlobalHydra, "instance", lambda: SimpleNamespace(config_loader=lambda: None)
     )
     cells = cells_of(grid(["method=a,b", "seed=range(0,3)", "x=1"], params={"student": "s,l"}))
     assert len(cells) == 12
-    assert len(set(cells)) == 4  # seeds of a cell take equally long
-    # What the command line says replaces what the experiment says.
+    assert len(set(cells)) == 4  # seeds of a cell are equivalent
+    # The command line overrides the experiment.
     assert len(cells_of(grid(["seed=0"], params={"seed": "0,1,2"}))) == 1
     assert cells_of(grid(["seed=0,1"], _target_="optuna.Sweeper")) == []
     assert cells_of(grid(["seed=((("])) == []
@@ -131,10 +131,10 @@ METRICS = {
 def test_tables_can_be_printed_in_any_encoding(monkeypatch, encoding):
     raw = io.BytesIO()
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding=encoding))
-    print_summary(METRICS, "runs/caf\udce9")  # a file name that is no UTF-8
+    print_summary(METRICS, "runs/caf\udce9")  # a file name that is not UTF-8
     terminal.say(terminal.table_of(pd.DataFrame({"method": ["größe"], "ß": ["1.00 ± 0.20"]})))
     text = raw.getvalue().decode(encoding)
-    assert "[/]" in text  # no markup of ours
+    assert "[/]" in text  # not interpreted as markup
     assert "40.00 %" in text
     lines = [line for line in text.splitlines() if line[:1] in "|+┃│┏┡└"]
     assert len({len(line) for line in lines if "?" not in line and "数" not in line}) == 1
@@ -143,7 +143,7 @@ def test_tables_can_be_printed_in_any_encoding(monkeypatch, encoding):
         assert "1.00 +- 0.20" in text
 
 
-def test_a_reader_that_goes_away_is_no_failure():
+def test_broken_pipe_is_not_a_failure():
     done = subprocess.run(
         f"{sys.executable} -c \"from kd_lightning.terminal import say\nfor n in range(9999):"
         ' say(str(n))" | head -1',
@@ -152,7 +152,7 @@ def test_a_reader_that_goes_away_is_no_failure():
     assert (done.stdout, done.stderr) == ("0\n", "")
 
 
-def test_a_run_on_an_ascii_terminal(folder, tmp_path):
+def test_run_on_an_ascii_terminal(folder, tmp_path):
     (folder / "train" / "class0").rename(folder / "train" / "äöü")
     (folder / "test" / "class0").rename(folder / "test" / "äöü")
     done = in_a_new_process(
@@ -167,7 +167,7 @@ def test_a_run_on_an_ascii_terminal(folder, tmp_path):
 
 
 def in_a_terminal(*arguments, columns=80):
-    """Run train.py with a terminal of its own; return what it shows."""
+    """Run train.py in a pseudo-terminal; return the output."""
     ours, theirs = pty.openpty()
     process = subprocess.Popen(
         [sys.executable, "train.py", *arguments], cwd=REPOSITORY, stdout=theirs, stderr=theirs,
@@ -178,14 +178,14 @@ def in_a_terminal(*arguments, columns=80):
     while True:
         try:
             part = os.read(ours, 4096)
-        except OSError:  # how Linux says that the other end is closed
+        except OSError:  # raised by Linux when the other end is closed
             break
         text += part
     os.close(ours)
     return process.wait(timeout=60), text.decode()
 
 
-def test_on_a_terminal_a_grid_ends_with_a_table_that_fits(tmp_path):
+def test_final_table_of_a_grid_fits_the_terminal(tmp_path):
     arguments = (
         "-m", *TINY, "method=none", "data=digits", "student.name=a,b", "trainer.max_epochs=1",
         "data.batch_size=512", "setting=grid", f"output_dir={tmp_path}", f"data_dir={tmp_path}/d",
@@ -198,7 +198,7 @@ def test_on_a_terminal_a_grid_ends_with_a_table_that_fits(tmp_path):
     assert ": epoch" not in text  # there is a bar
 
 
-def test_many_students_become_a_line_each(tmp_path, monkeypatch, capsys):
+def test_wide_table_has_one_row_per_cell(tmp_path, monkeypatch, capsys):
     from test_report import PARAMETERS, write_run
 
     for number in range(12):

@@ -1,4 +1,4 @@
-"""Several processes that train one student together."""
+"""Distributed training."""
 
 import json
 import os
@@ -33,7 +33,7 @@ def results(root, method=""):
     return metrics, (run / "student.safetensors").read_bytes(), history
 
 
-def test_two_processes_train_the_student_that_one_would(tmp_path):
+def test_two_processes_train_the_same_student_as_one(tmp_path):
     for name, arguments in (("one", ()), ("two", TWO)):
         train(tmp_path / name, *arguments)
     one, weights, history = results(tmp_path / "one")
@@ -45,7 +45,7 @@ def test_two_processes_train_the_student_that_one_would(tmp_path):
     for key in ("val_accuracy", "test_accuracy", "agreement"):
         assert two[key] == pytest.approx(one[key], abs=0.01)
     assert two["teacher_key"] == one["teacher_key"]
-    # What is measured is measured on all images, not on one process's part of them.
+    # Metrics cover all images, not only one process's part.
     for row, same in zip(history[1:], same_history[1:], strict=True):
         assert [*map(float, same.split(","))] == pytest.approx([*map(float, row.split(","))], 1e-3)
     for root in (tmp_path / "one", tmp_path / "two"):
@@ -65,15 +65,13 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
-def test_stopped_and_started_again_in_a_grid_they_end_as_if_nothing_had_been(
-    tmp_path, uninterrupted, how
-):
+def test_resume_of_a_distributed_grid(tmp_path, uninterrupted, how):
     command = [*COMMAND, *GRID, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
     process = processes.start(*command)
     processes.wait_for("runs/*/logit*/checkpoints/last.ckpt", tmp_path, process)
     if how == "SIGKILL":
         process.kill()
-    else:  # as a terminal does it: to all of them
+    else:  # as from a terminal: to the process group
         os.killpg(process.pid, signal.SIGINT)
     assert process.wait(timeout=30) == (-9 if how == "SIGKILL" else 130)
     done = train(tmp_path, *GRID)
@@ -84,7 +82,7 @@ def test_stopped_and_started_again_in_a_grid_they_end_as_if_nothing_had_been(
 
 @pytest.mark.parametrize("where", ["open_caches", "DistillationModule.on_train_epoch_end"])
 @pytest.mark.parametrize("how", ["raise OSError('no more of it')", "os._exit(9)"])
-def test_what_goes_wrong_in_another_process_is_said_in_a_sentence(tmp_path, where, how):
+def test_failed_worker_is_reported(tmp_path, where, how):
     script = tmp_path / "breaks.py"
     script.write_text(
         "import os\n"
@@ -102,8 +100,8 @@ def test_what_goes_wrong_in_another_process_is_said_in_a_sentence(tmp_path, wher
         str(script), *COMMAND[1:], *TWO, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"
     )
     assert done.code == 1
-    reason = "no more of it" if "raise" in how else "it has ended"
-    assert f"error: process 1 of 2: {reason}" in done.err
+    reason = "no more of it" if "raise" in how else "it exited unexpectedly"
+    assert f"error: worker 1 of 2: {reason}" in done.err
     assert "Traceback" not in done.err
 
 
@@ -116,14 +114,14 @@ def test_what_goes_wrong_in_another_process_is_said_in_a_sentence(tmp_path, wher
         ("+teacher.trainer.devices=2", "teacher.trainer.devices must be 1"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_trained(tmp_path, wrong, sentence):
+def test_unsupported_ddp_settings_are_rejected(tmp_path, wrong, sentence):
     done = in_a_new_process(*COMMAND, "trainer=ddp", wrong, f"output_dir={tmp_path}")
     assert done.code == 2
     assert sentence in done.err
 
 
 @pytest.mark.parametrize("images", [100, 101, 103])
-def test_every_image_is_seen_once_an_epoch_and_weighs_the_same(images):
+def test_every_image_has_equal_weight_in_an_epoch(images):
     world, seen, weights = 3, [], {}
     samplers = [
         ViewSampler(torch.arange(images), 25, shuffle=True, seed=1, rank=rank, world=world)
@@ -135,7 +133,7 @@ def test_every_image_is_seen_once_an_epoch_and_weighs_the_same(images):
         own = [part["index"] for part in parts if part["share"] > 0]
         assert sorted(torch.cat(own).tolist()) == sorted(together["index"].tolist())
         seen += torch.cat(own).tolist()
-        for part in parts:  # the mean over processes of share * mean is the mean over the batch
+        for part in parts:  # the mean over processes of weight * mean is the mean over the batch
             for index in part["index"].tolist():
                 weight = float(part["share"]) / len(part["index"]) / world
                 weights[index] = weights.get(index, 0) + weight * len(together["index"])

@@ -1,4 +1,4 @@
-"""Runs become a table: means, spreads, paired intervals, and what is missing is said."""
+"""Reports: means, deviations, paired intervals, missing runs."""
 
 import json
 import math
@@ -56,7 +56,7 @@ def cell(cells, method, student):
     return row
 
 
-def test_a_cell_has_its_mean_spread_and_paired_gain(runs):
+def test_mean_deviation_and_paired_gain_of_a_cell(runs):
     row = cell(summarise(read_runs([runs])), "logit", "small")
     assert (row.n, row.pairs) == (3, 3)
     assert row.test == pytest.approx((0.82 + 0.82 + 0.83) / 3)
@@ -69,17 +69,17 @@ def test_a_cell_has_its_mean_spread_and_paired_gain(runs):
     assert row.gap_closed == pytest.approx(row.gain / (0.9 - 0.8))
 
 
-def test_pairs_are_of_the_same_seed_only(tmp_path):
+def test_pairs_have_equal_seeds(tmp_path):
     write_run(tmp_path, "none", "small", 0, 0.80)
     write_run(tmp_path, "none", "small", 7, 0.20)
     write_run(tmp_path, "logit", "small", 0, 0.82)
     row = cell(summarise(read_runs([tmp_path])), "logit", "small")
     assert (row.pairs, row.missing) == (1, 1)
     assert row.gain == pytest.approx(0.02)
-    assert math.isnan(row.gain_low)  # one pair says nothing about the spread
+    assert math.isnan(row.gain_low)  # no interval from a single pair
 
 
-def test_what_failed_is_unfinished_or_missing_is_counted(runs):
+def test_failed_unfinished_and_missing_runs_are_counted(runs):
     cells = summarise(read_runs([runs]))
     row = cell(cells, "none", "medium")
     assert (row.n, row.failed, row.unfinished, row.missing) == (1, 1, 1, 0)
@@ -93,7 +93,7 @@ def test_settings_are_never_mixed(tmp_path):
     assert sorted(summarise(read_runs([tmp_path]))["test"]) == [0.5, 0.9]
 
 
-def test_variants_are_cells_of_their_own_and_share_the_baseline(tmp_path):
+def test_variants_are_separate_cells_with_one_baseline(tmp_path):
     write_run(tmp_path / "a", "none", "small", 0, 0.80)
     write_run(tmp_path / "b", "logit", "small", 0, 0.82)
     write_run(tmp_path / "c", "logit", "small", 0, 0.84, name="logit-small-s0-logit.temperature_2")
@@ -103,11 +103,11 @@ def test_variants_are_cells_of_their_own_and_share_the_baseline(tmp_path):
     assert gains["logit logit.temperature_2"] == pytest.approx(0.04)
 
 
-def test_the_interval_of_equal_differences_is_a_point():
+def test_interval_of_equal_differences_is_a_point():
     assert interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 
 
-def test_the_document_says_all_of_it(runs):
+def test_markdown_report_is_complete(runs):
     (runs / "broken").mkdir()
     (runs / "broken" / "metrics.json").write_text('{"status": "finish')
     write_report([runs], runs, page=True)
@@ -122,11 +122,11 @@ def test_the_document_says_all_of_it(runs):
         assert f"({picture}.png)" in text
     page = (runs / "report.html").read_text()
     assert page.count("data:image/png;base64,") == 4
-    assert "http" not in page  # nothing is fetched from elsewhere
+    assert "http" not in page  # self-contained
     assert (runs / "results.csv").read_text().count("\n") == 1 + 9 + 1
 
 
-def test_the_tables_can_be_computed_again_from_the_csv(runs, tmp_path):
+def test_tables_can_be_reproduced_from_the_csv(runs, tmp_path):
     write_report([runs], runs)
     again = tmp_path / "again"
     write_report([runs / "results.csv"], again)
@@ -145,7 +145,7 @@ def script(monkeypatch, *arguments):
     return 0
 
 
-def test_the_script_reports_any_folders_and_refuses_empty_ones(runs, tmp_path, monkeypatch, capsys):
+def test_report_script_rejects_empty_folders(runs, tmp_path, monkeypatch, capsys):
     out = tmp_path / "out"
     assert script(monkeypatch, runs / "none-small-s0", runs / "logit-small-s0", "--out", out) == 0
     assert (out / "report.html").exists()
@@ -165,7 +165,7 @@ def test_the_script_reports_any_folders_and_refuses_empty_ones(runs, tmp_path, m
 
 
 def write_config(run, seed=0, **changed):
-    """The settings of a run, and dotted keys that are changed in them."""
+    """The settings of a run, with some dotted keys changed."""
     config = {
         "seed": seed, "output_dir": f"somewhere/{seed}", "data_dir": "data", "name": run.name,
         "data": {"name": "digits", "batch_size": 64, "seed": seed, "padding": 3},
@@ -193,7 +193,7 @@ def two_rates(tmp_path):
     return tmp_path
 
 
-def test_settings_are_told_apart_in_words_everywhere(two_rates, tmp_path):
+def test_settings_are_labelled_by_their_differences(two_rates, tmp_path):
     out = tmp_path / "out"
     write_report([two_rates], out, page=True)
     text, page = (out / "results.md").read_text(), (out / "report.html").read_text()
@@ -202,7 +202,7 @@ def test_settings_are_told_apart_in_words_everywhere(two_rates, tmp_path):
         assert f"{text.partition('## ')[0]}".count(f"optimizer.lr {rate} (") == 1  # the contents
         assert f">optimizer.lr {rate} (" in page
         assert list(out.glob(f"*optimizer.lr_{rate}-accuracy.png"))
-    # What is the same is no difference: it is with the facts.
+    # Equal settings are not differences; they are listed with the facts.
     assert "data.batch_size 64" in text
     assert not [line for line in text.splitlines() if "batch_size" in line and line[0] in "#-"]
     table = pd.read_csv(out / "results.csv")
@@ -238,11 +238,11 @@ def title(runs):
             {"trainer.limit_train_batches 5", "trainer.limit_train_batches not set"},
         ),
         ({"teacher__model__hidden": 9}, {"teacher.model.hidden 8", "teacher.model.hidden 9"}),
-        # Older runs lack a key that has its default, or none, in the others.
+        # Older runs lack a key that has its default or none in the others.
         ({"remember": {"dtype": "float16"}, "teacher__checkpoint": None}, {""}),
     ],
 )
-def test_only_what_can_be_compared_is_called_a_difference(tmp_path, changed, words):
+def test_only_comparable_keys_are_differences(tmp_path, changed, words):
     for number, change in enumerate(({}, changed)):
         names = {part: change.get(f"{part}__name") for part in ("teacher", "data")}
         given = {part: name for part, name in names.items() if name}
@@ -253,7 +253,7 @@ def test_only_what_can_be_compared_is_called_a_difference(tmp_path, changed, wor
     assert set(title(tmp_path)) == words
 
 
-def test_settings_of_an_old_table_are_told_apart_by_what_it_has():
+def test_settings_of_an_old_table_are_distinguished():
     runs = read_runs([REPOSITORY / "docs" / "results" / "runs.csv"])
     assert groups(runs)[0].words == "teacher convnet"
 
@@ -265,7 +265,7 @@ def contents(folder, method, seed, test, images, teacher=None, code=None, **more
 
 
 @pytest.mark.parametrize("what", ["images", "teacher", "code"])
-def test_runs_of_different_contents_share_no_cell_and_it_is_said(tmp_path, what, monkeypatch):
+def test_runs_with_different_contents_share_no_cell(tmp_path, what, monkeypatch):
     monkeypatch.setattr(documents, "MOST_DRAWN", 0)
     for name, test in (("a", 0.6), ("b", 0.8)):
         values = {"images": "c", "teacher": "d", "code": "e", what: name}
@@ -282,7 +282,7 @@ def test_runs_of_different_contents_share_no_cell_and_it_is_said(tmp_path, what,
     )
 
 
-def test_without_a_teacher_a_run_is_the_baseline_of_every_teacher_with_the_same_images(tmp_path):
+def test_baseline_of_all_teachers_with_the_same_images(tmp_path):
     contents(tmp_path / "1", "none", 0, 0.5, images="a")
     contents(tmp_path / "2", "logit", 0, 0.6, images="a", teacher="c")
     contents(tmp_path / "3", "logit", 0, 0.7, images="a", teacher="d")
@@ -294,19 +294,19 @@ def test_without_a_teacher_a_run_is_the_baseline_of_every_teacher_with_the_same_
     assert gains == pytest.approx({0.6: 0.1, 0.7: 0.2, 0.9: math.nan}, nan_ok=True)
 
 
-def test_runs_that_do_not_say_what_they_were_made_of_match_as_long_as_that_is_one_thing(tmp_path):
+def test_old_runs_without_hashes_join_a_unique_group(tmp_path):
     write_run(tmp_path / "1", "none", "small", 0, 0.5)
     write_run(tmp_path / "2", "logit", "small", 0, 0.6)
     contents(tmp_path / "3", "logit", 1, 0.8, images="a", teacher="c")
     row = cell(summarise(read_runs([tmp_path])), "logit", "small")
     assert (row.n, row.test) == (2, pytest.approx(0.7))
-    # With a second teacher nobody knows whose the old run is; it is averaged with neither.
+    # With a second teacher the old run is ambiguous, and is averaged with neither.
     contents(tmp_path / "4", "logit", 1, 0.9, images="a", teacher="d")
     cells = summarise(read_runs([tmp_path]))
     assert sorted(cells[cells["method"] == "logit"]["test"]) == [0.6, 0.8, 0.9]
 
 
-def test_a_settings_name_of_ones_own_hides_no_difference(tmp_path):
+def test_user_defined_setting_name_hides_no_difference(tmp_path):
     for seed, rate in enumerate((0.1, 0.2)):
         run = write_run(tmp_path, "none", "small", seed, rate)
         write_config(run, seed, optimizer__lr=rate)
@@ -322,9 +322,7 @@ def test_a_settings_name_of_ones_own_hides_no_difference(tmp_path):
      "name: {1: {2: 3}}\nstatus: x\n? [1, 2]\n: 4", "\0", "x: !!python/object:os.system y",
      "optimizer:\n  lr: &x 0.1"],
 )  # fmt: skip
-def test_a_config_of_anything_costs_no_more_than_the_words(
-    two_rates, tmp_path, content, monkeypatch
-):
+def test_invalid_config_only_loses_the_labels(two_rates, tmp_path, content, monkeypatch):
     monkeypatch.setattr(documents, "MOST_DRAWN", 0)
     run = write_run(tmp_path / "odd", "none", "small", 0, 0.7, setting="odd")
     (run / "config.yaml").write_text(content)
@@ -333,7 +331,7 @@ def test_a_config_of_anything_costs_no_more_than_the_words(
     assert "optimizer.lr 0.05" in words
 
 
-def test_many_settings_with_long_names_have_a_bounded_number_of_pictures(tmp_path, monkeypatch):
+def test_number_of_figures_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "MOST_DRAWN", 1)
     for number in range(20):
         setting = f"{'long' * 100}-{number}"
@@ -344,7 +342,7 @@ def test_many_settings_with_long_names_have_a_bounded_number_of_pictures(tmp_pat
     assert "Only the first 1 of 20 settings" in (tmp_path / "out" / "results.md").read_text()
 
 
-def test_names_with_anything_in_them_do_not_break_a_table_or_a_picture(tmp_path):
+def test_special_characters_in_names_are_escaped(tmp_path):
     name = "$_$ a|b\n<b>"
     run = write_run(tmp_path, "none", "small", 0, 0.5, teacher=name)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -356,7 +354,7 @@ def test_names_with_anything_in_them_do_not_break_a_table_or_a_picture(tmp_path)
     assert "<b>" not in (tmp_path / "out" / "report.html").read_text()
 
 
-def test_a_folder_in_which_nothing_can_be_read_has_a_report(tmp_path):
+def test_report_of_unreadable_runs(tmp_path):
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "metrics.json").write_text("{")
     write_report([tmp_path], tmp_path, page=True)
@@ -364,7 +362,7 @@ def test_a_folder_in_which_nothing_can_be_read_has_a_report(tmp_path):
     assert "Not readable as runs: " in (tmp_path / "report.html").read_text()
 
 
-def test_names_that_are_no_utf_8_are_written_all_the_same(tmp_path):
+def test_report_with_names_that_are_not_utf_8(tmp_path):
     folder = tmp_path / "caf\udce9"
     run = write_run(folder, "none", "small", 0, 0.5)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -373,13 +371,13 @@ def test_names_that_are_no_utf_8_are_written_all_the_same(tmp_path):
     assert (tmp_path / "out" / "curves.png").exists()  # found below that folder
 
 
-def test_a_students_name_may_look_like_a_seed(tmp_path, monkeypatch):
+def test_student_name_may_look_like_a_seed(tmp_path, monkeypatch):
     monkeypatch.setitem(PARAMETERS, "net-s0", 1)
     write_run(tmp_path, "none", "net-s0", 0, 0.5)
     assert read_runs([tmp_path])["variant"].tolist() == [""]
 
 
-def test_a_huge_config_is_read_as_far_as_it_is_useful(tmp_path):
+def test_huge_config_is_truncated(tmp_path):
     for number in range(2):
         run = write_run(tmp_path / str(number), "none", "small", 0, 0.5, setting=f"x-{number}")
         keys = "".join(f"key{key}: {number}\n" for key in range(5_000))

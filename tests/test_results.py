@@ -1,4 +1,4 @@
-"""What the documents show was measured: their tables follow from the committed runs."""
+"""The tables in the documents follow from the committed runs."""
 
 import pytest
 from conftest import REPOSITORY
@@ -19,20 +19,20 @@ def tables(tmp_path_factory):
     return [line for line in lines if line.startswith("| ") and "---" not in line]
 
 
-def test_the_results_are_what_the_runs_say(tables):
+def test_results_follow_from_the_runs(tables):
     text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
     assert len(tables) > 30
     for line in tables:
         assert line in text
 
 
-def test_beside_the_published_numbers_stand_those_of_the_runs():
+def test_comparison_with_the_original_table():
     runs = read_runs([RUNS])
     cells = summarise(runs)
-    text = (REPOSITORY / "RESULTS.md").read_text().partition("## The published")[2]
+    text = (REPOSITORY / "RESULTS.md").read_text().partition("## Comparison with the original")[2]
     rows = [line.split("|") for line in text.partition("\n## ")[0].splitlines() if "(+" in line]
     assert len(rows) == 7
-    for _, method, student, published, *ours, _ in rows:
+    for _, method, student, original, *ours, _ in rows:
         for teacher, shown in zip(("convnet", "resnet9"), ours, strict=True):
             cell = cells[
                 cells["setting"].isin(runs.loc[runs["method"] == "combined", "setting"])
@@ -41,10 +41,10 @@ def test_beside_the_published_numbers_stand_those_of_the_runs():
                 & (cells["student"] == student.strip())
             ]
             test = 100 * cell["test"].item()
-            assert shown.strip() == f"{test:.2f} ({test - float(published):+.2f})"
+            assert shown.strip() == f"{test:.2f} ({test - float(original):+.2f})"
 
 
-def test_the_readme_shows_the_same(tables):
+def test_readme_tables_follow_from_the_runs(tables):
     text = (REPOSITORY / "README.md").read_text()
     shown = [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
     assert len(shown) >= 4
@@ -52,7 +52,7 @@ def test_the_readme_shows_the_same(tables):
         assert line in tables
 
 
-def test_the_grids_are_complete():
+def test_grids_are_complete():
     runs = read_runs([RUNS])
     assert set(runs["status"]) == {"finished"}
     assert sorted(len(grid) for _, grid in runs.groupby("setting")) == [2 * 3 * 3, 36, 36]

@@ -1,4 +1,4 @@
-"""Whenever and however a run is interrupted, the same command ends as if nothing had been."""
+"""Resume after any interruption gives the result of an uninterrupted run."""
 
 import json
 import os
@@ -36,7 +36,7 @@ class Dropping(nn.Sequential):
         )  # fmt: skip
 
 
-BATCHES = 5  # in an epoch: 33 of 36 images, 7 at a time
+BATCHES = 5  # per epoch: 33 of 36 images, batch size 7
 SETTING = (
     *TINY, "method=combined", "optimizer=adamw", "student.layers=['2']", "data=folder",
     "data.image_size=16", "data.padding=2", "data.batch_size=7", "trainer.max_epochs=3",
@@ -56,7 +56,7 @@ def configuration(root, *overrides):
 
 
 def answers(output):
-    """What the teacher said, file by file: a row for each image, zeros where nothing is stored."""
+    """Cached teacher outputs by file: one row per image, zeros if missing."""
     found = {}
     for path in sorted(output.glob("teachers/remembered/**/*.rows")):
         content, images = path.read_bytes(), 48 if "evaluation" in path.parent.name else 36
@@ -68,7 +68,7 @@ def answers(output):
 
 
 class Ask(Callback):
-    """Sends the process a signal in its nth batch, or in the validation after it."""
+    """Sends a signal to the process in the nth batch, or in the validation after it."""
 
     def __init__(self, batch, validation=False, number=signal.SIGTERM):
         self.batch, self.validation, self.number = batch, validation, number
@@ -83,7 +83,7 @@ class Ask(Callback):
 
 
 class Steps(Callback):
-    """Which images each step was shown, and what it drew."""
+    """Records the images and random numbers of each step."""
 
     def __init__(self):
         self.shown = []
@@ -99,7 +99,7 @@ def left(folder):
     rows = (folder / "history.csv").read_text().splitlines()
     return (
         (folder / "student.safetensors").read_bytes(),
-        [row.rpartition(",")[0] for row in rows],  # without the speed
+        [row.rpartition(",")[0] for row in rows],  # without speed
         [metrics[key] for key in kept],
     )
 
@@ -126,9 +126,7 @@ def whole(tmp_path_factory):
         (15, True, "epoch 3"),
     ],
 )
-def test_asked_to_stop_it_finishes_the_step_and_goes_on_with_the_next(
-    tmp_path, whole, step, validation, place
-):
+def test_resume_after_signal_is_bit_identical(tmp_path, whole, step, validation, place):
     root, shown = whole
     config, folder = configuration(root), tmp_path / "run"
     before, after = Steps(), Steps()
@@ -142,17 +140,17 @@ def test_asked_to_stop_it_finishes_the_step_and_goes_on_with_the_next(
     assert RunDirectory(folder).read_metrics()["status"] == "running"
     training.run(config, folder, callbacks=[after])
     assert len(before.shown) == step
-    assert before.shown + after.shown == shown  # the same steps, each of them once
+    assert before.shown + after.shown == shown  # the same steps, each once
     assert left(folder) == left(root / "run")
 
 
-def test_stopped_before_anything_is_saved():
+def test_signal_before_the_first_checkpoint():
     said = str(Stopped(signal.SIGINT, "teacher convnet", None))
     assert said.startswith("stopped by Ctrl-C: teacher convnet is not saved yet")
     assert Stopped(signal.SIGINT, "x", None).exit_code == 130
 
 
-def test_stopped_again_and_again(tmp_path, whole):
+def test_resume_after_repeated_signals(tmp_path, whole):
     root, shown = whole
     seen = Steps()
     for step in (2, 3, 8, 9):
@@ -163,17 +161,17 @@ def test_stopped_again_and_again(tmp_path, whole):
     assert left(tmp_path / "run") == left(root / "run")
 
 
-def test_its_curves_in_tensorboard_are_those_of_one_training(tmp_path, whole):
+def test_tensorboard_curves_after_resume(tmp_path, whole):
     root, _ = whole
     with pytest.raises(Stopped):
         training.run(configuration(root), tmp_path / "run", callbacks=[Ask(8)])
-    time.sleep(1.1)  # files are read in the order of the seconds in their names
+    time.sleep(1.1)  # event files are ordered by the seconds in their names
     training.run(configuration(root), tmp_path / "run")
     assert curves(tmp_path / "run") == curves(root / "run")
 
 
 def curves(folder):
-    """What TensorBoard shows of the training but its speed: no step twice, none left out."""
+    """TensorBoard's curves except speed: no step duplicated or missing."""
     events = EventAccumulator(str(folder))
     events.Reload()
     names = [name for name in events.Tags()["scalars"] if name.startswith(("l", "train", "val"))]
@@ -187,7 +185,7 @@ def curves(folder):
      "+trainer.accumulate_grad_batches=2"],
 )  # fmt: skip
 @pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_stopped_where_lightning_does_something_of_its_own(tmp_path, whole, setting, step):
+def test_signal_during_validation_or_gradient_accumulation(tmp_path, whole, setting, step):
     root, _ = whole
     config = configuration(root, setting)
     reference = root / f"run-{setting}"
@@ -202,8 +200,8 @@ def asked_twice(root, folder):
     training.run(configuration(root), folder, callbacks=[Ask(7), Ask(7)])
 
 
-def test_asked_twice_it_ends_at_once(tmp_path, whole):
-    """Within the step: nothing of it is saved, and what was saved before is gone on with."""
+def test_second_signal_ends_immediately(tmp_path, whole):
+    """The current step is not saved; resumed from the previous checkpoint."""
     root, _ = whole
     folder = tmp_path / "run"
     process = SERVER.Process(target=asked_twice, args=(root, folder))
@@ -216,7 +214,7 @@ def test_asked_twice_it_ends_at_once(tmp_path, whole):
 
 
 class Spoil(Callback):
-    """From the nth batch on, weights are not numbers."""
+    """Weights are NaN from the nth batch on."""
 
     def __init__(self, batch):
         self.batch = batch
@@ -227,7 +225,7 @@ class Spoil(Callback):
                 module.student[0].weight.fill_(float("nan"))
 
 
-def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, whole):
+def test_nonfinite_loss_keeps_the_last_valid_checkpoint(tmp_path, whole):
     root, _ = whole
     config, folder = configuration(root), tmp_path / "run"
     said = r"the loss is not finite at step 7 \(term: cross_entropy, logit, attention\)"
@@ -238,12 +236,12 @@ def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(tmp_path, who
     assert checkpoint.place == "epoch 1"
     state = torch.load(checkpoint.path, weights_only=True)["state_dict"]
     assert all(value.isfinite().all() for value in state.values())
-    # And it is gone on with, should it have been the machine.
+    # It can be resumed, in case of a hardware fault.
     training.run(config, folder)
     assert left(folder) == left(root / "run")
 
 
-def test_bf16_is_as_reproducible_as_float32(tmp_path, whole):
+def test_bf16_is_reproducible(tmp_path, whole):
     root, _ = whole
     config = configuration(root, "trainer.precision=bf16-mixed")
     training.run(config, tmp_path / "one")
@@ -253,8 +251,8 @@ def test_bf16_is_as_reproducible_as_float32(tmp_path, whole):
     assert left(tmp_path / "one") == left(tmp_path / "two")
 
 
-def test_answers_that_were_lost_are_given_again_to_the_last_bit(tmp_path):
-    """About three images of a batch the teacher would say it in another order of additions."""
+def test_lost_cache_rows_are_recomputed_bit_identically(tmp_path):
+    """For a part of the batch, the order of floating-point additions would differ."""
     training.run(configuration(tmp_path, "remember.dtype=float32"), tmp_path / "first")
     before = answers(tmp_path / "outputs")
     generator = random.Random(1)
@@ -267,7 +265,7 @@ def test_answers_that_were_lost_are_given_again_to_the_last_bit(tmp_path):
     assert answers(tmp_path / "outputs") == before
 
 
-def test_two_runs_of_one_seed_are_the_same_and_of_another_are_not(tmp_path, whole):
+def test_result_depends_only_on_the_seed(tmp_path, whole):
     root, shown = whole
     seen = Steps()
     training.run(configuration(root), tmp_path / "same", callbacks=[seen])
@@ -278,7 +276,7 @@ def test_two_runs_of_one_seed_are_the_same_and_of_another_are_not(tmp_path, whol
 
 
 def command_line(root, output):
-    """What the user types, run to its end in this process."""
+    """Run the command to its end in this process."""
     from kd_lightning import cli
 
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
@@ -291,7 +289,7 @@ def command_line(root, output):
 
 @pytest.fixture(scope="module")
 def start(whole):
-    """Starts that command in a process of its own."""
+    """Start the command in a new process."""
 
     def begin(output):
         process = SERVER.Process(target=command_line, args=(whole[0], output))
@@ -302,7 +300,7 @@ def start(whole):
 
 
 def everything(output):
-    """Of a student and its teacher: weights, history, results."""
+    """Weights, history and results of a student and its teacher."""
     (run,) = [path.parent for path in output.glob("runs/*/*/metrics.json")]
     (teacher,) = output.glob("teachers/*/teacher.json")
     facts = json.loads(teacher.read_text())
@@ -311,8 +309,8 @@ def everything(output):
 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
-def test_killed_at_random_moments(tmp_path, start, kills):
-    """In the teacher's training or the student's, at any instruction of it."""
+def test_resume_after_kill_at_random_moments(tmp_path, start, kills):
+    """In the teacher's or the student's training, at any instruction."""
 
     def finish(output):
         process = start(output)
@@ -334,7 +332,7 @@ def test_killed_at_random_moments(tmp_path, start, kills):
         process.join()
         killed += process.exitcode == -signal.SIGKILL
         assert finish(output) == expected
-        # After the last epoch it is validated again, and the teacher answers for more images.
+        # After the last epoch it is validated again, so that more outputs are cached.
         for path, rows in answers(output).items():
             for row, same in zip(said[path], rows, strict=True):
                 assert row in (same, bytes(len(row)))

@@ -1,4 +1,4 @@
-"""Schedules: up to the learning rate, down to zero, however short the training."""
+"""Schedules: warm-up to the learning rate, decay to zero, for any length."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ from kd_lightning.workflows.assembly import try_optimizer
 
 @pytest.mark.parametrize("schedule", [one_cycle, cosine])
 @given(steps=st.integers(1, 300), warmup=st.floats(0, 0.99))
-def test_schedules_rise_to_the_peak_and_fall_however_short(schedule, steps, warmup):
+def test_schedules_of_any_length_warm_up_and_decay(schedule, steps, warmup):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
     scheduler = schedule(optimizer, total_steps=steps, warmup_fraction=warmup)
     rates = []
@@ -42,7 +42,7 @@ TEN = {"_target_": "test_schedules.tenth"}
 
 
 def tenth():
-    """What YAML can build a function with: a node that returns one."""
+    """A node that returns a function."""
     return lambda epoch: 0.1**epoch
 
 
@@ -72,7 +72,7 @@ def tenth():
         ({"_target_": f"{TORCH}.ChainedScheduler", "schedulers": [LINEAR, ONE_CYCLE_LR]}, "step"),
     ],
 )
-def test_any_scheduler_of_torch_is_built_and_stepped_as_it_is_meant_to_be(node, interval):
+def test_torch_schedulers_are_built_and_stepped(node, interval):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
     check_node(node, "scheduler", {"optimizer", "total_steps"})
     try_optimizer({"_target_": "torch.optim.SGD", "lr": 1.0, "momentum": 0.9}, node)
@@ -82,7 +82,7 @@ def test_any_scheduler_of_torch_is_built_and_stepped_as_it_is_meant_to_be(node, 
     schedule.scheduler.step(*([0.0] if node is PLATEAU else []))
 
 
-def test_total_steps_of_ones_own_are_kept():
+def test_explicit_total_steps_are_kept():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0, momentum=0.9)
     assert build_schedule(ONE_CYCLE_LR, optimizer, 10).scheduler.total_steps == 10
     node = {**ONE_CYCLE_LR, "total_steps": 99}
@@ -94,7 +94,7 @@ def as_in_transformers(optimizer, num_training_steps, num_warmup_steps=0):
 
 
 class LikeTimms:
-    """Stepped by the number of the epoch, and no scheduler of torch's."""
+    """Stepped with the epoch number, and not a torch scheduler."""
 
     def __init__(self, optimizer):
         self.optimizer = optimizer
@@ -106,7 +106,7 @@ class LikeTimms:
         return {}
 
 
-def test_training_steps_are_given_by_the_name_that_transformers_use():
+def test_num_training_steps_is_supported():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
     schedule = build_schedule({"_target_": f"{__name__}.as_in_transformers"}, optimizer, 10)
     assert schedule.interval == "step"
@@ -135,7 +135,7 @@ def test_training_steps_are_given_by_the_name_that_transformers_use():
         ({**ONE_CYCLE_LR, "pct_start": 3.0}, "scheduler: .*pct_start"),
     ],
 )
-def test_a_scheduler_that_cannot_work_is_refused_before_training(node, said):
+def test_invalid_scheduler_is_rejected_before_training(node, said):
     optimizer = {"_target_": "torch.optim.SGD", "lr": 1.0, "momentum": 0.9}
     with pytest.raises(InputError, match=said):
         try_optimizer(optimizer, node)
@@ -158,7 +158,7 @@ class Rates(Callback):
         (PLATEAU, [0.05, 0.05, 0.025]),
     ],
 )
-def test_by_epoch_the_learning_rate_stays_within_one(folder, tmp_path, scheduler, expected):
+def test_epoch_scheduler_is_constant_within_an_epoch(folder, tmp_path, scheduler, expected):
     rates = Rates()
     module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, scheduler=scheduler)
     module.val_metrics["val/accuracy"].compute = lambda: torch.tensor(1.0)

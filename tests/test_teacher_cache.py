@@ -1,4 +1,4 @@
-"""Remembered teachers: never a wrong number, nothing computed twice, nothing changed but time."""
+"""The teacher-output cache: correct rows, no recomputation, unchanged results."""
 
 import logging
 import os
@@ -33,7 +33,7 @@ def make_rows(folder, shape=(3,), dtype="float16", images=IMAGES):
 
 
 def filled(folder, view=0, **settings):
-    """Rows of one view, all written, and the numbers in them."""
+    """Rows of one view, all written, and their values."""
     rows = make_rows(folder, **settings)
     rows.reserve(view)
     values = torch.randn(IMAGES, *rows.shape).to(rows.dtype)
@@ -42,14 +42,14 @@ def filled(folder, view=0, **settings):
 
 
 def read_again(rows, view=0):
-    """What somebody who opens the files anew finds."""
+    """Rows as read after reopening the files."""
     again = Rows(rows.folder, rows.key, rows.images, rows.shape, rows.dtype)
     return again.read(torch.arange(rows.images), torch.full((rows.images,), view))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1,), (10,), (4, 4, 2)])
-def test_what_was_written_is_read_bit_for_bit(tmp_path, shape, dtype):
+def test_written_rows_are_read_bit_identically(tmp_path, shape, dtype):
     rows = make_rows(tmp_path, shape, dtype)
     for view in (0, 7):
         rows.reserve(view)
@@ -66,13 +66,13 @@ def test_what_was_written_is_read_bit_for_bit(tmp_path, shape, dtype):
 
 @settings(max_examples=200, deadline=None)
 @given(data=st.data())
-def test_a_damaged_file_gives_the_right_numbers_or_none(tmp_path_factory, data):
+def test_damaged_file_never_gives_wrong_rows(tmp_path_factory, data):
     rows, values = filled(tmp_path_factory.mktemp("rows"))
     path = rows.path(0)
     content = bytearray(path.read_bytes())
     for _ in range(data.draw(st.integers(1, 8))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
-    if data.draw(st.booleans()):  # a stretch of it twice
+    if data.draw(st.booleans()):  # duplicate a part
         size = data.draw(st.integers(1, len(content) // 2))
         start, to = (data.draw(st.integers(0, len(content) - size)) for _ in range(2))
         content[to : to + size] = content[start : start + size]
@@ -82,7 +82,7 @@ def test_a_damaged_file_gives_the_right_numbers_or_none(tmp_path_factory, data):
 
 
 @pytest.mark.parametrize("part", range(11))
-def test_a_truncated_file_is_made_whole_and_what_was_lost_is_unknown(tmp_path, part):
+def test_truncated_file_is_extended_and_lost_rows_are_invalid(tmp_path, part):
     rows, values = filled(tmp_path)
     path = rows.path(0)
     os.truncate(path, rows.file_size * part // 10)
@@ -95,7 +95,7 @@ def test_a_truncated_file_is_made_whole_and_what_was_lost_is_unknown(tmp_path, p
     assert torch.equal(got[known], values[known])
 
 
-def test_a_row_in_the_wrong_place_is_not_believed(tmp_path):
+def test_row_at_the_wrong_position_is_invalid(tmp_path):
     rows, _ = filled(tmp_path)
     size = rows.file_size // IMAGES
     content = rows.path(0).read_bytes()
@@ -115,14 +115,14 @@ generator = torch.Generator().manual_seed(int(sys.argv[2]))
 number = int(sys.argv[2])
 print("ready", flush=True)
 while True:
-    number = (number + 2) % 10_000  # a million numbers more would not be exact in float32
+    number = (number + 2) % 10_000  # larger numbers would not be exact in float32
     index = torch.randperm(50, generator=generator)[:16]
     values = index[:, None] + torch.full((16, 512), number * 1000.0)
     rows.write(index, torch.zeros(16, dtype=torch.int64), values)
 """
 
 
-def test_two_writers_killed_at_work_leave_no_mixed_row(tmp_path):
+def test_killed_concurrent_writers_leave_no_mixed_row(tmp_path):
     script = tmp_path / "writer.py"
     script.write_text(WRITER)
     rows, seen = Rows(tmp_path, {}, 50, (512,), torch.float32), 0
@@ -143,7 +143,7 @@ def test_two_writers_killed_at_work_leave_no_mixed_row(tmp_path):
 
 
 def check_whole(rows):
-    """Every row that is believed is one that one writer wrote; return how many there are."""
+    """Check that every valid row is from a single writer; return their number."""
     got, known = rows.read(torch.arange(50), torch.zeros(50, dtype=torch.int64))
     assert (got[known] == got[known][:, :1]).all()
     assert torch.equal(got[known][:, 0] % 1000, torch.arange(50.0)[known])
@@ -151,7 +151,7 @@ def check_whole(rows):
 
 
 class Teacher:
-    """Answers with numbers that tell image, view and term, and counts what it was asked."""
+    """Returns values that encode image, view and term, and records the calls."""
 
     def __init__(self, index, view):
         self.index, self.view, self.asked = index, view, []
@@ -179,20 +179,20 @@ def expected(index, view, dtype=torch.float16):
     return (torch.as_tensor(index) * 100 + torch.as_tensor(view) + 1 / 3).to(dtype).float()
 
 
-def test_what_is_there_is_not_asked_and_the_rounding_is_the_same(tmp_path):
+def test_cached_outputs_are_not_recomputed_and_equally_rounded(tmp_path):
     first, teacher = recall(make_memory(tmp_path), [1, 2, 3], [0, 0, 0])
     assert teacher.asked == [(1, 0), (2, 0), (3, 0)]
     again, teacher = recall(make_memory(tmp_path), [3, 1, 2], [0, 0, 0])
     assert not teacher.asked
     assert torch.equal(again["a"], first["a"][[2, 0, 1]])
-    # The view counts as well as the image.
+    # The view matters as well as the image.
     mixed, teacher = recall(make_memory(tmp_path), [1, 2, 5, 3], [0, 1, 0, 0])
-    assert teacher.asked == [(1, 0), (2, 1), (5, 0), (3, 0)]  # never about a part of a batch
+    assert teacher.asked == [(1, 0), (2, 1), (5, 0), (3, 0)]  # never a part of a batch
     for values in (mixed["a"][:, 0], -mixed["b"][:, 0], -mixed["b"][:, 1]):
         assert torch.equal(values, expected([1, 2, 5, 3], [0, 1, 0, 0]))
 
 
-def test_a_term_more_is_computed_and_the_others_stay_what_they_were(tmp_path):
+def test_additional_term_does_not_change_the_others(tmp_path):
     recall(make_memory(tmp_path, terms=("a",)), [1, 2], [0, 0])
     both, teacher = recall(make_memory(tmp_path), [1, 2, 3], [0, 0, 0])
     assert teacher.asked == [(1, 0), (2, 0), (3, 0)]
@@ -201,7 +201,7 @@ def test_a_term_more_is_computed_and_the_others_stay_what_they_were(tmp_path):
     assert not teacher.asked
 
 
-def test_at_the_limit_it_computes_and_says_so_once(tmp_path, caplog):
+def test_disk_limit_causes_one_warning(tmp_path, caplog):
     size = sum(rows.file_size for rows in make_memory(tmp_path).rows.values())
     cache_ = make_memory(tmp_path, limit=1.5 * size)
     with caplog.at_level(logging.WARNING):
@@ -214,10 +214,10 @@ def test_at_the_limit_it_computes_and_says_so_once(tmp_path, caplog):
     assert "disk_gb" in caplog.text
     assert memory.used_bytes(tmp_path) == size
     _, teacher = recall(cache_, [1, 2], [0, 0])
-    assert not teacher.asked  # what fitted is still used
+    assert not teacher.asked  # existing rows are still used
 
 
-def test_a_full_disk_is_survived_with_a_warning(tmp_path, caplog):
+def test_full_disk_causes_a_warning(tmp_path, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
     try:
@@ -227,7 +227,7 @@ def test_a_full_disk_is_survived_with_a_warning(tmp_path, caplog):
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert torch.equal(values["a"][:, 0], expected([1, 2], 0))
     assert "File too large" in caplog.text
-    assert memory.used_bytes(tmp_path) == 0  # nothing half-made is left
+    assert memory.used_bytes(tmp_path) == 0  # no incomplete file is left
     _, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
     assert teacher.asked
 
@@ -237,8 +237,8 @@ def test_a_full_disk_is_survived_with_a_warning(tmp_path, caplog):
     [lambda: ConvNet(channels=[64, 128, 256], hidden=512), ResNet9],
     ids=["convnet", "resnet9"],
 )
-def test_a_teacher_says_the_same_of_an_image_in_whatever_company(model):
-    """So that what one seed's batches were answered serves another's: not in batches of a few."""
+def test_teacher_output_does_not_depend_on_the_batch(model):
+    """So that seeds can share cached outputs; not guaranteed for batches of a few images."""
     torch.manual_seed(0)
     half = Normalization((0.5,) * 3, (0.5,) * 3)
     teacher = FrozenTeacher(model(), half, half)
@@ -252,7 +252,7 @@ def test_a_teacher_says_the_same_of_an_image_in_whatever_company(model):
         assert torch.equal(teacher(part), whole[:size])
 
 
-def test_numbers_beyond_the_rounding_are_given_as_they_are_and_not_kept(tmp_path):
+def test_overflowing_outputs_are_returned_but_not_cached(tmp_path):
     rows = {"a": make_rows(tmp_path / "a", (1,))}
     cache_ = TeacherCache(rows, tmp_path, 1e9)
     big = torch.tensor([[1.0], [1e9]])
@@ -263,7 +263,7 @@ def test_numbers_beyond_the_rounding_are_given_as_they_are_and_not_kept(tmp_path
     assert rows["a"].read(index, index * 0)[1].tolist() == [True, False]
 
 
-def test_forgetting_while_a_training_reads_changes_nothing(tmp_path):
+def test_removing_a_cache_in_use_has_no_effect(tmp_path):
     cache_ = make_memory(tmp_path)
     recall(cache_, [1, 2], [0, 0])
     for entry in stored(tmp_path):
@@ -284,7 +284,7 @@ def remembered(tmp_path):
 
 @pytest.fixture
 def asked(monkeypatch):
-    """How many images the teacher was asked about, in training and in evaluation."""
+    """Number of images that the teacher processed, in training and in evaluation."""
     counts = Counter()
     for kind, name in (("training", "answer"), ("evaluation", "__call__")):
         original = getattr(FrozenTeacher, name)
@@ -297,10 +297,10 @@ def asked(monkeypatch):
     return counts
 
 
-SHAPES = 8  # images that are asked about to know the shape of an output
+SHAPES = 8  # images used to determine output shapes
 
 
-def test_a_second_training_asks_nothing_and_ends_with_the_same_student(train, tmp_path, asked):
+def test_second_training_uses_only_the_cache(train, tmp_path, asked):
     results = []
     for expected_count in ({"training": 2 * 33 + SHAPES, "evaluation": 12}, {"training": SHAPES}):
         done = train("method=combined")
@@ -310,7 +310,7 @@ def test_a_second_training_asks_nothing_and_ends_with_the_same_student(train, tm
         accuracies = {key: done.metrics[key] for key in ("agreement", "teacher_test_accuracy")}
         results.append(((done.runs[0] / "student.safetensors").read_bytes(), accuracies))
     assert results[0] == results[1]
-    # Other methods, students and seeds, too.
+    # Also for other methods, students and seeds.
     assert train("method=logit", "method.terms.logit.temperature=2", "seed=5").code == 0
     assert train("method=attention", "student.model.hidden=16", "optimizer.lr=0.02").code == 0
     assert asked == {"training": 2 * SHAPES}
@@ -319,7 +319,7 @@ def test_a_second_training_asks_nothing_and_ends_with_the_same_student(train, tm
     ]  # fmt: skip
 
 
-def test_in_float32_remembering_changes_nothing_at_all(train, asked):
+def test_float32_cache_is_bit_identical(train, asked):
     exact = ("method=combined", "trainer.precision=32-true", "trainer.max_epochs=3")
     students = []
     for settings_ in (
@@ -335,8 +335,8 @@ def test_in_float32_remembering_changes_nothing_at_all(train, asked):
     assert students[0] == students[1] == students[2]
 
 
-def test_on_real_data_the_rounding_costs_no_accuracy(train):
-    """Handwritten digits, 14 steps an epoch; the two students differ by float16 targets alone."""
+def test_rounding_does_not_reduce_accuracy(train):
+    """Digits, 14 steps per epoch; the two students differ only in float16 targets."""
     command = (
         "method=combined", "data=digits", "student=small", "optimizer.lr=0.05",
         "trainer.max_epochs=5", "trainer.precision=32-true", "trainer.accelerator=cpu",
@@ -349,7 +349,7 @@ def test_on_real_data_the_rounding_costs_no_accuracy(train):
     )
     assert (exact.code, rounded.code) == (0, 0), exact.err + rounded.err
     weights = [(done.runs[0] / "student.safetensors").read_bytes() for done in (exact, rounded)]
-    assert weights[0] != weights[1]  # there was a rounding
+    assert weights[0] != weights[1]  # rounding has an effect
     assert exact.metrics["test_accuracy"] > 0.8
     for part in ("val_accuracy", "test_accuracy"):
         assert abs(exact.metrics[part] - rounded.metrics[part]) <= 0.01, part
@@ -369,7 +369,7 @@ def test_memory_does_not_grow_with_the_number_of_views(tmp_path):
     assert 0 < mapped <= Rows.OPEN_FILES
 
 
-def test_k_views_are_gone_through_again_and_again(train, tmp_path, asked):
+def test_k_views_are_repeated_cyclically(train, tmp_path, asked):
     assert train("method=logit", "data.views=2", "trainer.max_epochs=5").code == 0
     assert asked["training"] == 2 * 33 + SHAPES
     views = {
@@ -392,7 +392,7 @@ def test_k_views_are_gone_through_again_and_again(train, tmp_path, asked):
         ("teacher.layers=[stage1]", False),
         ("trainer.precision=32-true", False),
         ("remember.dtype=bfloat16", False),
-        ("data.batch_size=11", False),  # of the teacher's own training, too
+        ("data.batch_size=11", False),  # also of the teacher's training
         ("seed=3", True),
         ("optimizer.lr=0.001", True),
         ("student.model.channels=[4,6]", True),
@@ -400,9 +400,7 @@ def test_k_views_are_gone_through_again_and_again(train, tmp_path, asked):
         ("data.eval_batch_size=7", True),
     ],
 )
-def test_what_is_stored_is_shared_by_those_who_would_compute_the_same(
-    train, tmp_path, override, same
-):
+def test_equal_outputs_share_a_cache(train, tmp_path, override, same):
     base = ("method=attention", "trainer.precision=bf16-mixed", "trainer.max_epochs=1")
     assert train(*base).code == 0
     before = remembered(tmp_path)
@@ -413,12 +411,12 @@ def test_what_is_stored_is_shared_by_those_who_would_compute_the_same(
 
 
 class Restless(FolderDataModule):
-    """Pictures with noise of the moment in them."""
+    """Images with random noise."""
 
     reproducible = False
 
 
-def test_views_that_are_not_reproducible_are_not_remembered(train, tmp_path):
+def test_non_reproducible_views_are_not_cached(train, tmp_path):
     done = train("method=logit", "data._target_=test_teacher_cache.Restless")
     assert done.code == 0, done.err
     assert "not reproducible" in (done.runs[0] / "train.log").read_text()
@@ -434,14 +432,14 @@ def test_views_that_are_not_reproducible_are_not_remembered(train, tmp_path):
         ("data.views=0", ["views", "at least 1"]),
     ],
 )
-def test_bad_settings_are_answered_with_a_sentence(train, override, words):
+def test_invalid_cache_settings_are_rejected(train, override, words):
     done = train("method=logit", override)
     assert done.code == 2
     assert all(word in done.err for word in words), done.err
     assert len(done.err.splitlines()) == 1
 
 
-def test_the_script_shows_and_removes(train, tmp_path, monkeypatch, capsys):
+def test_script_lists_and_removes_caches(train, tmp_path, monkeypatch, capsys):
     def script(*arguments):
         command = ["remembered.py", "--output-dir", str(tmp_path / "outputs"), *arguments]
         monkeypatch.setattr(sys, "argv", command)
@@ -461,8 +459,8 @@ def test_the_script_shows_and_removes(train, tmp_path, monkeypatch, capsys):
     assert not remembered(tmp_path)
 
 
-def test_a_row_of_zeros_is_never_taken_for_a_written_one(tmp_path):
-    """A new file is all zeros, and zeros are what a term may remember."""
+def test_row_of_zeros_is_invalid(tmp_path):
+    """A new file is all zeros, and targets may be zero."""
     rows = Rows(tmp_path, {}, images=300, shape=(3,), dtype=torch.float16)
     index = torch.arange(300)
     for number in (PLAIN, 0, 7):
@@ -471,7 +469,7 @@ def test_a_row_of_zeros_is_never_taken_for_a_written_one(tmp_path):
         assert not rows.read(index, view)[1].any()
         rows.write(index, view, torch.zeros(300, 3, dtype=torch.float16))
         assert rows.read(index, view)[1].all()
-        # The same numbers, where another image's belong.
+        # The same numbers at the position of another image.
         file = rows.path(number)
         content = file.read_bytes()
         file.write_bytes(content[16:] + content[:16])

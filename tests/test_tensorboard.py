@@ -1,4 +1,4 @@
-"""TensorBoard: values stand at the steps they belong to, and runs can be compared at a glance."""
+"""TensorBoard: values are logged at their own steps, and HParams shows the differences."""
 
 from types import SimpleNamespace
 
@@ -18,11 +18,11 @@ CPU = {
     "_target_": "lightning.pytorch.Trainer", "accelerator": "cpu", "devices": 1, "max_epochs": 2,
     "log_every_n_steps": 50,
 }  # fmt: skip
-BATCHES = 5  # in an epoch: 33 images, 8 at a time
+BATCHES = 5  # per epoch: 33 images, batch size 8
 
 
 class Spy(Callback):
-    """What each optimizer step had: its learning rate and the total loss of each of its batches."""
+    """Records each optimizer step: its learning rate and the total loss of its batches."""
 
     def __init__(self):
         self.rates, self.losses = {}, {}
@@ -58,7 +58,7 @@ def scalars(folder):
         ({"accumulate_grad_batches": 2, "log_every_n_steps": 2}, [0, 2, 4, 5]),
     ],
 )
-def test_a_loss_stands_at_its_own_step(folder, tmp_path, settings, steps):
+def test_losses_are_logged_at_their_own_step(folder, tmp_path, settings, steps):
     spy = Spy()
     trainer = build_trainer(
         trainer_plan({**CPU, **settings}), tmp_path / "run", "x", callbacks=[spy]
@@ -77,7 +77,7 @@ def test_a_loss_stands_at_its_own_step(folder, tmp_path, settings, steps):
 
 
 class TwoOfThem:
-    """What a callback asks of a trainer that is one of two processes; the other's losses are 3."""
+    """A mock trainer of two processes; the losses of the other process are 3."""
 
     world_size, global_step, log_every_n_steps, optimizers = 2, 0, 1, ()
 
@@ -95,11 +95,11 @@ class TwoOfThem:
         pass
 
 
-def test_the_loss_of_several_processes_is_that_of_the_whole_batch():
+def test_logged_loss_of_several_processes_is_of_the_whole_batch():
     from kd_lightning.engine.callbacks.curves import Curves
 
     trainer, curves = TwoOfThem(), Curves()
-    # Three images: two here, one there.
+    # Three images: two in this process, one in the other.
     batch = {"share": torch.tensor(2 * 2 / 3)}
     trainer.other_share = 2 * 1 / 3
     curves.on_train_batch_start(trainer, None, batch, 0)
@@ -122,8 +122,8 @@ PLAN = SimpleNamespace(
 
 
 @pytest.mark.parametrize("method", ["none", "logit"])
-def test_the_page_of_hyperparameters_begins_with_what_tells_runs_apart(tmp_path, method):
-    """Five columns are shown at first, in the order in which TensorBoard's server sends them."""
+def test_hparams_columns_start_with_the_differences(tmp_path, method):
+    """Five columns are shown by default, in the order sent by TensorBoard's server."""
     logger = TensorBoardLogger(tmp_path, name="", version="", default_hp_metric=False)
     results = {"epochs": 2, "val_accuracy": 0.5, "test_accuracy": 0.25}
     log_hparams(logger, SimpleNamespace(**{**vars(PLAN), "method": method}), results, 9)
@@ -139,7 +139,7 @@ def test_the_page_of_hyperparameters_begins_with_what_tells_runs_apart(tmp_path,
     assert events.Scalars("final/test_accuracy")[0].step == 9
 
 
-def test_terms_are_described_with_their_weights_and_temperature():
+def test_description_of_terms():
     terms = {
         "cross_entropy": {"_target_": "x", "weight": 0.6},
         "logit": {"_target_": "x", "weight": 1.1, "temperature": 5.0},

@@ -1,4 +1,4 @@
-"""The contract that every loss term keeps: ours, and those that users may write."""
+"""The interface of loss terms, checked for ours and for user-defined ones."""
 
 import json
 from typing import ClassVar
@@ -19,7 +19,7 @@ LAYERS = ("stage1", "stage2")
 
 
 class Projected(Term):
-    """Penultimate features, through a projector that is trained: parameters, inputs of layers."""
+    """Penultimate features with a trained projector: term parameters, layer inputs."""
 
     def setup(self, context):
         student, teacher = (
@@ -40,7 +40,7 @@ class Projected(Term):
 
 
 class Several(Term):
-    """Two things of the teacher, by name."""
+    """Two targets, by name."""
 
     def setup(self, context):
         return Reads(student=("stage2",), teacher=("stage2",))
@@ -56,12 +56,12 @@ class Several(Term):
 
     def forward(self, student, remembered, batch):
         loss = (student.logits.float() - remembered["logits"]).square().mean()
-        # Later in the training the features count, too.
+        # Features are included later in the training.
         return loss + batch.progress * remembered["means"].square().mean()
 
 
 class Relations(Term):
-    """Which images are alike (Tung & Mori 2019): depends on what else is in the batch."""
+    """Similarity of images (Tung & Mori 2019), which depends on the whole batch."""
 
     relational: ClassVar[bool] = True
 
@@ -98,7 +98,7 @@ def networks():
 
 @pytest.fixture(params=TERMS)
 def term(request, networks):
-    """A term that has been set up, and what reads both networks for it."""
+    """A term after setup, with feature readers of both networks."""
     term = TERMS[request.param]()
     student, teacher = networks
     context = Context(layer_shapes(student, 16), layer_shapes(teacher, 16), 3, 100)
@@ -107,7 +107,7 @@ def term(request, networks):
 
 
 def remembered(term, read, images):
-    """What a term keeps of the teacher: by name, whatever it returns."""
+    """A term's targets as a dictionary."""
     if not term.needs_teacher:
         return {}
     value = term.remember(read(images, complete=True))
@@ -127,7 +127,7 @@ IMAGES, LABELS = (
 )
 
 
-def test_what_is_remembered_is_a_row_for_each_image_and_of_it_alone(term):
+def test_targets_are_one_independent_row_per_image(term):
     term, _, read = term
     whole, part = (remembered(term, read, images) for images in (IMAGES, IMAGES[2:4]))
     for name, rows in whole.items():
@@ -138,7 +138,7 @@ def test_what_is_remembered_is_a_row_for_each_image_and_of_it_alone(term):
     assert json.loads(json.dumps(term.depends_on())) == term.depends_on()
 
 
-def test_the_loss_is_a_finite_scalar_that_trains_student_and_term(term, networks):
+def test_loss_is_a_finite_scalar_with_gradients(term, networks):
     term, *read = term
     loss = value(term, *read, IMAGES, LABELS)
     assert loss.shape == ()
@@ -149,7 +149,7 @@ def test_the_loss_is_a_finite_scalar_that_trains_student_and_term(term, networks
     assert all(p.grad is not None and p.grad.any() for p in term.parameters())
 
 
-def test_the_loss_is_the_mean_over_the_batch_unless_it_is_relational(term):
+def test_loss_is_the_batch_mean_unless_relational(term):
     term, *read = term
     whole = value(term, *read, IMAGES, LABELS)
     halves = [value(term, *read, IMAGES[part], LABELS[part]) for part in (slice(3), slice(3, 6))]
@@ -157,7 +157,7 @@ def test_the_loss_is_the_mean_over_the_batch_unless_it_is_relational(term):
     assert term.relational != torch.allclose(whole, mean, rtol=1e-4)
 
 
-def test_the_loss_survives_autocast(term):
+def test_loss_works_with_autocast(term):
     term, *read = term
     plain = value(term, *read, IMAGES, LABELS)
     with torch.autocast("cpu", torch.bfloat16):
@@ -166,7 +166,7 @@ def test_the_loss_survives_autocast(term):
     torch.testing.assert_close(loss, plain, rtol=0.2, atol=0.02)
 
 
-def test_progress_reaches_a_term():
+def test_terms_receive_the_progress():
     torch.manual_seed(0)
     student, teacher = ConvNet([4, 8], 8, 3, 16), ConvNet([4, 8], 8, 3, 16)
     context = Context(layer_shapes(student, 16), layer_shapes(teacher, 16), 3)
@@ -177,8 +177,8 @@ def test_progress_reaches_a_term():
     assert late > early
 
 
-def test_the_module_shows_every_term_what_it_asks_for():
-    """Dictionaries, inputs of layers, labels and progress, through the module itself."""
+def test_module_passes_requested_features_to_terms():
+    """Dictionaries, layer inputs, labels and progress, through the module."""
     torch.manual_seed(0)
     half = Normalization((0.5,) * 3, (0.5,) * 3)
     teacher = FrozenTeacher(ConvNet([6, 10], 12, 3, 16), expects=half, given=half)
@@ -194,7 +194,7 @@ def test_the_module_shows_every_term_what_it_asks_for():
     assert module.ask_teacher(IMAGES).keys() == {
         "projected", "several/logits", "several/means", "relations"
     }  # fmt: skip
-    # Parameters of a term are trained with the student's, and are no part of it.
+    # Parameters of a term are trained with the student, but are not part of it.
     trained = {name for name, _ in module.named_parameters()}
     assert "terms.projected.projector.weight" in trained
     assert not any("projector" in name for name in module.student.state_dict())

@@ -1,4 +1,4 @@
-"""The search: on validation, resumable, with sentences for what is written wrongly."""
+"""Hyper-parameter search: on validation, resumable, with clear errors."""
 
 import json
 
@@ -20,14 +20,14 @@ def overrides(tmp_path):
     ]  # fmt: skip
 
 
-def test_a_study_searches_what_the_method_has_and_goes_on(overrides, tmp_path):
+def test_study_uses_the_method_space_and_resumes(overrides, tmp_path):
     study = tuning.tune(overrides, trials=2)
     assert len(study.trials) == 2
     assert set(study.best_params) == {
         "optimizer.lr", "method.terms.logit.temperature", "method.terms.logit.weight",
         "method.terms.cross_entropy.weight",
     }  # fmt: skip
-    # It begins with what is configured.
+    # The first trial is the configuration.
     assert study.trials[0].params["method.terms.logit.temperature"] == 4.0
     for trial in study.trials:
         assert 1 <= trial.params["method.terms.logit.temperature"] <= 20
@@ -35,7 +35,7 @@ def test_a_study_searches_what_the_method_has_and_goes_on(overrides, tmp_path):
         assert trial.intermediate_values == {1: trial.value}
     assert len(tuning.tune(overrides, trials=3).trials) == 3
     assert len(tuning.tune(overrides, trials=3).trials) == 3
-    # The test images are not looked at, not even in passing.
+    # The test images are never used.
     trials = list((tmp_path / "outputs").glob("tuning/**/metrics.json"))
     assert len(trials) == 3
     for path in trials:
@@ -45,11 +45,11 @@ def test_a_study_searches_what_the_method_has_and_goes_on(overrides, tmp_path):
         tested = {key: metrics.get(key) for key in ("test_accuracy", "test_accuracy_at_best")}
         assert not any(tested.values())
         assert not (path.parent / "confusion.csv").exists()
-    # One teacher for all of them.
+    # All trials share one teacher.
     assert len(list((tmp_path / "outputs").rglob("teacher.safetensors"))) == 1
 
 
-def test_a_trial_without_prospects_is_ended(overrides):
+def test_unpromising_trial_is_pruned(overrides):
     class Hopeless:
         def report(self, value, epoch):
             self.reported = epoch
@@ -74,7 +74,7 @@ def test_a_trial_without_prospects_is_ended(overrides):
     assert trial.reported == 5
 
 
-def test_the_space_can_be_given():
+def test_search_space_can_be_given():
     assert tuning.parse_range("optimizer.lr=0.01:0.3:log") == (
         "optimizer.lr", tuning.Range(0.01, 0.3, log=True),
     )  # fmt: skip
@@ -84,6 +84,6 @@ def test_the_space_can_be_given():
 @pytest.mark.parametrize(
     "text", ["lr", "lr=1", "lr=2:1", "lr=0:1:log", "lr=a:b", "=1:2", "lr=1:1e"]
 )
-def test_a_range_that_is_none_is_refused(text):
+def test_invalid_range_is_rejected(text):
     with pytest.raises(InputError, match="KEY=LOW:HIGH"):
         tuning.parse_range(text)

@@ -1,4 +1,4 @@
-"""A view follows from its index and number alone, and is cut as a slow reference cuts it."""
+"""Views: functions of index and number only, equal to a reference implementation."""
 
 import numpy as np
 import pytest
@@ -14,7 +14,7 @@ MASK = 0xFFFFFFFF
 
 
 def slow_random(index, view, seed):
-    """The counter rule in Python's unbounded integers."""
+    """The counter-based hash with Python's unbounded integers."""
 
     def mix(x):
         x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
@@ -47,7 +47,7 @@ def slow_view(image, index, view, augmentation):
 
 @settings(max_examples=100, deadline=None)
 @given(st.integers(0, 2**31), st.integers(-1, 2**31), st.integers(0, 2**32 - 1))
-def test_the_counter_rule_equals_unbounded_arithmetic(index, view, seed):
+def test_counter_hash_matches_unbounded_arithmetic(index, view, seed):
     got = counter_random(torch.tensor([index]), torch.tensor([view]), seed)
     assert int(got) == slow_random(index, view, seed)
 
@@ -55,7 +55,7 @@ def test_the_counter_rule_equals_unbounded_arithmetic(index, view, seed):
 @pytest.mark.parametrize("cutout", [0, 1, 4, 5])
 @pytest.mark.parametrize("flip", [True, False])
 @pytest.mark.parametrize("padding", [0, 3, 4])
-def test_rendered_views_equal_the_slow_reference(padding, flip, cutout):
+def test_rendered_views_match_reference(padding, flip, cutout):
     images = torch.randint(0, 256, (7, 12, 10, 3), dtype=torch.uint8)
     augmentation = Augmentation(padding=padding, flip=flip, cutout=cutout, seed=5)
     index = torch.tensor([0, 6, 3, 3, 3, 1, 0])
@@ -67,7 +67,7 @@ def test_rendered_views_equal_the_slow_reference(padding, flip, cutout):
         np.testing.assert_array_equal(got.permute(1, 2, 0).numpy(), expected)
 
 
-def test_a_view_does_not_depend_on_the_batch_it_is_in():
+def test_view_does_not_depend_on_its_batch():
     images = torch.randint(0, 256, (50, 8, 8, 3), dtype=torch.uint8)
     augmentation = Augmentation()
     index, view = torch.arange(50), torch.arange(50) % 7
@@ -77,7 +77,7 @@ def test_a_view_does_not_depend_on_the_batch_it_is_in():
         assert torch.equal(alone[0], together[k])
 
 
-def test_views_are_spread_evenly():
+def test_views_are_uniformly_distributed():
     index = torch.arange(5000).repeat_interleave(20)
     view = torch.arange(20).repeat(5000)
     rows, columns, flip = Augmentation(padding=4).parameters(index, view)
@@ -85,13 +85,13 @@ def test_views_are_spread_evenly():
     expected = len(index) / 162
     chi_square = float(((cells - expected) ** 2 / expected).sum())
     assert chi_square < 231  # 161 degrees of freedom: exceeded by chance once in 4,000 times
-    # And so are those of one image, and the first view of all images.
+    # The same for the views of one image, and for the first view of all images.
     assert 0.45 < flip[view == 0].double().mean() < 0.55
     assert len({(int(r), int(c)) for r, c in zip(rows[:20], columns[:20], strict=True)}) > 10
 
 
-def test_more_pixels_than_int32_counts(tmp_path):
-    """In a file that is all holes but for its last image."""
+def test_more_pixels_than_int32_max(tmp_path):
+    """In a sparse file with only the last image."""
     count = 2**31 // 64 + 3
     with (tmp_path / "images").open("wb") as file:
         file.seek((count - 1) * 64)
@@ -105,8 +105,8 @@ def test_more_pixels_than_int32_counts(tmp_path):
     assert not first.any()
 
 
-def test_views_are_made_where_the_images_are():
-    """Of a GPU that need not be there: tensors without numbers, which know their device."""
+def test_views_are_rendered_on_the_device_of_the_images():
+    """On the meta device, as no GPU is needed."""
     augmentation = Augmentation(padding=2, cutout=3)
     try:
         with FakeTensorMode():
@@ -121,19 +121,19 @@ def test_views_are_made_where_the_images_are():
     assert rendered.shape == (2, 3, 8, 8)
 
 
-def test_another_seed_gives_other_views():
+def test_views_depend_on_the_seed():
     index, view = torch.arange(200), torch.zeros(200, dtype=torch.long)
     first = Augmentation(seed=0).parameters(index, view)[0]
     assert not torch.equal(first, Augmentation(seed=1).parameters(index, view)[0])
 
 
 @pytest.mark.parametrize("name", ["padding", "cutout"])
-def test_negative_sizes_are_refused(name):
+def test_negative_sizes_are_rejected(name):
     with pytest.raises(ValueError, match=name):
         Augmentation(**{name: -1})
 
 
-def test_training_batches_visit_every_image_once_in_an_order_of_seed_and_epoch():
+def test_training_order_depends_on_seed_and_epoch():
     images = torch.arange(100, 123)
     sampler = ViewSampler(images, batch_size=5, shuffle=True, seed=3)
     orders = []
@@ -153,7 +153,7 @@ def test_training_batches_visit_every_image_once_in_an_order_of_seed_and_epoch()
     assert not torch.equal(torch.cat([batch["index"] for batch in other]), orders[0])
 
 
-def test_evaluation_shows_the_images_as_they_are_in_order():
+def test_evaluation_uses_plain_images_in_order():
     (batch,) = ViewSampler(torch.arange(4), batch_size=10, shuffle=False)
     assert batch["index"].tolist() == [0, 1, 2, 3]
     assert (batch["view"] == PLAIN).all()

@@ -1,4 +1,4 @@
-"""What `train.py` does, for notebooks and programs.
+"""Python API: run trainings and load trained students from notebooks and programs.
 
 from kd_lightning import api
 
@@ -29,19 +29,19 @@ from kd_lightning.workflows import student as workflow
 
 
 def compose(*arguments: str) -> Node:
-    """The complete configuration of a command, as `train.py` would use it.
+    """Compose the complete configuration of a command, exactly as `train.py` does.
 
     Args:
-        arguments: as on the command line: ``method=logit``, ``optimizer.lr=0.05``.
+        arguments: command-line overrides: ``method=logit``, ``optimizer.lr=0.05``.
 
     Raises:
-        InputError: one of them cannot be read, or does not exist.
+        InputError: an override cannot be parsed, or its key or choice does not exist.
     """
     naming.register()
     overrides.install()
     given = check_overrides(arguments)
     with initialize_config_dir(tree_folder(), version_base="1.3"):
-        # `name` says what the command changed, which only the command line's Hydra knows.
+        # The `name` resolver needs HydraConfig, which `hydra.compose` does not set.
         config = plain(hydra_compose("train", given))
     if not any(argument.startswith("name=") for argument in given):
         config["name"] += naming.variant(given)
@@ -53,7 +53,7 @@ def run(*arguments: str) -> dict[str, Any]:
     """Train and test one student; see `workflows.student.run`.
 
     Returns:
-        What `metrics.json` holds, and its ``folder``.
+        The contents of `metrics.json`, plus the run's ``folder``.
     """
     config = compose(*arguments)
     folder = Path(config["output_dir"]) / "runs" / config["setting"] / config["name"]
@@ -63,14 +63,14 @@ def run(*arguments: str) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Student:
-    """A trained student and all that is needed to use it.
+    """A trained student with everything needed for inference.
 
     Attributes:
         model: in evaluation mode; images (B, 3, H, W), normalised, to logits (B, C).
-        classes: names of the classes, in the order of the logits; empty if the run does not say.
-        image_size: height and width that the model expects, in pixels.
-        mean: per channel, of pixel values scaled to [0, 1].
-        std: per channel.
+        classes: class names, in the order of the logits; empty if the run does not store them.
+        image_size: input height and width, in pixels.
+        mean: per-channel mean of pixel values scaled to [0, 1].
+        std: per-channel standard deviation.
         config: the run's configuration.
     """
 
@@ -82,10 +82,10 @@ class Student:
     config: Node
 
     def preprocess(self, images: Sequence[str | Path] | Tensor) -> Tensor:
-        """Image files, or pixels (B, 3, H, W) in [0, 1], to what the model expects.
+        """Turn image files, or pixels (B, 3, H, W) in [0, 1], into model input.
 
         Raises:
-            InputError: a file is not an image that can be read.
+            InputError: a file is not a readable image.
         """
         if not isinstance(images, Tensor):
             pixels = np.stack([decode(Path(path), self.image_size) for path in images])
@@ -99,20 +99,20 @@ class Student:
         return torch.softmax(self.model(self.preprocess(images)).float(), dim=1)
 
     def predict(self, images: Sequence[str | Path] | Tensor) -> list[str]:
-        """The most probable class of each image: its name, or its number if names are not known."""
+        """The most probable class of each image: its name, or its index if names are unknown."""
         labels = self.probabilities(images).argmax(dim=1).tolist()
         return [self.classes[label] if self.classes else str(label) for label in labels]
 
 
 def load_student(run_dir: str | Path, trust: Iterable[str] = ()) -> Student:
-    """The student of a run, from its folder alone.
+    """Load a run's student from its run folder.
 
     Args:
         run_dir: folder of the run.
-        trust: packages of one's own that the run may name; see `storage.trust.check_trusted`.
+        trust: your own packages that the run may import; see `storage.trust.check_trusted`.
 
     Raises:
-        InputError: something is missing or damaged, or names code that is not trusted.
+        InputError: a file is missing or damaged, or refers to untrusted code.
     """
     directory = RunDirectory(run_dir)
     model, config = directory.load_student(trust)

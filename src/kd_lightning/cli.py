@@ -1,4 +1,4 @@
-"""The command line: the only place that knows Hydra's decorator. Compose, validate, run, print."""
+"""Command-line entry point: compose the configuration with Hydra, validate, run, print."""
 
 import contextlib
 import errno
@@ -31,21 +31,21 @@ naming.register()
 overrides.install()
 
 stamped: dict[Path, str] = {}
-"""What the files of a grid look like: a restart looks once, not again for every finished cell."""
+"""File digests by path, cached so that restarting a grid does not rehash for every finished run."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def main() -> None:
-    """Run what the command line says; exit with 0, 1 (failed while running), 2 (wrong input),
-    or 128 and the number of the signal that stopped it.
+    """Run the command line. Exit code: 0, 1 (failed while running), 2 (invalid input), or
+    128 + signal number.
     """
     with robust_streams():
         _main()
 
 
 def _main() -> None:
-    # Hydra prints tracebacks and exits by itself unless it is asked not to.
+    # By default Hydra prints tracebacks and exits on its own.
     os.environ["HYDRA_FULL_ERROR"] = "1"
     try:
         if "--version" in sys.argv[1:]:
@@ -63,7 +63,7 @@ def _main() -> None:
         _fail(composition_error(error), 2)
     except OSError as error:
         _fail(f"output_dir cannot be written: {error.strerror}: {error.filename}", 2)
-    except (ValueError, TypeError) as error:  # the rest of what Hydra's parser lets through
+    except (ValueError, TypeError) as error:  # other errors raised by Hydra's parser
         _fail(f"the command line cannot be read: {error}", 2)
     if exit_codes:
         sys.exit(max(exit_codes))
@@ -82,7 +82,7 @@ def _app(composed: DictConfig) -> float | None:
         if metrics:
             _show_finished(metrics, run_dir, in_a_grid)
         else:
-            # Torch and Lightning take seconds to import: not before there is something to run.
+            # Torch and Lightning take seconds to import; delay until there is something to run.
             from kd_lightning.engine.launch import quiet_lightning
             from kd_lightning.reports.summary import print_summary
             from kd_lightning.workflows.student import run
@@ -103,7 +103,11 @@ def _app(composed: DictConfig) -> float | None:
     except RunError as error:
         _report(f"{error} (run: {run_dir})", 1)
     except OSError as error:
-        hint = "; free some space, the same command goes on" if error.errno in DISK_FULL else ""
+        hint = (
+            "; free disk space and rerun the same command to resume"
+            if error.errno in DISK_FULL
+            else ""
+        )
         _report(f"{error.strerror or error}: {error.filename or run_dir}{hint}", 1)
     except Exception as error:
         log.info("failed", exc_info=error)  # to the log file only
@@ -114,22 +118,22 @@ def _app(composed: DictConfig) -> float | None:
 
 
 def _show_finished(metrics: dict[str, Any], run_dir: Path, in_a_grid: bool) -> None:
-    """Say that there is nothing to train, and where the results are."""
+    """Report that the run is already finished, and where its results are."""
     from kd_lightning.reports.summary import print_summary
 
     folder = metrics.get("folder", run_dir)
     if in_a_grid:
         where = f", in {folder}" if "folder" in metrics else ""
-        say(f"{metrics['name']} was finished before{where}")
+        say(f"{metrics['name']} is already finished{where}")
     else:
         print_summary(metrics, folder)
-        say("(finished before; to train it again, remove that folder)")
+        say("(already finished; remove that folder to train it again)")
     if "folder" in metrics:
         _remove_unused(run_dir)
 
 
 def _record_failure(composed: DictConfig, run_dir: Path, error: InputError) -> None:
-    """Let the grid's table show a cell that could not begin."""
+    """Record a run that could not start, so that the grid's table shows it."""
     from kd_lightning.workflows.student import record_failure
 
     with contextlib.suppress(InputError, OSError, KeyError, TypeError):
@@ -137,19 +141,19 @@ def _record_failure(composed: DictConfig, run_dir: Path, error: InputError) -> N
 
 
 def _remove_unused(run_dir: Path) -> None:
-    """Remove what Hydra made for a run that never started: empty folders, and their log."""
+    """Remove the empty folders and log file that Hydra created for a run that never started."""
     root = logging.getLogger()
     for handler in list(root.handlers):
         if isinstance(handler, logging.FileHandler) and (
             Path(handler.baseFilename).parent == run_dir.absolute()
-        ):  # it would open its file with the next record
+        ):  # it would recreate its file with the next record
             root.removeHandler(handler)
             handler.close()
     with contextlib.suppress(OSError):
         if [path.name for path in run_dir.iterdir()] == ["train.log"]:
             (run_dir / "train.log").unlink()
         for folder in (run_dir, *run_dir.parents[:2]):
-            folder.rmdir()  # refuses one that holds anything
+            folder.rmdir()  # fails if not empty
 
 
 def _report(message: str, code: int) -> None:

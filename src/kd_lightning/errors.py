@@ -1,30 +1,29 @@
-"""The ways a run can end badly, told apart because scripts read the exit code."""
+"""Exceptions that end a run, one per exit code."""
 
 import signal
 from typing import Any
 
 
 class InputError(Exception):
-    """What the user asked for cannot be done; found before any training. Exit code 2.
+    """Invalid input, detected before training. Exit code 2.
 
-    The message is one sentence: what is wrong, where, and what to do about it.
+    The message is one sentence: what is wrong, where, and how to fix it.
     """
 
 
 class RunError(Exception):
-    """A run that had begun could not go on. Exit code 1."""
+    """A run failed after it had started. Exit code 1."""
 
 
 class Stopped(BaseException):
-    """The process was asked to end, by Ctrl-C or a signal. Exit code 128 and the signal's number.
+    """The process was interrupted by Ctrl-C or a signal. Exit code 128 + signal number.
 
-    Not an Exception: it ends the grid that the run belongs to as well.
+    Not an `Exception`, so that it also ends the grid that the run belongs to.
 
     Args:
-        number: the signal's.
-        what: was being trained, a run or a teacher.
-        place: of the checkpoint that the same command resumes from, as `epoch 3`; None: there is
-            none yet.
+        number: signal number.
+        what: what was being trained, a run or a teacher.
+        place: position of the checkpoint to resume from, e.g. `epoch 3`; None if there is none.
     """
 
     def __init__(self, number: int, what: str, place: str | None) -> None:
@@ -38,5 +37,5 @@ class Stopped(BaseException):
         self._given = (number, what, place)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """As it was made, so that it can go to another process."""
+        """Pickle by constructor arguments, so that it can be sent to another process."""
         return type(self), self._given

@@ -1,6 +1,4 @@
-"""Files that several processes share: a reader sees the old one or the new one, never half of
-either, and one at a time works where only one may.
-"""
+"""Atomic writes and file locks for files shared by several processes."""
 
 import json
 import logging
@@ -19,15 +17,15 @@ log = logging.getLogger(__name__)
 
 
 def home(path: str) -> str:
-    """A path with ``~`` expanded, which shells do not do in ``--option=~/x`` or ``KEY=~/x``."""
+    """Expand a leading ``~``, which shells do not do in ``--option=~/x`` or ``KEY=~/x``."""
     return str(Path(path).expanduser()) if path == "~" or path.startswith("~/") else path
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a temporary path beside `path`; on success it takes its place in one step.
+    """Atomic write: yield a temporary path that replaces `path` when the block succeeds.
 
-    If the block raises, the temporary file is removed and `path` is as it was.
+    If the block raises, the temporary file is removed and `path` is unchanged.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -35,7 +33,7 @@ def replacing(path: Path) -> Iterator[Path]:
         yield partial
         with partial.open("rb+") as file:
             os.fsync(file.fileno())
-        # Some writers make files for their owner only; a teacher store is there to be shared.
+        # Some writers create files readable by their owner only, but teacher stores are shared.
         umask = os.umask(0)
         os.umask(umask)
         partial.chmod(0o666 & ~umask)
@@ -45,17 +43,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def hold(path: Path, busy: str, wait: bool = True) -> AbstractContextManager[Any]:
-    """Hold a lock until the end of the `with` block that this is used in.
+    """Hold a file lock for the duration of a `with` block.
 
-    It is the system's: a process that dies leaves none behind.
+    The operating system releases the lock if the process dies.
 
     Args:
-        path: the lock's file; its folder is made.
-        busy: what to say when another process holds it.
-        wait: for that process.
+        path: the lock file; its parent folder is created.
+        busy: message when another process holds the lock.
+        wait: block until the lock is free.
 
     Raises:
-        RunError: another process holds it, and there was no waiting.
+        RunError: another process holds the lock and `wait` is False.
         OSError: the file cannot be written.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -70,27 +68,27 @@ def hold(path: Path, busy: str, wait: bool = True) -> AbstractContextManager[Any
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file; empty if there is none that can be read."""
+    """Read the object in a JSON file; empty if the file is missing or not a JSON object."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):  # the last: brackets in brackets in brackets
+    except (OSError, ValueError, RecursionError):  # the last: too deeply nested
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def write_text(path: Path, text: str) -> None:
-    """Replace the file by this text."""
+    """Write a text file atomically."""
     with replacing(path) as partial:
         partial.write_text(text, encoding="utf-8")
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Replace the file by this object as indented JSON."""
+    """Write an indented JSON file atomically."""
     write_text(path, json.dumps(value, indent=2, allow_nan=False) + "\n")
 
 
 def readable(path: str | os.PathLike[str]) -> str:
-    """A path or file name as text that can be printed and stored anywhere.
+    """Make a path or file name printable and encodable in UTF-8.
 
     Control characters, and bytes that are not UTF-8 (lone surrogates in Python's text), are written
     as backslash escapes.
@@ -98,6 +96,6 @@ def readable(path: str | os.PathLike[str]) -> str:
     text = os.fspath(path)
     try:
         text = os.fsencode(text).decode("utf-8", "backslashreplace")
-    except UnicodeEncodeError:  # not a name that this file system could have
+    except UnicodeEncodeError:  # not a valid name on this file system
         text = text.encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)

@@ -1,7 +1,7 @@
-"""Every figure of a run, once: its name in `metrics.json`, what it is, how it is reduced over
-seeds, and how it is shown.
+"""Schema of a run's results: the keys of `metrics.json`, their meaning, how they are aggregated
+over seeds, and how they are formatted.
 
-Accuracies are fractions in files and per cent for people.
+Accuracies are stored as fractions and displayed in per cent.
 """
 
 from dataclasses import dataclass
@@ -14,17 +14,17 @@ DASH = "-"
 
 @dataclass(frozen=True)
 class Figure:
-    """One figure of a run.
+    """One value in a run's results.
 
     Attributes:
         name: its key.
-        kind: a ``count`` is a whole number, a ``number`` any, a ``fraction`` is shown in per cent.
-        meaning: in a few words, with its unit.
-        over_seeds: how the runs of a cell are reduced to one figure; None: they are not.
-        since: what runs have had it from the beginning: those of this status and all later ones.
-            None: runs of older versions, or of some methods, lack it.
-        column: whether `results.csv` has it.
-        old_tables_have_it: whether tables that older versions wrote have that column.
+        kind: ``count`` is an integer, ``number`` any number, ``fraction`` is shown in per cent.
+        meaning: short description, with its unit.
+        over_seeds: aggregation over the runs of a cell; None: not aggregated.
+        since: status from which every run has it. None: optional, because runs of older versions
+            or of some methods lack it.
+        column: whether it is a column of `results.csv`.
+        old_tables_have_it: whether tables written by older versions have that column.
     """
 
     name: str
@@ -37,18 +37,18 @@ class Figure:
 
     @property
     def is_number(self) -> bool:
-        """Whether its values are numbers."""
+        """Whether its values are numeric."""
         return self.kind in ("count", "fraction", "number")
 
     def fits(self, value: Any) -> bool:
-        """Whether a value that was read from a file can be this figure's."""
+        """Whether a value read from a file is valid for this figure."""
         if self.is_number:
             number = isinstance(value, Real) and not isinstance(value, bool)
             return number and -(2**53) <= value <= 2**53
         return isinstance(value, list if self.kind == "list" else str)
 
     def show(self, value: float | None) -> str:
-        """A number for people, without its unit: `92.31`, `530,090`, `16.0`; a dash for none."""
+        """Format for display, without unit: `92.31`, `530,090`, `16.0`; a dash if missing."""
         if value is None or value != value:
             return DASH
         formats = {"fraction": f"{100 * value:.2f}", "count": f"{value:,.0f}"}
@@ -56,14 +56,14 @@ class Figure:
 
 
 FIGURES = (
-    # Which run it is.
+    # Identity of the run.
     Figure("setting", "text", "what runs share that may be compared"),
     Figure("method", "text", "name of the method", since="running"),
     Figure("student", "text", "name of the student", since="running"),
     Figure("seed", "count", "of initial weights and batch order", since="running"),
     Figure("variant", "text", "what else tells the run from others"),
     Figure("status", "text", "running, finished or failed", since="running"),
-    # What came of it.
+    # Results.
     Figure("parameters", "count", "of the student", "median", "finished"),
     Figure("compression_ratio", "number", "teacher's parameters by the student's", "median"),
     Figure("val_accuracy", "fraction", "on validation images, last epoch", "mean", "finished"),
@@ -80,7 +80,7 @@ FIGURES = (
     Figure("epochs", "count", "that were trained"),
     Figure("train_seconds", "count", "of training, validation included", "median"),
     Figure("images_per_second", "count", "of training, validation left out"),
-    # How it was made.
+    # Provenance.
     Figure("precision", "text", "as Lightning calls it"),
     Figure("device", "text", "that trained"),
     Figure("git_commit", "text", "of this package"),
@@ -94,7 +94,7 @@ FIGURES = (
     Figure("name", "text", "of the run"),
     Figure("error", "text", "why it failed"),
     Figure("folder", "text", "of the run"),
-    # In `metrics.json` alone.
+    # Only in `metrics.json`.
     Figure("val_accuracy_batch_statistics", "fraction", "with BatchNorm's batch statistics",
            column=False),
     Figure("processes", "count", "that trained together", column=False),
@@ -106,10 +106,10 @@ FIGURES = (
 )  # fmt: skip
 
 FIGURE = {figure.name: figure for figure in FIGURES}
-"""The same by name."""
+"""`FIGURES` by name."""
 
 COLUMNS = tuple(figure.name for figure in FIGURES if figure.column)
-"""Of `results.csv`, beside one for each setting that differs."""
+"""Columns of `results.csv`, before one for each setting that differs."""
 
 NUMBERS = tuple(name for name in COLUMNS if FIGURE[name].is_number)
 
@@ -119,14 +119,14 @@ STATUSES: dict[str, tuple[str, ...]] = {
     "failed": ("running",),
     "finished": ("running", "finished"),
 }
-"""A run's status, and the figures that it has at least: those since any of these."""
+"""Run status to the `Figure.since` values that are required at that status."""
 
 
 def wrong_figure(run: Any) -> str | None:
-    """The first figure of a run that is not what a run would say, if any.
+    """The name of the first missing or invalid figure of a run, if any.
 
     Args:
-        run: a mapping from names to values; NaN is how a table says that there is none.
+        run: a mapping from names to values; NaN marks a missing value in a table.
     """
     status = run.get("status")
     if not isinstance(status, str) or status not in STATUSES:

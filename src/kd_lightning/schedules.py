@@ -11,9 +11,9 @@ def one_cycle(optimizer: Optimizer, total_steps: int, warmup_fraction: float = 0
     """Linear decay: the one-cycle policy of Smith & Topin (2018), without its cycle of momentum.
 
     Args:
-        optimizer: its learning rate is the peak.
-        total_steps: optimizer steps of the whole training.
-        warmup_fraction: share of the steps that warms up, in [0, 1).
+        optimizer: its learning rate is the peak learning rate.
+        total_steps: total number of optimizer steps.
+        warmup_fraction: fraction of the steps used for warm-up, in [0, 1).
     """
     return _warm_up_and_decay(optimizer, total_steps, warmup_fraction, lambda done: 1 - done)
 

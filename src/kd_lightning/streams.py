@@ -1,4 +1,4 @@
-"""Standard output that cannot fail a run: closed, of a reader that has left, or not in Unicode."""
+"""Standard streams that never raise: closed streams, broken pipes, non-Unicode encodings."""
 
 import contextlib
 import io
@@ -10,11 +10,10 @@ from typing import Any
 
 @contextlib.contextmanager
 def robust_streams() -> Iterator[None]:
-    """Within it, printing never raises.
+    """Context manager within which printing never raises.
 
-    Characters that the terminal cannot show are escaped. What is printed after the reader
-    of a pipe has left (``| head``) is dropped, and so is everything if a stream was closed from the
-    start (``>&-``).
+    Characters outside the terminal's encoding are escaped. Output is discarded once the reader of
+    a pipe has exited (``| head``), or if the stream was closed from the start (``>&-``).
     """
     before = sys.stdin, sys.stdout, sys.stderr
     sys.stdin = sys.stdin or io.StringIO()
@@ -36,29 +35,29 @@ def _robust(stream: Any) -> Any:
 
 
 class _Stream:
-    """A text stream that goes to nowhere once its pipe is broken.
+    """A text stream that discards its output once its pipe is broken.
 
     Args:
-        stream: the one that is written to.
+        stream: the wrapped stream.
     """
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        """As of the stream."""
+        """Write to the wrapped stream."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """As of the stream."""
+        """Flush the wrapped stream."""
         self._try(self._stream.flush)
 
     def _try(self, action: Callable[[], Any]) -> None:
         try:
             action()
         except BrokenPipeError:
-            # What is buffered goes there too, else Python complains when it exits.
+            # Redirect the buffered rest too, else Python reports an error at exit.
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
             os.close(nowhere)

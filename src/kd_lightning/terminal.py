@@ -1,4 +1,4 @@
-"""Printing for people, into a terminal, a file or a pipe of any encoding; it never raises."""
+"""Printing to a terminal, file or pipe of any encoding; never raises."""
 
 import codecs
 import os
@@ -26,7 +26,7 @@ _ERRORS = "kd_lightning.ascii"
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
-    """What stands for characters that an encoding lacks: the nearest in ASCII, else `?`."""
+    """Codec error handler: the closest ASCII replacement, else `?`."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     text = ""
@@ -40,7 +40,7 @@ codecs.register_error(_ERRORS, _replace)
 
 
 def console(error: bool = False) -> Console:
-    """Standard output, or standard error, for tables and bars."""
+    """A rich console on standard output or standard error, for tables and progress bars."""
     stream = sys.stderr if error else sys.stdout
     if hasattr(stream, "reconfigure"):
         stream.reconfigure(errors="backslashreplace")
@@ -56,7 +56,7 @@ def console(error: bool = False) -> Console:
 
 
 def watched(error: bool = False) -> bool:
-    """Whether a person sees standard output, or standard error, on a terminal that can redraw."""
+    """Whether standard output (or standard error) is an interactive terminal that can redraw."""
     stream = sys.stderr if error else sys.stdout
     try:
         on_terminal = stream is not None and stream.isatty()
@@ -66,12 +66,10 @@ def watched(error: bool = False) -> bool:
 
 
 def say(what: str | Table, error: bool = False) -> None:
-    """Print a line or a table to standard output, or to standard error.
+    """Print a line or a table to standard output or standard error.
 
-    Characters that it cannot show are escaped, so that a path in a message stays that path; the
-    names in a table become the nearest that can be shown (`printable`).
-
-    A reader that has gone away (`| head`) is no reason to fail.
+    In a line, characters outside the stream's encoding are escaped, so that paths stay exact; in a
+    table they are replaced by similar ones (`printable`). A broken pipe (`| head`) is ignored.
     """
     stream = sys.stderr if error else sys.stdout
     if stream is None:
@@ -91,7 +89,7 @@ def say(what: str | Table, error: bool = False) -> None:
 
 
 def printable(text: str, error: bool = False) -> str:
-    """The text as standard output, or standard error, can show it, on one line."""
+    """The text on one line, in characters that the stream can encode."""
     stream = sys.stderr if error else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     text = "".join(c if c.isprintable() else " " for c in text)
@@ -99,9 +97,9 @@ def printable(text: str, error: bool = False) -> str:
 
 
 def table_of(frame: "pd.DataFrame", title: str = "") -> Table:
-    """A table: methods and students to the left, numbers to the right.
+    """Convert a data frame to a table, with methods and students left-aligned, numbers right.
 
-    With lines on a terminal, else with spaces between the columns only.
+    Ruled on a terminal, otherwise columns separated by spaces.
     """
     on_terminal = watched()
     table = Table(
@@ -120,6 +118,6 @@ def table_of(frame: "pd.DataFrame", title: str = "") -> Table:
 
 
 def fits(table: Table) -> bool:
-    """Whether a table is no wider than the terminal."""
+    """Whether a table fits the width of the terminal."""
     out = console()
     return out.measure(table, options=out.options.update(max_width=10_000)).maximum <= out.width

@@ -1,1 +1,1 @@
-"""What was asked for: the configuration tree, its checks, and the plan of a run."""
+"""The configuration tree, its validation, and the resolved plan of a run."""

@@ -1,8 +1,7 @@
-"""What a valid configuration is, and one clear sentence for each way to get it wrong.
+"""Validation of a composed configuration, before data is loaded or a teacher trained.
 
-Hydra composes values without looking at them; this looks, before data or teacher cost anything.
-Two rules do most of the work. A `_target_` node must fit the signature of what it names, by name
-and by type. And no number anywhere is NaN or infinite.
+Hydra composes values without validating them. Two rules do most of the work: a `_target_` node
+must match the signature of its target, in names and types, and every number must be finite.
 """
 
 import math
@@ -12,7 +11,7 @@ from typing import Any
 from kd_lightning.config.nodes import Node, check_node, select, unknown_key, without
 from kd_lightning.errors import InputError
 
-# Keys that are not arguments of a `_target_`. A configuration has these and no others.
+# Required keys that are not arguments of a `_target_`.
 KEYS: dict[str, set[str]] = {
     "": {
         "seed", "output_dir", "data_dir", "setting", "name",
@@ -30,11 +29,10 @@ OPTIONAL: dict[str, set[str]] = {
     "": {"callbacks", "pictures", "update_bn"},
     "teacher": {"checkpoint_key", "ignore_keys"},
 }
-"""Keys that a section may have besides: those of older runs lack them, and some are left out of the
-configuration tree."""
+"""Optional keys: older runs lack them, and some are not in the configuration tree."""
 
 TOTAL_STEPS = ("total_steps", "num_training_steps")
-"""What torch and transformers call the optimizer steps of a whole training."""
+"""Parameter names for the total number of optimizer steps, in torch and in transformers."""
 
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 ROUNDINGS = ("float16", "bfloat16", "float32")
@@ -45,10 +43,10 @@ MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 def check(config: Node) -> None:
     """Check everything that can be checked without data, teacher or weights.
 
-    The data node is not looked at: it was checked and built before, to know the classes.
+    The data node is skipped: it has already been checked and built, to get the classes.
 
     Raises:
-        InputError: naming the key, what is wrong with it, and what it may be.
+        InputError: a value is invalid; the message names the key and the valid values.
     """
     check_sections(config)
     for path, number in _numbers(config):
@@ -110,8 +108,8 @@ def _check_teacher_keys(teacher: Node) -> None:
     renamed, ignored = teacher["rename_keys"] or {}, teacher.get("ignore_keys") or []
     if not isinstance(renamed, dict) or not all(isinstance(new, str) for new in renamed.values()):
         raise InputError(
-            "teacher.rename_keys must be a dictionary from beginnings of keys to what replaces "
-            f"them, as 'teacher.rename_keys={{model.: \"\"}}', not {renamed!r}"
+            "teacher.rename_keys must be a dictionary from key prefixes to replacements, "
+            f"e.g. 'teacher.rename_keys={{model.: \"\"}}', not {renamed!r}"
         )
     if not isinstance(ignored, list) or not all(isinstance(part, str) for part in ignored):
         raise InputError(
@@ -120,10 +118,10 @@ def _check_teacher_keys(teacher: Node) -> None:
 
 
 def check_sections(config: Node) -> None:
-    """Check the keys that belong to no `_target_`; needs no import of anything heavy.
+    """Check the keys outside of `_target_` nodes; needs no heavy imports.
 
     Raises:
-        InputError: a key is unknown, or a group was left out.
+        InputError: a key is unknown or missing.
     """
     config.setdefault("pictures", True)
     for node in (config, config.get("teacher")):
@@ -142,7 +140,7 @@ def check_sections(config: Node) -> None:
 
 
 def check_trainer(trainer: Node, path: str) -> None:
-    """Check the arguments of Lightning's Trainer, and the two that are ours."""
+    """Check the arguments of Lightning's Trainer, and our own `precision` and `memory_format`."""
     for key, choices in (("precision", PRECISIONS), ("memory_format", MEMORY_FORMATS)):
         if trainer[key] not in choices:
             raise InputError(
@@ -169,9 +167,10 @@ def check_trainer(trainer: Node, path: str) -> None:
 
 
 def trainer_node(config: Node, teacher: bool = False) -> Node:
-    """The trainer's settings; the teacher's are the run's own, changed by its recipe.
+    """The trainer section; the teacher's is the run's, overridden by `teacher.trainer`.
 
-    A teacher is trained by one process, so that it is the same however many distil it.
+    A teacher is always trained by one process, so that its weights do not depend on the number of
+    processes that train the student.
     """
     if not teacher:
         return dict(config["trainer"])
@@ -199,5 +198,5 @@ def _is_integer(value: Any) -> bool:
 
 
 def _named(value: Any) -> str:
-    """A value for a message, also if there is nothing to see of it."""
+    """Format a value for a message; an empty string becomes `empty`."""
     return "empty" if value == "" else str(value)

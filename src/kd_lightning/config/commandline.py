@@ -1,5 +1,5 @@
-"""The command line before Hydra reads it: options anywhere, ``~`` expanded, and a sentence with
-the right spelling for what Hydra's grammar cannot read.
+"""Preprocessing of the command line for Hydra: options in any position, ``~`` expansion, and
+error messages that show the correct spelling.
 """
 
 import re
@@ -21,14 +21,14 @@ from kd_lightning.errors import InputError
 
 KEY = re.compile(r"[+~]{0,2}[A-Za-z_][\w./@:-]*", re.ASCII)
 BRACKETS = {"{": "}", "[": "]"}
-DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"  # what word processors make of - and --
+DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"  # typographic replacements of - and --
 
 
 def prepare(arguments: Sequence[str]) -> list[str]:
-    """The arguments as Hydra can read them: overrides, then options.
+    """Reorder the arguments for Hydra: overrides, then options.
 
     Raises:
-        InputError: an argument is neither, and how it is to be written.
+        InputError: an argument is neither; the message shows the correct spelling.
     """
     parser = get_args_parser()
 
@@ -38,7 +38,7 @@ def prepare(arguments: Sequence[str]) -> list[str]:
     parser.error = refuse  # type: ignore[method-assign]
     for argument in arguments:
         if argument[0:1] and argument[0] in DASHES:
-            raise InputError(f"{argument} begins with a dash that is not -; type it anew")
+            raise InputError(f"{argument} begins with a typographic dash; type a plain - instead")
     words = [expand_home(argument) for argument in arguments]
     known, unknown = parser.parse_known_intermixed_args(words)
     for option in unknown:
@@ -50,10 +50,10 @@ def prepare(arguments: Sequence[str]) -> list[str]:
 
 
 def check_overrides(overrides: Sequence[str]) -> list[str]:
-    """The overrides, if Hydra can read them all.
+    """Return the overrides, with ``~`` expanded, if Hydra can parse all of them.
 
     Raises:
-        InputError: it cannot, and how the first of the others is to be written.
+        InputError: one cannot be parsed; the message shows the correct spelling.
     """
     overrides = [expand_home(override) for override in overrides]
     for number, override in enumerate(overrides):
@@ -73,7 +73,7 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def expand_home(word: str) -> str:
-    """`KEY=~/x` to `KEY=/home/me/x`, as shells do for arguments of their own."""
+    """Expand `KEY=~/x` to `KEY=/home/me/x`."""
     key, sign, value = word.partition("=")
     if not sign or not value.startswith("~"):
         return word
@@ -85,7 +85,7 @@ def expand_home(word: str) -> str:
 
 
 def unknown_option(option: str, words: Sequence[str]) -> str:
-    """The sentence for an option that does not exist: usually a key written as one."""
+    """Error message for an unknown option, which is usually a key written with dashes."""
     name, _, value = option.lstrip("-").partition("=")
     if not value and option in words:
         rest = list(words)[list(words).index(option) + 1 :]
@@ -99,7 +99,7 @@ def unknown_option(option: str, words: Sequence[str]) -> str:
 
 
 def _missing_sign(words: Sequence[str], number: int) -> str:
-    """The sentence for a word without an equals sign."""
+    """Error message for a word without an equals sign."""
     word = words[number]
     before = words[number - 1] if number else ""
     after = words[number + 1] if number + 1 < len(words) else ""
@@ -109,20 +109,20 @@ def _missing_sign(words: Sequence[str], number: int) -> str:
     if before.endswith("="):
         return _no_spaces(f"{before}{word}")
     if word in ("help", "version"):
-        return f"{word} is no KEY=VALUE; did you mean --{word}?"
+        return f"{word} is not KEY=VALUE; did you mean --{word}?"
     if re.fullmatch(r"\w+/?\w+", word):
         pattern = f"{word}.yaml" if "/" in word else f"*/{word}.yaml"
         for path in sorted(Path(tree_folder()).glob(pattern)):
             if path.parent.name != "base":
-                return f"{word} is no KEY=VALUE; did you mean {path.parent.name}={path.stem}?"
+                return f"{word} is not KEY=VALUE; did you mean {path.parent.name}={path.stem}?"
     if re.fullmatch(r"[a-z_.]+:[^/\\].*", word):
         return f"{word} must be written {word.replace(':', '=', 1)}"
-    # The rest of a path with a space in it, or KEY VALUE.
+    # Either the second half of a path with a space, or KEY VALUE.
     part_of_path = number > 0 and ("/" in before or "\\" in before or not KEY.fullmatch(word))
     if KEY.fullmatch(word) and after and "=" not in after and not part_of_path:
         return f"{word} {after} must be written {word}={after}"
-    hint = f"; if it belongs to what is before it: {_fitting(before, word)}" if number else ""
-    return f"{word} is no KEY=VALUE{hint}"
+    hint = f"; if it belongs to the previous word: {_fitting(before, word)}" if number else ""
+    return f"{word} is not KEY=VALUE{hint}"
 
 
 def _no_spaces(meant: str) -> str:
@@ -135,15 +135,15 @@ def _fitting(before: str, word: str) -> str:
 
 
 def _unreadable(override: str, following: Sequence[str]) -> str:
-    """The sentence for an override that Hydra's grammar does not admit."""
+    """Error message for an override that Hydra's grammar rejects."""
     key, _, value = override.partition("=")
     key, value = key.strip(), value.strip()
     if value[0:1] in BRACKETS and not value.endswith(BRACKETS[value[0]]):
         for end, word in enumerate(following, 1):
             whole = " ".join([value, *following[:end]])
             if word.endswith(BRACKETS[value[0]]) and _parsed(f"{key}={whole}") is not None:
-                return f"the shell splits what has spaces, so quote it: {key}={shlex.quote(whole)}"
-        return f"{override} lacks a closing {BRACKETS[value[0]]}"
+                return f"the shell splits values at spaces, so quote: {key}={shlex.quote(whole)}"
+        return f"{override} has no closing {BRACKETS[value[0]]}"
     if value.startswith("=") and _parsed(f"{key}={value.lstrip('=')}") is not None:
         return f"{override} cannot be read: write {key}={value.lstrip('=')}"
     if value[0:1] in BRACKETS:
@@ -161,7 +161,7 @@ def _unreadable(override: str, following: Sequence[str]) -> str:
 
 
 def in_shell(key: str, value: str) -> str:
-    """`KEY=VALUE` quoted so that a shell and then Hydra read this very value."""
+    """`KEY=VALUE`, quoted for the shell and for Hydra."""
     plain = _parsed(f"{key}={value}")
     fits = plain is not None and not plain.is_sweep_override() and plain.value() == value
     return f"{key}={shlex.quote(value if fits else _quoted(value))}"
@@ -172,7 +172,7 @@ def _quoted(value: str) -> str:
 
 
 def _hydra_text(value: Any) -> str:
-    """A value as Hydra's grammar writes it."""
+    """Format a value in Hydra's override grammar."""
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key}: {_hydra_text(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list):
@@ -191,7 +191,7 @@ def _parsed(override: str) -> Override | None:
 
 
 def composition_error(error: Exception) -> str:
-    """What Hydra says of a command line, in one sentence."""
+    """Summarise a composition error of Hydra in one sentence."""
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return no_such_choice(group, choice, error.options)
@@ -204,11 +204,11 @@ def composition_error(error: Exception) -> str:
     if found := re.match(r"Ambiguous value for argument '(.*)'$", text):
         key, _, value = found[1].partition("=")
         return (
-            f"{found[1]} names several values: add -m to run each of them, or write a list as "
-            f"{key}=[{value}], one text as {in_shell(key, value)}"
+            f"{found[1]} has several values: add -m to sweep over them, or write "
+            f"{key}=[{value}] for a list, {in_shell(key, value)} for one string"
         )
     if found := re.search(r"interpolation: Key '(\w+)' is not in struct", text):
-        return f"{found[1]} cannot be left out: other settings refer to it"
+        return f"{found[1]} cannot be removed: other settings refer to it"
     if found := re.match(r"Multiple values for (\S+?)\. ", text):
-        return f"{found[1]} exists already: leave out the +"
+        return f"{found[1]} already exists: omit the +"
     return "; ".join(line for line in dict.fromkeys(lines[:2]) if not line.endswith(":"))

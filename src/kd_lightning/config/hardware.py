@@ -1,4 +1,4 @@
-"""What the machine at hand computes fast: precision and memory format; is a device there at all."""
+"""Hardware defaults: device checks, and the fastest precision and memory format."""
 
 import ctypes
 
@@ -12,15 +12,15 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def check_accelerator(accelerator: str, devices: int | str, path: str) -> None:
-    """Check that the devices which are asked for exist; costs nothing.
+    """Check that the requested devices exist.
 
     Args:
         accelerator: Lightning's name: ``auto``, ``cpu``, ``gpu``, ``cuda``, ``mps``, ``tpu``.
-        devices: how many, or ``auto``. On a CPU any number: they are processes.
-        path: of the trainer in the configuration, for the message.
+        devices: number of devices, or ``auto``. On a CPU any number, as devices are processes.
+        path: path of the trainer section in the configuration, for the message.
 
     Raises:
-        InputError: there is no such accelerator, or there are fewer devices.
+        InputError: the accelerator is unknown or unavailable, or has too few devices.
     """
     choices = ("auto", "gpu", *AcceleratorRegistry)
     if accelerator not in choices:
@@ -32,15 +32,17 @@ def check_accelerator(accelerator: str, devices: int | str, path: str) -> None:
         name = {"gpu": "GPU", "cuda": "CUDA GPU", "mps": "Apple GPU", "tpu": "TPU"}.get(kind, kind)
         raise InputError(
             f"{path}.accelerator={accelerator}: torch {torch.__version__} finds no {name} here; "
-            "leave trainer=auto to take what there is, or choose trainer=cpu"
+            "use trainer=auto to select an available device, or trainer=cpu"
         )
     there = AcceleratorRegistry[kind]["accelerator"].auto_device_count()
     if kind != "cpu" and isinstance(devices, int) and devices > there:
-        raise InputError(f"{path}.devices={devices}, but the number of devices here is {there}")
+        raise InputError(
+            f"{path}.devices={devices}, but the number of available devices is {there}"
+        )
 
 
 def is_available(accelerator: str) -> bool:
-    """Whether this machine has such a device."""
+    """Whether such a device is available."""
     kind = device_type(accelerator)
     return kind in AcceleratorRegistry and bool(
         AcceleratorRegistry[kind]["accelerator"].is_available()
@@ -48,8 +50,8 @@ def is_available(accelerator: str) -> bool:
 
 
 def device_type(accelerator: str) -> str:
-    """What an accelerator's name means here: ``cuda``, ``mps``, ``cpu`` or the name itself; of
-    ``gpu`` itself if there is none.
+    """Resolve ``auto`` and ``gpu`` to ``cuda``, ``mps`` or ``cpu``; ``gpu`` stays if there is none,
+    as does any other name.
     """
     if accelerator in ("auto", "gpu"):
         if torch.cuda.is_available():
@@ -61,22 +63,22 @@ def device_type(accelerator: str) -> str:
 
 
 def choose_precision(accelerator: str = "auto", model: nn.Module | None = None) -> str:
-    """Lightning's name of the fastest precision that trains well here.
+    """The fastest precision that trains reliably on this hardware, by Lightning's name.
 
-    bfloat16 autocast where CPU or GPU has bfloat16 instructions, float16 autocast on CUDA cards
-    that have only those (Turing, such as a free Colab's T4), float32 elsewhere, and on a CPU for
-    any model with grouped convolutions. A depthwise convolution has nothing for the bfloat16
-    instructions to multiply, so that there only the conversions remain: a step of MobileNetV3-small
-    is slower than in float32. A rule and not a measurement: the precision is part of a
-    run's identity and must be the same on a busy machine.
+    bfloat16 autocast where CPU or GPU has bfloat16 instructions, float16 autocast on CUDA GPUs
+    with float16 only (Turing, such as a free Colab's T4), float32 elsewhere, and on a CPU for any
+    model with grouped convolutions. Depthwise convolutions do not benefit from the bfloat16
+    instructions, only the conversion cost remains: a step of MobileNetV3-small is slower than in
+    float32. A fixed rule rather than a measurement, because the precision is part of a run's
+    identity and must not depend on the load of the machine.
 
     Args:
         accelerator: Lightning's accelerator: ``auto``, ``cpu``, ``gpu``, ``cuda``, ``mps``.
-        model: that is trained.
+        model: the model to train.
     """
     device = device_type(accelerator)
     if device == "cuda" and torch.cuda.is_available():
-        # Without emulation: a T4 claims bfloat16 and computes it many times slower than float16.
+        # A T4 reports bfloat16, but emulates it, many times slower than float16.
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
         return "bf16-mixed" if fast else "16-mixed"
     if device != "cpu" or not _cpu_has_bf16() or (model is not None and has_groups(model)):
@@ -85,7 +87,7 @@ def choose_precision(accelerator: str = "auto", model: nn.Module | None = None) 
 
 
 def has_groups(model: nn.Module) -> bool:
-    """Whether any of its convolutions is grouped; depthwise ones are."""
+    """Whether the model has grouped (e.g. depthwise) convolutions."""
     convolutions = nn.Conv1d | nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d
     return any(isinstance(part, convolutions) and part.groups > 1 for part in model.modules())
 
@@ -93,7 +95,7 @@ def has_groups(model: nn.Module) -> bool:
 def _cpu_has_bf16() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
-    # torch before 2.12 has no public way to ask; there, ask for the two x86 extensions.
+    # torch before 2.12 has no public API for this; check the two x86 extensions.
     capabilities = getattr(torch.cpu, "get_capabilities", None)
     if capabilities is None:
         return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
@@ -101,11 +103,11 @@ def _cpu_has_bf16() -> bool:
 
 
 def choose_memory_format(precision: str, accelerator: str = "auto") -> torch.memory_format:
-    """Channels-last where convolutions run on it natively: any CPU, and tensor cores in 16 bits.
+    """Channels-last where convolutions support it natively: CPUs, and tensor cores in 16 bits.
 
     Args:
-        precision: Lightning's name, as from `choose_precision`.
-        accelerator: that trains, see there.
+        precision: Lightning's name, see `choose_precision`.
+        accelerator: Lightning's accelerator, see `choose_precision`.
     """
     device = device_type(accelerator)
     tensor_cores = device == "cuda" and precision != "32-true"
@@ -113,14 +115,14 @@ def choose_memory_format(precision: str, accelerator: str = "auto") -> torch.mem
 
 
 def keep_freed_memory() -> None:
-    """Let the C library keep what is freed, for the next step to use again.
+    """Make glibc keep freed memory for reuse in the next step.
 
-    By default glibc returns large blocks to the kernel as they are freed and is given them back
-    page by page, each zeroed, a moment later. With another C library nothing happens.
+    By default glibc returns large blocks to the kernel as soon as they are freed, so that every
+    step pays for page faults and zeroed pages. No effect with another C library.
     """
     try:
         library = ctypes.CDLL("libc.so.6")
         for parameter, value in ((M_MMAP_THRESHOLD, 2**25), (M_TRIM_THRESHOLD, 2**29)):
             library.mallopt(parameter, value)
     except (OSError, AttributeError):
-        pass  # another C library, another habit
+        pass  # not glibc

@@ -1,7 +1,7 @@
-"""What a run is called and where it lies: the same configuration always in the same folder.
+"""Run names and folders, derived from the configuration: the same configuration always maps to
+the same folder.
 
-That is what lets a command that was interrupted, or that has become part of a larger grid, find
-what is already there.
+This is how a repeated command, or a larger grid, finds runs that are interrupted or finished.
 
     outputs/runs/<setting>/<name>        cifar10-convnet-15e-1f0c3a5b/combined-small-s0
 """
@@ -18,13 +18,13 @@ from omegaconf import DictConfig, OmegaConf
 from kd_lightning.config.nodes import Node
 
 AXES = ("method", "student", "seed")
-"""What runs of one setting may differ in: the axes of a comparison."""
+"""The axes of a comparison: what may differ between runs of one setting."""
 
-# Where things lie, what they are called and whether pictures are drawn: no result depends on it.
+# Paths, names and plotting: results do not depend on them.
 ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures")
 
-# Keys that are younger than the first runs, with the values that mean what these runs did. They
-# are left out of every hash while they have one, so that a new feature renames no run.
+# Keys added since the first release, with the values equivalent to their absence. With such a value
+# a key is left out of every hash, so that a new feature does not rename existing runs.
 SINCE: dict[str, Any] = {
     "update_bn": (False, None),
     "callbacks": ({}, None),
@@ -34,16 +34,16 @@ SINCE: dict[str, Any] = {
 
 
 def register() -> None:
-    """Make `${setting:}` and `${name:}` known to OmegaConf."""
+    """Register the OmegaConf resolvers `${setting:}` and `${name:}`."""
     OmegaConf.register_new_resolver("setting", setting, replace=True)
     OmegaConf.register_new_resolver("name", name, replace=True)
 
 
 def setting(*, _root_: DictConfig) -> str:
-    """Readable, with a hash of everything but the axes: `cifar10-convnet-15e-1f0c3a5b`.
+    """Human-readable, with a hash of everything except the axes: `cifar10-convnet-15e-1f0c3a5b`.
 
-    Interpolations are hashed as they are written, so that what follows from an axis, such as the
-    order of the images from the seed, does not tell settings apart.
+    Interpolations are hashed unresolved, so that a value derived from an axis, such as the seed of
+    the image order, does not change the setting.
     """
     written = OmegaConf.to_container(_root_)
     assert isinstance(written, dict)
@@ -53,7 +53,7 @@ def setting(*, _root_: DictConfig) -> str:
 
 
 def name(*, _root_: DictConfig) -> str:
-    """`combined-small-s0`, and what else the command changed within method and student."""
+    """`combined-small-s0`, plus the command's other overrides of method and student."""
     overrides = []
     if HydraConfig.initialized():
         overrides = list(HydraConfig.get().overrides.task)
@@ -61,10 +61,10 @@ def name(*, _root_: DictConfig) -> str:
 
 
 def variant(overrides: list[str]) -> str:
-    """What tells runs of the same method, student and seed apart: `-logit.temperature_2`.
+    """Suffix that distinguishes runs of one method, student and seed: `-logit.temperature_2`.
 
     Args:
-        overrides: of the command line, as `method.terms.logit.temperature=2`.
+        overrides: command-line overrides, e.g. `method.terms.logit.temperature=2`.
     """
     changes = []
     for override in sorted(overrides):
@@ -79,17 +79,17 @@ def variant(overrides: list[str]) -> str:
 
 
 def config_key(config: Node, *without: str) -> str:
-    """SHA-256, in hex, of everything in a configuration that its result depends on.
+    """SHA-256, in hex, of the parts of a configuration that determine its result.
 
     Args:
-        config: complete and plain.
-        without: further sections that are left out.
+        config: complete, as plain dictionaries.
+        without: further sections to leave out.
     """
     return _hash(_what_counts(config, *without))
 
 
 def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
-    """The part of a configuration that a result depends on, less some sections."""
+    """The parts of a configuration that determine its result, except some sections."""
     parts = {key: value for key, value in config.items() if key not in (*ELSEWHERE, *without)}
     parts["remember"] = {"dtype": parts["remember"]["dtype"]}
     for path, defaults in SINCE.items():
@@ -107,5 +107,5 @@ def _hash(value: Any) -> str:
 
 
 def tidy(text: str) -> str:
-    """Nothing that a file system, a shell or Hydra's grammar could object to."""
+    """Replace characters that are special to a file system, a shell or Hydra's grammar."""
     return re.sub(r"[^A-Za-z0-9._-]+", "_", re.sub(r"[\[\]{}'\"]", "", text))

@@ -1,4 +1,4 @@
-"""`_target_` nodes: does a node fit the signature of what it names, and the object it describes."""
+"""`_target_` nodes: validation against the signature of the target, and instantiation."""
 
 import collections.abc
 import contextlib
@@ -21,7 +21,7 @@ from kd_lightning.errors import InputError
 
 Node = dict[str, Any]
 
-# Keys of a node that Hydra reads itself.
+# Keys of a node that Hydra interprets.
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
 
 LITERAL: Any = Literal
@@ -29,15 +29,15 @@ SCALARS = {float: "a number", int: "a whole number", bool: "true or false", str:
 
 
 def check_node(node: Any, path: str, given: set[str] | None = None) -> None:
-    """Check that a `_target_` node, and all nodes in it, fit the signatures of what they name.
+    """Check a `_target_` node and all nested nodes against the signatures of their targets.
 
     Args:
         node: the node.
-        path: its place in the configuration, for messages.
-        given: parameters that the caller will supply.
+        path: its path in the configuration, for messages.
+        given: parameters supplied by the caller.
 
     Raises:
-        InputError: a target cannot be imported, or does not take these arguments.
+        InputError: a target cannot be imported, or does not accept these arguments.
     """
     if not isinstance(node, dict) or "_target_" not in node:
         raise InputError(f"{path} must be a node with a _target_, not {node!r}")
@@ -50,19 +50,19 @@ def check_node(node: Any, path: str, given: set[str] | None = None) -> None:
         if key not in parameters and not open_ended:
             raise InputError(unknown_key(f"{path}.{key}", set(parameters), path))
         default = getattr(parameters.get(key), "default", None)
-        # What a default shows to be accepted is, whatever the annotation says.
+        # A value of the default's type is accepted, whatever the annotation says.
         if key in hints and (type(value) is not type(default) or isinstance(value, list | str)):
             check_value(value, hints[key], f"{path}.{key}")
     if node.get("_recursive_", True):
         _check_nested(list(arguments.items()), path, given)
         _check_nested([("_args_", node.get("_args_", []))], path, given)
     if node.get("_partial_"):
-        return  # the rest is given when it is called
+        return  # the remaining arguments are passed by the caller
     positional = len(node.get("_args_", []))
     for name, parameter in list(parameters.items())[positional:]:
         required = parameter.default is parameter.empty
         if required and name not in arguments and name not in (given or ()):
-            raise InputError(f"{path}.{name} must be given: {node['_target_']} needs it")
+            raise InputError(f"{path}.{name} must be given: {node['_target_']} requires it")
 
 
 def _check_nested(values: list[tuple[str, Any]], path: str, given: set[str] | None) -> None:
@@ -78,7 +78,7 @@ def _check_nested(values: list[tuple[str, Any]], path: str, given: set[str] | No
 
 
 def takes(node: Node, parameter: str, path: str) -> bool:
-    """Whether what a `_target_` node names has a parameter of this name.
+    """Whether the target of a node has a parameter of this name.
 
     Raises:
         InputError: the target cannot be imported.
@@ -87,7 +87,7 @@ def takes(node: Node, parameter: str, path: str) -> bool:
 
 
 def find_target(target: Any, path: str) -> Any:
-    """The class or function that a `_target_` names.
+    """Import the class or function that a `_target_` names.
 
     Raises:
         InputError: it cannot be imported.
@@ -95,11 +95,11 @@ def find_target(target: Any, path: str) -> Any:
     try:
         found = pkgutil.resolve_name(target)
         if isinstance(found, types.ModuleType):
-            # `torchvision.models.alexnet` is a module, and a function of the package around it.
+            # `torchvision.models.alexnet` is both a submodule and a function of its package.
             package, _, name = target.rpartition(".")
             found = getattr(pkgutil.resolve_name(package), name) if package else found
         return found
-    except Exception as error:  # whatever importing a module may raise
+    except Exception as error:  # importing a module may raise anything
         raise InputError(
             f"{path}._target_={target} cannot be imported: {_reason(error)}"
         ) from error
@@ -109,10 +109,10 @@ def build(node: Node, path: str) -> Any:
     """Instantiate a `_target_` node.
 
     Raises:
-        InputError: naming `path` and what the constructor objected to.
+        InputError: the constructor raised; the message names `path` and the reason.
     """
     if node.get("_partial_"):
-        raise InputError(f"{path}: leave out _partial_, the object itself is needed")
+        raise InputError(f"{path}: omit _partial_, the object itself is needed")
     try:
         return instantiate(_with_enums(node), _convert_="all")
     except InstantiationException as error:
@@ -120,7 +120,7 @@ def build(node: Node, path: str) -> Any:
 
 
 def build_partial(node: Node, path: str) -> Callable[..., Any]:
-    """A callable that instantiates the node with further arguments; errors as in `build`."""
+    """A callable that instantiates the node with additional arguments; errors as in `build`."""
     partial = instantiate({**_with_enums(node), "_partial_": True}, _convert_="all")
 
     @functools.wraps(partial.func)
@@ -134,7 +134,7 @@ def build_partial(node: Node, path: str) -> Callable[..., Any]:
 
 
 def _with_enums(node: Any) -> Any:
-    """The node with names of enum members, where an enum is asked for, replaced by the members."""
+    """Replace names of enum members by the members, where the signature expects an enum."""
     if isinstance(node, list):
         return [_with_enums(value) for value in node]
     if not isinstance(node, dict):
@@ -159,11 +159,11 @@ def _member(value: Any, hint: Any) -> Any:
 
 
 def unknown_key(path: str, known: set[str], section: str) -> str:
-    """The sentence for a key that does not exist, with the nearest that does."""
+    """Error message for an unknown key, with the closest known one."""
     key = path.rsplit(".", 1)[-1]
     near = difflib.get_close_matches(key, known, n=1)
     prefix = f"{section}." if section else ""
-    hint = f"did you mean {prefix}{near[0]}?" if near else f"known are: {', '.join(sorted(known))}"
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known keys: {', '.join(sorted(known))}"
     return f"there is no key '{path}'; {hint}"
 
 
@@ -172,8 +172,8 @@ def _refused(path: str, error: BaseException) -> InputError:
         return error
     if isinstance(error, URLError | ConnectionError | TimeoutError):
         return InputError(
-            f"{path}: a file it needs could not be downloaded ({_reason(error)}); "
-            "pretrained weights are looked for in TORCH_HOME first"
+            f"{path}: a required file could not be downloaded ({_reason(error)}); "
+            "pretrained weights are searched in TORCH_HOME first"
         )
     return InputError(f"{path}: {_reason(error)}")
 
@@ -186,9 +186,9 @@ def _reason(error: BaseException) -> str:
 
 
 def signature(target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
-    """Named parameters, their type hints, and whether any other keyword is taken as well.
+    """Named parameters, their type hints, and whether other keywords are accepted.
 
-    A class whose constructor passes ``**settings`` on takes the parameters of its base class too.
+    If a constructor takes ``**kwargs``, the parameters of the base class are included.
     """
     is_class = inspect.isclass(target)
     parameters: dict[str, inspect.Parameter] = {}
@@ -197,8 +197,8 @@ def signature(target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any]
         try:
             own = list(inspect.signature(function).parameters.values())[is_class:]
         except (TypeError, ValueError):
-            return parameters, hints, True  # built in, without a signature
-        with contextlib.suppress(Exception):  # annotations that only their own module understands
+            return parameters, hints, True  # a built-in without a signature
+        with contextlib.suppress(Exception):  # annotations that cannot be resolved
             hints = {**typing.get_type_hints(inspect.unwrap(function)), **hints}
         named = (p for p in own if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY))
         parameters = {**{p.name: p for p in named}, **parameters}
@@ -208,23 +208,22 @@ def signature(target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any]
 
 
 def check_value(value: Any, hint: Any, path: str) -> None:
-    """Check a value that YAML can write against a type hint; unknown kinds of hints allow any.
+    """Check a YAML value against a type hint; unknown kinds of hints accept any value.
 
     Raises:
-        InputError: it cannot be of that type.
+        InputError: the value does not match the type.
     """
     parts = list(_parts(hint))
     scalars = [part for part in parts if part in SCALARS]
     for part in parts:
-        # Beside scalars, a class such as Tensor is one that YAML cannot write.
+        # In a union with scalars, ignore classes such as Tensor, which YAML cannot express.
         opaque = inspect.isclass(_origin(part)) and not (_describe(part) or _choices(part))
         if not (opaque and scalars and isinstance(value, str | int | float)) and _fits(value, part):
             return
     origins = [_origin(part) for part in parts]
     if isinstance(value, str) and collections.abc.Callable in origins:
         raise InputError(
-            f"{path} must be something that can be called, not text: "
-            f"write {{_target_: {value}, _partial_: true}}"
+            f"{path} must be a callable, not a string: write {{_target_: {value}, _partial_: true}}"
         )
     if isinstance(value, str) and type in origins:
         raise InputError(
@@ -239,7 +238,7 @@ def check_value(value: Any, hint: Any, path: str) -> None:
 
 
 def _parts(hint: Any) -> Iterator[Any]:
-    """The members of a union, of an annotated type the type itself."""
+    """The members of a union; the underlying type of an annotated type or alias."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         for part in typing.get_args(hint):
@@ -278,7 +277,7 @@ def _fits(value: Any, hint: Any) -> bool:
     if origin in (int, float, bool, str, type(None)):
         return _fits_scalar(value, origin)
     if not inspect.isclass(origin):
-        return True  # Any, a type variable, a name that was not resolved
+        return True  # Any, a type variable, an unresolved name
     if origin in (collections.abc.Callable, type):
         return not isinstance(value, str | int | float | list)
     if issubclass(origin, os.PathLike):
@@ -288,7 +287,7 @@ def _fits(value: Any, hint: Any) -> bool:
 
 def _fits_scalar(value: Any, kind: type) -> bool:
     if isinstance(value, list | dict):
-        return True  # annotations are often narrower than what is taken
+        return True  # annotations are often narrower than what is accepted
     if isinstance(value, bool) or kind is not float:
         return type(value) is kind
     return isinstance(value, int | float)
@@ -309,7 +308,7 @@ def _describe(hint: Any) -> str:
         return "a dictionary" if issubclass(origin, collections.abc.Mapping) else "a list"
     if inspect.isclass(origin) and issubclass(origin, os.PathLike):
         return "a path"
-    return ""  # an object that YAML cannot write
+    return ""  # an object that YAML cannot express
 
 
 def select(config: Node, path: str) -> Any:
@@ -318,5 +317,5 @@ def select(config: Node, path: str) -> Any:
 
 
 def without(node: Node, *keys: str) -> Node:
-    """The node less some keys."""
+    """A copy of the node without some keys."""
     return {key: value for key, value in node.items() if key not in keys}

@@ -1,12 +1,12 @@
-"""How an override of the command line changes the configuration; extends Hydra's rules.
+"""How command-line overrides change the configuration; extends Hydra's rules.
 
-- A dictionary may have keys that the configuration lacks. It is merged key by key, but a node with
-  another `_target_` is replaced: another optimizer does not take the default's ``momentum``.
-- ``GROUP=null`` leaves a group out: ``scheduler=null`` is a constant learning rate.
-- A key that does not exist is refused with the nearest one that does.
+- A dictionary may add new keys. It is merged key by key, but a node with a different `_target_` is
+  replaced: another optimizer does not inherit the default's ``momentum``.
+- ``GROUP=null`` removes a group: ``scheduler=null`` is a constant learning rate.
+- An unknown key is rejected, with the closest known one as a suggestion.
 
-Hydra has no hook between composing the groups and applying the overrides, so `install` replaces
-two methods of its configuration loader. They hold for single runs, sweeps and `hydra.compose`.
+Hydra has no hook between composing the groups and applying the overrides, so `install` patches two
+methods of its configuration loader. This covers single runs, sweeps and `hydra.compose`.
 """
 
 import difflib
@@ -22,14 +22,14 @@ from kd_lightning.errors import InputError
 from kd_lightning.files import home
 
 REPLACED = ("rename_keys",)
-"""Dictionaries that are one value: a new one replaces the old instead of being merged into it."""
+"""Dictionaries that an override replaces instead of merging into."""
 
 _parse = ConfigLoaderImpl._parse_overrides_and_create_caching_repo
 _apply_as_hydra = ConfigLoaderImpl._apply_overrides_to_config
 
 
 def install() -> None:
-    """Let Hydra apply overrides by these rules, in this process."""
+    """Patch Hydra, in this process, to apply overrides by these rules."""
 
     def parse(self: ConfigLoaderImpl, config_name: str | None, overrides: list[str]) -> Any:
         parsed, repository = _parse(self, config_name, overrides)
@@ -59,19 +59,19 @@ def _check_choice(override: Override, options: list[str]) -> None:
 
 
 def no_such_choice(group: str, choice: str, options: Sequence[str]) -> str:
-    """The sentence for `GROUP=CHOICE` where there is no such choice."""
+    """Error message for `GROUP=CHOICE` with an unknown choice."""
     near = difflib.get_close_matches(choice, options, n=5)
-    # First those that differ in the last letter: resnet20 for resnet21.
+    # Prefer those that differ in the last character: resnet20 for resnet21.
     near.sort(key=lambda option: choice[:-1] not in option)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"{group}={choice} does not exist; {hint}choose from {', '.join(options)}"
 
 
 def apply(overrides: list[Override], config: DictConfig) -> None:
-    """Change a composed configuration as the overrides say.
+    """Apply overrides to a composed configuration.
 
     Raises:
-        InputError: a key does not exist, or exists although it should be added.
+        InputError: a key does not exist, or already exists and was to be added.
     """
     for override in overrides:
         key, value = override.key_or_group, override.value()
@@ -81,7 +81,7 @@ def apply(overrides: list[Override], config: DictConfig) -> None:
                 raise InputError(no_such_key(config, key))
             OmegaConf.update(config, key, value, force_add=True)
         elif override.is_add() and there and not isinstance(value, dict | list):
-            raise InputError(f"{key} exists already: leave out the + in {override.input_line}")
+            raise InputError(f"{key} already exists: omit the + in {override.input_line}")
         elif override.type == OverrideType.CHANGE and isinstance(value, dict):
             with open_dict(config):
                 _merge(config, key.split("."), value)
@@ -111,13 +111,13 @@ def _merge(node: Any, path: list[str], value: dict[Any, Any]) -> None:
 
 
 def _change_node(config: DictConfig, override: Override) -> None:
-    """A single value in place of a `_target_` node: null, or by mistake the name of a choice."""
+    """Replace a `_target_` node by null; reject other scalars, such as the name of a choice."""
     key, value = override.key_or_group, override.value()
     if value is not None and value != "none":
         group = key.rsplit(".", 1)[-1]
         raise InputError(
             f"{key} must be a node with a _target_, not {value!r}; "
-            f"to choose a file of the group {group}: {group}@{key}={value}"
+            f"to select a file of the group {group}: {group}@{key}={value}"
             if group in config and group != key
             else f"{key} must be a node with a _target_, not {value!r}"
         )
@@ -125,7 +125,7 @@ def _change_node(config: DictConfig, override: Override) -> None:
 
 
 def _expand_home(config: DictConfig) -> None:
-    # Before they are interpolated into the folders of runs; `config.plain` does the others.
+    # Before they are interpolated into run folders; `config.plain` expands the others.
     for key in ("output_dir", "hydra.run.dir", "hydra.sweep.dir"):
         node = OmegaConf.to_container(config, resolve=False)
         for part in key.split("."):
@@ -162,7 +162,7 @@ def _is_optional(key: str) -> bool:
 
 
 def no_such_key(config: DictConfig, key: str) -> str:
-    """The sentence for a key that the configuration lacks, with what may have been meant."""
+    """Error message for a key missing in the configuration, with a suggestion."""
     node: Any = config
     walked: list[str] = []
     for part in key.split("."):
@@ -180,7 +180,7 @@ def no_such_key(config: DictConfig, key: str) -> str:
         return f"{key} is not set in the configuration: add it with +{key}=VALUE"
     names = sorted(name for name in taken | present if not name.startswith("_"))
     near = (
-        difflib.get_close_matches(wrong, sorted(present), n=1)  # before what would be added
+        difflib.get_close_matches(wrong, sorted(present), n=1)  # preferred over keys to add
         or difflib.get_close_matches(wrong, names, n=1)
         or [name for name in names if wrong in name]
     )
@@ -192,16 +192,16 @@ def no_such_key(config: DictConfig, key: str) -> str:
         return f"there is no key '{key}'; did you mean {found}?"
     if not walked and (elsewhere := find_key(config, key)):
         return f"there is no key '{key}'; did you mean {elsewhere}?"
-    known = f"; known are: {', '.join(names)}" if names else ""
-    add = f"; another can be added with +{key}=VALUE" if open_ended else ""
+    known = f"; known keys: {', '.join(names)}" if names else ""
+    add = f"; add it with +{key}=VALUE" if open_ended else ""
     return f"there is no key '{key}'{known}{add}"
 
 
 def _arguments(node: DictConfig, path: list[str]) -> tuple[set[str], bool]:
-    """What may be set at a node: the names, and whether any other may, too."""
+    """The keys that may be set at a node, and whether other keys are accepted too."""
     names = set(OPTIONAL.get(".".join(path), ()))
     target: Any = OmegaConf.to_container(node, resolve=False).get("_target_")  # type: ignore[union-attr]
-    if path == ["teacher", "trainer"]:  # changes of the run's
+    if path == ["teacher", "trainer"]:  # overrides of the run's trainer
         target = "lightning.pytorch.Trainer"
     if isinstance(target, str):
         from kd_lightning.config.nodes import find_target, signature
@@ -215,7 +215,7 @@ def _arguments(node: DictConfig, path: list[str]) -> tuple[set[str], bool]:
 
 
 def find_key(config: DictConfig, name: str) -> str | None:
-    """The key, anywhere in the configuration, whose last part is most like a name: ``lr`` is
+    """The key, anywhere in the configuration, whose last part is closest to a name: ``lr`` gives
     ``optimizer.lr``.
     """
     plain = OmegaConf.to_container(config, resolve=False)

@@ -1,7 +1,6 @@
-"""The plan of a run: what was asked for, with every default, `auto` and null decided.
+"""The plan of a run: its typed configuration, with every default, `auto` and null resolved.
 
-`resolve` makes it, once. Below that, nobody sees the configuration: each is given the part of the
-plan that it needs.
+`resolve` creates it once; the code below it receives only the part of the plan that it needs.
 """
 
 from dataclasses import dataclass
@@ -13,13 +12,13 @@ from kd_lightning.data.views import Normalization
 
 @dataclass(frozen=True)
 class TrainerPlan:
-    """Lightning's Trainer and where it computes.
+    """Arguments of Lightning's Trainer, and the resolved precision and devices.
 
     Attributes:
-        arguments: of Lightning's Trainer.
-        precision: as Lightning calls it, such as ``bf16-mixed``.
-        channels_last: the memory format of networks and images.
-        processes: how many train together, over all nodes.
+        arguments: keyword arguments of Lightning's Trainer.
+        precision: Lightning's name, such as ``bf16-mixed``.
+        channels_last: whether networks and images are channels-last in memory.
+        processes: number of processes over all nodes (the world size).
     """
 
     arguments: Node
@@ -30,19 +29,19 @@ class TrainerPlan:
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How one network is trained: the student, or a teacher.
+    """How one network, the student or a teacher, is trained.
 
     Attributes:
-        name: of the network.
+        name: name of the network.
         model: `_target_` node.
         terms: term name to its `_target_` node, each with a ``weight``.
         optimizer: `_target_` node.
         scheduler: `_target_` node; None keeps the learning rate constant.
-        seed: of the initial weights and of what the network draws.
-        trainer: where and how long.
+        seed: seed of the initial weights and of random layers such as dropout.
+        trainer: device, precision and duration.
         callbacks: name to `_target_` node.
         update_bn: whether BatchNorm's running statistics are re-estimated at the end.
-        pictures: whether TensorBoard gets pictures.
+        pictures: whether figures are written to TensorBoard.
     """
 
     name: str
@@ -59,13 +58,13 @@ class TrainingPlan:
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """The user's own weights of a teacher.
+    """A user-provided checkpoint of a teacher.
 
     Attributes:
         path: the file.
-        rename_keys: prefixes of its keys to what replaces them.
-        ignore_keys: patterns of keys that are left out.
-        key: where in the file the weights are; None finds them.
+        rename_keys: key prefixes to their replacements.
+        ignore_keys: patterns of keys to skip.
+        key: location of the state dict in the file; None: detected automatically.
     """
 
     path: Path
@@ -79,11 +78,11 @@ class TeacherPlan:
     """The teacher of a run.
 
     Attributes:
-        normalization: the one that it expects.
+        normalization: of its input images.
         training: how it is trained, unless there is a checkpoint.
         cutout: side of the grey square in its training views, in pixels.
-        checkpoint: the user's own weights, if any.
-        recipe: all of the configuration that its weights depend on.
+        checkpoint: user-provided weights, if any.
+        recipe: the parts of the configuration that determine its weights.
     """
 
     normalization: Normalization
@@ -94,7 +93,7 @@ class TeacherPlan:
 
     @property
     def name(self) -> str:
-        """Of the network."""
+        """Name of the network."""
         return self.training.name
 
     @property
@@ -108,11 +107,11 @@ class DataPlan:
     """The data set.
 
     Attributes:
-        name: of the data set.
+        name: name of the data set.
         node: `_target_` node of the data module.
         num_classes: number of classes.
         image_size: height and width of the images, in pixels.
-        normalization: of the images that networks are given.
+        normalization: of the images that networks receive.
     """
 
     name: str
@@ -124,12 +123,12 @@ class DataPlan:
 
 @dataclass(frozen=True)
 class CachePlan:
-    """The cache of teacher outputs.
+    """The teacher-output cache.
 
     Attributes:
         root: its folder.
-        limit: bytes that it may use.
-        dtype: that outputs on training views are rounded to.
+        limit: maximum size, in bytes.
+        dtype: storage dtype of outputs on training views.
     """
 
     root: Path
@@ -142,21 +141,20 @@ class Plan:
     """A run.
 
     Attributes:
-        name: of the run.
-        setting: what runs share that may be compared.
-        output_dir: the folder of all runs and teachers.
+        name: name of the run.
+        setting: identifier shared by runs that can be compared.
+        output_dir: folder of all runs and teachers.
         method: name of the method.
         student: the student's training.
         teacher: None if no term of the method needs one.
-        teacher_name: of the teacher in the configuration, needed or not.
+        teacher_name: name of the configured teacher, whether needed or not.
         teacher_model: its `_target_` node.
         data: the data set.
-        cache: None if nothing is stored.
-        key: hash of all of the configuration that the result depends on.
-        key_without_teacher: the same but for the teacher.
-        baseline_key: the same but for teacher and method: runs that have it in common have the same
-            baseline.
-        config: the complete configuration, as `config.yaml` holds it.
+        cache: None if nothing is cached.
+        key: hash of the parts of the configuration that determine the result.
+        key_without_teacher: the same, excluding the teacher.
+        baseline_key: the same, excluding teacher and method; runs with equal keys share a baseline.
+        config: the complete configuration, as in `config.yaml`.
     """
 
     name: str

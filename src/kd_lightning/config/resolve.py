@@ -1,4 +1,4 @@
-"""From a configuration to the plan of a run: defaults, `auto` and what only the data set knows."""
+"""Resolve a configuration to the plan of a run: defaults, `auto`, and values from the data set."""
 
 import logging
 from pathlib import Path
@@ -36,11 +36,10 @@ GIGABYTE = 10**9
 SUPERVISED: dict[str, Node] = {
     "cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", "weight": 1.0}
 }
-"""The terms of plain training on the labels, as a teacher is trained."""
+"""The terms of plain supervised training, used for teachers."""
 
-TEACHER_FORMAT = 1  # raise it when the same configuration comes to mean another training
-# What does not change a teacher's weights: where files are, what is shown, which machine it is, and
-# what is the student's alone.
+TEACHER_FORMAT = 1  # increment when the same configuration starts to give different weights
+# Keys that do not affect a teacher's weights: paths, logging, hardware, and the student's own.
 _NOT_OF_THE_TEACHER = {
     "data": ("name", "root", "cache_dir", "eval_batch_size", "seed", "views"),
     "trainer": ("accelerator", "log_every_n_steps", "memory_format"),
@@ -48,14 +47,14 @@ _NOT_OF_THE_TEACHER = {
 
 
 def resolve(config: Node, data: ImageDataModule) -> Plan:
-    """Decide everything that a run leaves open, and check the rest.
+    """Resolve defaults and validate the configuration.
 
     Args:
-        config: plain, as composed.
+        config: composed, as plain dictionaries.
         data: the data module of the configuration; its images need not be loaded.
 
     Raises:
-        InputError: naming the key, what is wrong with it, and what it may be.
+        InputError: a value is invalid; the message names the key and the valid values.
     """
     written, config = config, _fill_in(config, data)
     check(config)
@@ -89,7 +88,7 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
         teacher_model=config["teacher"]["model"],
         data=data_plan,
         cache=_resolve_cache(config),
-        # Of the configuration as it was written: counting the classes must not rename a run.
+        # Hash the configuration as written: filling in the classes must not rename a run.
         key=config_key(written),
         key_without_teacher=config_key(written, "teacher"),
         baseline_key=config_key(written, "teacher", "method"),
@@ -98,7 +97,7 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
 
 
 def _fill_in(config: Node, data: ImageDataModule) -> Node:
-    """The configuration with what only the data set knows: its number of classes."""
+    """Fill in the number of classes from the data set."""
     if config["data"].get("num_classes") is not None:
         return config
     classes = len(data.classes)
@@ -149,11 +148,11 @@ def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
 
 
 def teacher_recipe(config: Node, precision: str) -> Node:
-    """All of a configuration that its teacher's weights depend on.
+    """The parts of a configuration that determine its teacher's weights.
 
     Args:
-        config: complete; only what is left of it after `_NOT_OF_THE_TEACHER` counts.
-        precision: that the teacher is trained in.
+        config: complete; keys in `_NOT_OF_THE_TEACHER` are ignored.
+        precision: precision that the teacher is trained in.
     """
     teacher = config["teacher"]
     trainer = without(trainer_node(config, teacher=True), *_NOT_OF_THE_TEACHER["trainer"])
@@ -164,7 +163,7 @@ def teacher_recipe(config: Node, precision: str) -> Node:
         "trainer": {**trainer, "precision": precision},
         "data": {
             **without(config["data"], *_NOT_OF_THE_TEACHER["data"]),
-            # Its own views, whatever the student's.
+            # The teacher's own views, independent of the student's.
             "cutout": teacher["cutout"],
             "view_seed": teacher["seed"],
         },
@@ -180,7 +179,7 @@ def _resolve_cache(config: Node) -> CachePlan | None:
 
 
 def needs_teacher(config: Node) -> bool:
-    """Whether any term of the method learns from a teacher."""
+    """Whether any term of the method needs a teacher."""
     return any(
         getattr(find_target(term["_target_"], f"method.terms.{name}"), "needs_teacher", True)
         for name, term in config["method"]["terms"].items()
@@ -188,7 +187,7 @@ def needs_teacher(config: Node) -> bool:
 
 
 def check_devices(config: Node) -> None:
-    """Check that the devices which student and teacher are trained on are there.
+    """Check that the devices for student and teacher exist.
 
     Raises:
         InputError: see `hardware.check_accelerator`.
@@ -200,11 +199,11 @@ def check_devices(config: Node) -> None:
 
 
 def resolve_trainer(trainer: Node, model: Node) -> TrainerPlan:
-    """Decide precision, memory format and the number of processes.
+    """Resolve precision, memory format and the number of processes.
 
     Args:
-        trainer: its section of the configuration.
-        model: `_target_` node of the model that is trained.
+        trainer: the trainer section of the configuration.
+        model: `_target_` node of the model to train.
     """
     accelerator, devices = trainer["accelerator"], trainer["devices"]
     precision = _resolve_precision(trainer, model)

@@ -1,4 +1,4 @@
-"""Where the configuration tree is, and a composed configuration as plain dictionaries."""
+"""Location of the configuration tree, and conversion of configurations to plain dictionaries."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -12,7 +12,7 @@ from kd_lightning.files import home
 
 
 def tree() -> str:
-    """Hydra's address of the configuration tree: the checkout's folder, else the wheel's copy."""
+    """Hydra's search path of the configuration tree: in a checkout, else in the installed wheel."""
     checkout = Path(__file__).resolve().parents[3] / "configs"
     return str(checkout) if checkout.is_dir() else "pkg://kd_lightning.configs"
 
@@ -24,10 +24,10 @@ def tree_folder() -> str:
 
 
 def plain(config: DictConfig) -> Node:
-    """The configuration as plain dictionaries, interpolations resolved.
+    """Convert a configuration to plain dictionaries, with interpolations resolved.
 
     Raises:
-        InputError: a value is missing (``???``) or refers to one that does not exist.
+        InputError: a value is missing (``???``), or an interpolation cannot be resolved.
     """
     try:
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)

@@ -1,4 +1,4 @@
-"""Where images come from, which views of them are shown, and the batches they come in."""
+"""Data sets, augmented views, and batching."""
 
 from kd_lightning.data.cifar10 import CIFAR10DataModule
 from kd_lightning.data.digits import DigitsDataModule

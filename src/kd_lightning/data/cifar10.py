@@ -24,7 +24,7 @@ class CIFAR10DataModule(ImageDataModule):
     """50,000 training and 10,000 test images of 32x32 pixels in ten classes.
 
     Args:
-        root: folder that holds the archive, or that it is downloaded to (170 MB).
+        root: folder with the archive, which is downloaded if missing (170 MB).
         settings: see `ImageDataModule`.
     """
 
@@ -36,7 +36,7 @@ class CIFAR10DataModule(ImageDataModule):
 
     @property
     def classes(self) -> list[str]:
-        """The ten names."""
+        """The ten class names."""
         return CLASSES
 
     def count(self) -> int:
@@ -44,14 +44,14 @@ class CIFAR10DataModule(ImageDataModule):
         return TRAIN_SIZE
 
     def load(self) -> Images:
-        """Read the images; download and unpack the archive unless that was done before."""
+        """Read the images; download and unpack the archive if necessary."""
         parts = self._read() or self._fetch()
         pixels = torch.from_numpy(np.concatenate([part.data for part in parts]))
         labels = torch.tensor([label for part in parts for label in part.targets])
         return Images(pixels, labels, train_size=len(parts[0].data))
 
     def _read(self) -> list[CIFAR10]:
-        """Training and test part, if the archive has been unpacked and all of it is there."""
+        """Training and test part, if the archive is completely unpacked."""
         try:
             return [CIFAR10(str(self.root), train=train) for train in (True, False)]
         except (OSError, RuntimeError):
@@ -63,26 +63,26 @@ class CIFAR10DataModule(ImageDataModule):
         damaged = archive.exists() and not whole
         try:
             self.root.mkdir(parents=True, exist_ok=True)
-            # Two runs started together must not write the same archive at once.
+            # Concurrent runs must not write the same archive.
             with FileLock(self.root / f"{CIFAR10.filename}.lock"):
                 return [CIFAR10(str(self.root), train=t, download=True) for t in (True, False)]
         except Exception as error:
-            # torchvision raises whatever the network, tar or pickle raised.
+            # torchvision passes on any exception of the network, tar or pickle.
             if whole:
                 return self._unpack_elsewhere(archive)
             if isinstance(error, OSError) and error.errno in UNWRITABLE:
                 raise InputError(
                     f"data_dir={readable(self.root)} cannot be written: {error.strerror}"
                 ) from error
-            what = "is damaged (wrong checksum) and" if damaged else "is not there and"
+            what = "is damaged (wrong checksum) and" if damaged else "is missing and"
             raise InputError(
                 f"{readable(archive)} {what} could not be downloaded from {CIFAR10.url} ({error}); "
                 "put the file there by hand, or use data=digits, which needs no download, "
-                "or data=folder with images of your own"
+                "or data=folder with your own images"
             ) from error
 
     def _unpack_elsewhere(self, archive: Path) -> list[CIFAR10]:
-        """The parts of a whole archive whose own folder is read-only or full."""
+        """Read an intact archive whose folder is read-only or full, via a temporary folder."""
         try:
             with TemporaryDirectory() as folder:
                 extract_archive(str(archive), folder)

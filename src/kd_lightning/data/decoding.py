@@ -1,4 +1,4 @@
-"""An image file becomes 8-bit RGB pixels, whatever kind of image it holds."""
+"""Decoding of image files of any supported format to 8-bit RGB pixels."""
 
 import functools
 from pathlib import Path
@@ -13,8 +13,8 @@ SUFFIXES = {
     ".ppm", ".pgm", ".pbm", ".pnm",
 }  # fmt: skip
 
-# What a file may contain, whatever its suffix. Pillow reads more, some of it through programs of
-# its own (EPS through Ghostscript): nothing for files from elsewhere.
+# Accepted formats, whatever the suffix. Pillow supports more, some through external programs (EPS
+# through Ghostscript), which is unsafe for untrusted files.
 FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "MPO", "DIB", "JPEG2000", "AVIF")
 
 BACKGROUND = (255, 255, 255)
@@ -35,7 +35,7 @@ UPRIGHT = {
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 WHITE_IS_ZERO, UNSIGNED = 0, 1
 
-# What Pillow multiplies the grey values of low bit depths by, but not the transparent one.
+# Pillow scales grey values of low bit depths by these factors, but not the transparent value.
 LOW_DEPTHS = {"L;2": 85, "L;4": 17}
 
 
@@ -43,15 +43,15 @@ def decode(path: Path, size: int) -> npt.NDArray[np.uint8]:
     """Decode the first frame of an image file, upright, and resize it.
 
     Args:
-        path: of the file.
+        path: the file.
         size: height and width of the result, in pixels.
 
     Returns:
         (size, size, 3), RGB.
 
     Raises:
-        Exception: of many kinds, as Pillow raises them: the file is damaged, not an image, or of a
-            pixel format without a defined conversion to 8 bits.
+        Exception: any exception of Pillow: the file is damaged, not an image, or has a pixel
+            format without a defined conversion to 8 bits.
     """
     with Image.open(path, formats=_available()) as file:
         raw_mode = file.tile[0][3] if file.tile else None
@@ -72,15 +72,15 @@ def decode(path: Path, size: int) -> npt.NDArray[np.uint8]:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
-    16-bit values are scaled to 8 bits, transparent pixels composited over `BACKGROUND`.
+    16-bit values are scaled to 8 bits, transparent pixels are composited over `BACKGROUND`.
 
     Raises:
-        ValueError: there is no defined conversion, as from floating-point pixels.
+        ValueError: the conversion is not defined, e.g. for floating-point pixels.
     """
     transparency = image.info.get("transparency")
     if image.mode == "I" or image.mode.startswith("I;16"):
         grey = _scale_to_8_bits(image)
-        if isinstance(transparency, int):  # the PNG's one grey value that is transparent
+        if isinstance(transparency, int):  # the PNG's transparent grey value
             grey[np.asarray(image) == transparency] = BACKGROUND[0]
         return Image.fromarray(grey).convert("RGB")
     if image.mode == "F":
@@ -96,32 +96,32 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _scale_to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
-    """Unsigned grey values (H, W) of up to 16 bits, scaled and rounded."""
+    """Scale unsigned grey values (H, W) of up to 16 bits to 8 bits, rounded."""
     tags: Any = getattr(image, "tag_v2", {})
     (bits, *_), (kind, *_) = tags.get(BITS_PER_SAMPLE, (16,)), tags.get(SAMPLE_FORMAT, (UNSIGNED,))
     if bits > 16 or kind != UNSIGNED:
         raise ValueError(
-            "its pixels are signed or 32-bit integers, whose white is not defined; "
-            "convert it to 8 or 16 bits without sign"
+            "its pixels are signed or 32-bit integers without a defined white level; "
+            "convert it to unsigned 8 or 16 bits"
         )
     white = 2**bits - 1
     values = np.asarray(image).astype(np.uint32).clip(0, white)
-    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts only 8 bits
+    if tags.get(PHOTOMETRIC) == WHITE_IS_ZERO:  # Pillow inverts 8-bit images only
         values = white - values
     return ((values * 255 + white // 2) // white).astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF's orientation, 1 to 8; 1, upright, if there is none that can be read."""
+    """EXIF orientation, 1 to 8; 1 (upright) if missing or unreadable."""
     try:
         value = image.getexif().get(ORIENTATION, 1)
-    except Exception:  # damaged metadata raise many kinds, and are no damaged image
+    except Exception:  # damaged metadata may raise anything, but the image is intact
         return 1
     return value if isinstance(value, int) else 1
 
 
 @functools.cache
 def _available() -> list[str]:
-    """Those of `FORMATS` that this build of Pillow reads."""
+    """The subset of `FORMATS` that this build of Pillow supports."""
     Image.init()
     return [name for name in FORMATS if name in Image.OPEN]

@@ -1,5 +1,5 @@
-"""The handwritten digits of scikit-learn (UCI, Alpaydin & Kaynak 1998): real images that come
-with a package, so that everything can be tried without a download.
+"""The handwritten digits of scikit-learn (UCI, Alpaydin & Kaynak 1998): real images without a
+download.
 """
 
 from typing import Any
@@ -15,7 +15,7 @@ TEST_SEED = 0
 
 
 class DigitsDataModule(ImageDataModule):
-    """1,797 digits of 8x8 grey pixels, enlarged to `image_size` and RGB; a fifth is the test set.
+    """1,797 grey digits of 8x8 pixels, resized to `image_size`, RGB; a fifth is the test set.
 
     Args:
         settings: see `ImageDataModule`.
@@ -30,7 +30,7 @@ class DigitsDataModule(ImageDataModule):
         return [str(digit) for digit in range(10)]
 
     def load(self) -> Images:
-        """Read the digits out of scikit-learn."""
+        """Read the digits from scikit-learn."""
         try:
             from sklearn.datasets import load_digits
         except ImportError as error:

@@ -1,4 +1,4 @@
-"""Image folders: train/<class>/*.png and test/<class>/*.png, and perhaps val/<class>/*.png."""
+"""Image folders: train/<class>/*.png, test/<class>/*.png and, optionally, val/<class>/*.png."""
 
 import hashlib
 import logging
@@ -22,10 +22,10 @@ from kd_lightning.files import readable, replacing
 
 log = logging.getLogger(__name__)
 
-DECODER = "2"  # part of the name of a stored decoding; raise it when decoding changes
+DECODER = "2"  # part of the names of cached decoded images; increment when decoding changes
 VALIDATION = ("val", "valid", "validation")
 
-# What file managers and file systems leave in folders, beside hidden files. Lower case.
+# Files and folders created by file managers and file systems, in lower case.
 DROPPINGS = {
     "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle",
     "$recycle.bin", "system volume information", "lost+found",
@@ -33,23 +33,23 @@ DROPPINGS = {
 
 
 class FolderDataModule(ImageDataModule):
-    """Images in class sub-folders, decoded once and kept decoded.
+    """Images in class sub-folders, decoded once and cached.
 
     The classes are the sub-folders of ``train``, in alphabetical order. Every file is decoded to
-    RGB, upright, and resized to `image_size`. The result is stored in `cache_dir` under the names,
-    sizes and times of all files, so that the next run starts at once.
+    RGB, upright, and resized to `image_size`. The result is cached in `cache_dir`, keyed by the
+    names, sizes and modification times of all files.
 
-    A folder ``val`` (or ``valid``, ``validation``) beside the two is the validation set: all of
-    ``train`` is then trained on, and `val_fraction` and `split_seed` have no effect.
+    A folder ``val`` (or ``valid``, ``validation``) next to them is the validation set: all of
+    ``train`` is then used for training, and `val_fraction` and `split_seed` have no effect.
 
     Args:
-        root: folder that holds ``train`` and ``test``.
-        cache_dir: folder for decoded images; None decodes every time.
+        root: folder that contains ``train`` and ``test``.
+        cache_dir: folder for decoded images; None disables the cache.
         settings: see `ImageDataModule`.
 
     Raises:
-        InputError: a folder is missing or empty, the parts differ in classes, or a symbolic link
-            leads out of `root`.
+        InputError: a folder is missing or empty, the parts have different classes, or a symbolic
+            link points outside `root`.
     """
 
     def __init__(self, root: str, cache_dir: str | None = None, **settings: Any) -> None:
@@ -63,11 +63,11 @@ class FolderDataModule(ImageDataModule):
     def _find_parts(self) -> list[str]:
         root = readable(self.root)
         places = [self.root / name for name in VALIDATION]
-        # A link that leads nowhere is refused later, not passed over.
+        # Include broken links, which are rejected later instead of being ignored.
         own = [place.name for place in places if place.is_dir() or place.is_symlink()]
         if len(own) > 1:
             raise InputError(
-                f"data.root={root} has the folders '{own[0]}' and '{own[1]}', and only one can be "
+                f"data.root={root} has the folders '{own[0]}' and '{own[1]}', but only one can be "
                 "the validation set; remove or rename the other"
             )
         for part in ("train", "test"):
@@ -86,7 +86,7 @@ class FolderDataModule(ImageDataModule):
         return ["train", *own, "test"]
 
     def _class_folders(self, part: str) -> dict[str, Path]:
-        """The folders of a part by the names of their classes, in alphabetical order."""
+        """Class name to folder, in alphabetical order."""
         folder = self.root / part
         if folder.is_symlink():
             self._check_link(folder)
@@ -94,12 +94,12 @@ class FolderDataModule(ImageDataModule):
         for entry in self._visible(folder):
             if not entry.is_dir():
                 continue
-            # The same name may be spelled composed (Linux) or decomposed (macOS).
+            # The same name may be composed (Linux) or decomposed (macOS) Unicode.
             name = unicodedata.normalize("NFC", readable(entry.name))
             if name in found:
                 raise InputError(
                     f"{readable(folder)} has two folders for the class '{name}', whose names "
-                    "differ only in how Unicode spells them; merge or rename them"
+                    "differ only in Unicode normalization; merge or rename them"
                 )
             found[name] = Path(entry.path)
         return dict(sorted(found.items()))
@@ -123,7 +123,7 @@ class FolderDataModule(ImageDataModule):
         return self._classes
 
     def count(self) -> int:
-        """Number of files, not looked into."""
+        """Number of files, without opening them."""
         folders = [
             folder for part in self._folders if part != "test"
             for folder in self._folders[part].values()
@@ -131,7 +131,7 @@ class FolderDataModule(ImageDataModule):
         return sum(len(self._visible(folder)) for folder in folders)
 
     def load(self) -> Images:
-        """Decode every image, or read what an earlier run decoded."""
+        """Decode every image, or read the decoded images from the cache."""
         self._tell_what_is_ignored()
         files: list[tuple[Path, int]] = []
         sizes: dict[str, int] = {}
@@ -159,8 +159,8 @@ class FolderDataModule(ImageDataModule):
     def _tell_what_is_ignored(self) -> None:
         for part in self._folders.keys() & set(VALIDATION):
             log.info(
-                "%s is the validation set: all of train is trained on, data.val_fraction and "
-                "data.split_seed have no effect", readable(self.root / part),
+                "%s is the validation set: all of train is used for training, data.val_fraction "
+                "and data.split_seed have no effect", readable(self.root / part),
             )  # fmt: skip
         with os.scandir(self.root) as entries:
             others = [
@@ -170,15 +170,15 @@ class FolderDataModule(ImageDataModule):
             ]
         if others:
             log.warning(
-                "the images in %s are not used: a data.root has the folders train, test and, "
-                "if there are validation images, val",
+                "the images in %s are not used: expected folders of data.root are train, test and, "
+                "optionally, val",
                 ", ".join(readable(self.root / name) for name in sorted(others)),
             )
         for part in self._folders:
             loose = [entry.name for entry in self._visible(self.root / part) if _is_image(entry)]
             if loose:
                 log.warning(
-                    "%d images in %s, beside the class folders, are not used, as %s",
+                    "%d images in %s are not used, because they are not in a class folder: e.g. %s",
                     len(loose), readable(self.root / part), readable(loose[0]),
                 )  # fmt: skip
 
@@ -208,15 +208,15 @@ class FolderDataModule(ImageDataModule):
         return visible
 
     def _check_link(self, link: Path) -> None:
-        """A stranger's folder must not make other files of this machine training data."""
+        """Reject links to outside `root`, so that untrusted data cannot read other files."""
         try:
             inside = link.resolve(strict=True).is_relative_to(self.root.resolve())
-        except (OSError, RuntimeError) as error:  # it leads nowhere, or round in circles
-            raise InputError(f"{readable(link)} is a link that leads nowhere; remove it") from error
+        except (OSError, RuntimeError) as error:  # a broken link or a loop
+            raise InputError(f"{readable(link)} is a broken link; remove it") from error
         if not inside:
             raise InputError(
-                f"{readable(link)} is a link that leads out of data.root={readable(self.root)}; "
-                "put the files themselves there, or choose the folder that has them as data.root"
+                f"{readable(link)} is a link to outside data.root={readable(self.root)}; "
+                "copy the files there, or use the folder that contains them as data.root"
             )
 
     def _decode(self, paths: list[Path]) -> torch.Tensor:
@@ -227,15 +227,15 @@ class FolderDataModule(ImageDataModule):
                 pixels[number] = decode(paths[number], self.image_size)
             except MemoryError:
                 raise
-            except Exception as error:  # damaged files make Pillow raise many kinds
+            except Exception as error:  # Pillow may raise anything on damaged files
                 raise InputError(
-                    f"{readable(paths[number])} is not an image that can be read ({error}); "
+                    f"{readable(paths[number])} is not a readable image ({error}); "
                     "repair or remove it"
                 ) from error
 
-        # Pillow decodes without the interpreter lock.
+        # Pillow releases the GIL while decoding.
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
-            warnings.filterwarnings("ignore", module="PIL")  # about metadata that is not used
+            warnings.filterwarnings("ignore", module="PIL")  # about unused metadata
             for _ in pool.map(decode_one, range(len(paths))):
                 pass
         return torch.from_numpy(pixels)
@@ -244,19 +244,19 @@ class FolderDataModule(ImageDataModule):
         try:
             pixels = load_file(stored)["pixels"]
         except (OSError, SafetensorError, KeyError):
-            return None  # absent or damaged: decode again
+            return None  # missing or damaged: decode again
         shape = (count, self.image_size, self.image_size, 3)
         return pixels if pixels.shape == shape and pixels.dtype == torch.uint8 else None
 
     def _store(self, pixels: torch.Tensor, stored: Path) -> None:
-        """Store decoded images, if that is possible: they only save the next run some time."""
+        """Cache the decoded images; a failure is not an error, as the cache only saves time."""
         try:
             with replacing(stored) as partial:
                 save_file({"pixels": pixels}, partial)
         except (OSError, SafetensorError) as error:
             log.warning(
-                "decoded images cannot be stored in %s (%s), so the next run decodes them again; "
-                "to avoid that free some space or choose another data_dir",
+                "decoded images cannot be cached in %s (%s), so the next run decodes them again; "
+                "to avoid this, free disk space or choose another data_dir",
                 readable(stored.parent), error,
             )  # fmt: skip
 

@@ -1,4 +1,4 @@
-"""Which views a batch is made of, and the loader that renders them."""
+"""The batch sampler of (image, view) pairs, and the loader that renders them."""
 
 from collections.abc import Callable, Iterator
 from itertools import islice
@@ -12,31 +12,31 @@ from kd_lightning.data.views import PLAIN
 Batch = dict[str, Tensor]
 
 AHEAD = 8
-"""Batches whose views are cut in one go: beside the convolutions of a small student, starting many
-small operations for every batch costs more than the cutting itself."""
+"""Number of batches rendered at once: for a small student, the overhead of launching many small
+operations per batch exceeds the cost of the rendering itself."""
 
 
 class ViewSampler(Sampler[Batch]):
-    """Yields whole batches of views: ``{"index": (B,), "view": (B,)}``, int64, and their
+    """Yields batches of views: ``{"index": (B,), "view": (B,)}``, int64, and the batch's weight
     ``share`` (), float32.
 
-    Training visits every image once an epoch, in an order that depends on the seed and the epoch
-    alone, and shows epoch e the images' view number e, or e modulo the number of views. Evaluation
-    visits the images as they are, in order.
+    In training, every image appears once per epoch, in an order that depends only on the seed and
+    the epoch; epoch e uses view number e, modulo the number of views. In evaluation, images are
+    in order and not augmented.
 
     Lightning calls `set_epoch` at the start of every epoch.
 
     Args:
         images: indices of the images of this split (N,), int64.
-        batch_size: images in a batch.
+        batch_size: images per batch, over all processes.
         shuffle: training (True) or evaluation.
-        seed: of the order.
-        views: how many views of an image there are; None: a new one every epoch.
-        rank: of this process among those that train together; each yields its part of every batch.
-        world: how many processes there are. Their parts may differ by an image: ``share`` is the
-            weight of this part's mean in the mean over the processes, 1 where parts are equal. A
-            part without an image has an image in it all the same, and a share of 0.
-        smallest: images that a batch needs. A last batch of fewer joins the one before it.
+        seed: seed of the order.
+        views: number of views per image; None: a new one every epoch.
+        rank: rank of this process; each yields its part of every batch.
+        world: number of processes. Their parts may differ in size by one image: ``share`` is the
+            weight of this part's mean in the mean over the processes, 1 if all parts are equal. An
+            empty part is filled with one image of weight 0.
+        smallest: minimum batch size; a smaller last batch is merged into the previous one.
     """
 
     def __init__(
@@ -60,11 +60,11 @@ class ViewSampler(Sampler[Batch]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose views and order the next iteration yields."""
+        """Set the epoch of the next iteration."""
         self.epoch = epoch
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches per epoch."""
         whole, rest = divmod(len(self.images), self.batch_size)
         return whole + (rest >= self.smallest)
 
@@ -82,22 +82,21 @@ class ViewSampler(Sampler[Batch]):
         for together in order.tensor_split(ends):
             index = together[self.rank :: self.world]
             batch = {"share": torch.tensor(len(index) * self.world / len(together))}
-            if not len(index):  # every process takes part in every step
+            if not len(index):  # every process must take part in every step
                 index = together[:1]
             yield {"index": index, "view": torch.full_like(index, view), **batch}
 
 
 class ViewLoader:
-    """Yields batches that are ready for a model: a sampler's views with pixels and labels.
+    """Yields complete batches: renders a sampler's views and adds the labels.
 
-    Lightning takes any iterable; `sampler` is where it looks for `set_epoch`, `batch_sampler` where
-    it looks next.
+    Lightning accepts any iterable; it calls `set_epoch` on `sampler` or `batch_sampler`.
 
     Args:
         sampler: yields the batches' indices and view numbers.
-        cut: from indices (B,) and view numbers (B,) to uint8 views (B, 3, H, W), on the device
-            where they are wanted.
-        finish: makes a batch of indices, view numbers and uint8 views complete.
+        cut: renders indices (B,) and view numbers (B,) to uint8 views (B, 3, H, W), on the
+            training device.
+        finish: converts indices, view numbers and uint8 views to a complete batch.
     """
 
     def __init__(
@@ -110,19 +109,19 @@ class ViewLoader:
         self.batch_sampler = None
         self.cut = cut
         self.finish = finish
-        self._given = 0  # batches of the sampler's epoch
+        self._given = 0  # batches yielded in the current epoch
         self._resume: dict[str, int] = {}
 
     def state_dict(self) -> dict[str, int]:
-        """The epoch, and how many of its batches were given: Lightning saves it."""
+        """The epoch and the number of its batches yielded so far; saved by Lightning."""
         return {"epoch": self.sampler.epoch, "batches": self._given}
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Should this very epoch be iterated next, begin it after those batches."""
+        """Skip these batches if the next iteration is of the same epoch."""
         self._resume = state
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
+        """Number of batches per epoch."""
         return len(self.sampler)
 
     def __iter__(self) -> Iterator[Batch]:

@@ -1,4 +1,4 @@
-"""The one data module: uint8 images in memory, batches of views rendered where the model is."""
+"""The data module: uint8 images in memory, batches of views rendered on the model's device."""
 
 import copy
 import functools
@@ -18,14 +18,14 @@ from kd_lightning.errors import InputError
 
 
 class Images(NamedTuple):
-    """Decoded images, training images first, test images last.
+    """Decoded images: training images first, test images last.
 
     Attributes:
         pixels: (N, H, W, 3), uint8.
         labels: (N,), int64.
         train_size: number of training and validation images.
-        val_size: how many of these, at their end, are a validation set of the source's own; 0: the
-            validation images are to be split off.
+        val_size: how many of these, at the end, are the source's own validation set; 0: the
+            validation set is split off the training images.
     """
 
     pixels: Tensor
@@ -35,38 +35,37 @@ class Images(NamedTuple):
 
 
 class ImageDataModule(LightningDataModule):
-    """Images held once in memory as uint8; a source says where they come from.
+    """Base class of data sets whose images are held in memory as uint8.
 
-    A batch is a set of (index, view) pairs. Its pixels are made on the device that trains: crop,
-    flip and normalisation of whole batches in a few tensor operations. An index counts through the
-    training images and then the test images; unless the source has a validation set of its own, it
-    is split off the training images, stratified by class.
+    A batch is a set of (index, view) pairs. Its pixels are rendered on the training device: crop,
+    flip and normalisation of whole batches in a few tensor operations. Indices cover the training
+    images, then the test images; unless the source has its own validation set, it is split off the
+    training images, stratified by class.
 
-    A source derives from this class and provides `classes` and `load`.
+    A subclass provides `classes` and `load`.
 
     Attributes:
-        labels: of all images (N,), int64, once `setup` has been called.
-        reproducible: whether a view is the same whenever it is rendered. A subclass that does
-            something random to its batches says False, and no teacher's answer is stored.
+        labels: labels of all images (N,), int64, after `setup`.
+        reproducible: whether a view is the same every time it is rendered. A subclass with other
+            random augmentation sets it to False, so that teacher outputs are not cached.
 
     Args:
-        name: what to call the data set.
-        batch_size: images in a training batch.
-        eval_batch_size: images in a validation or test batch.
-        val_fraction: share of the training images held out for validation, in (0, 1).
-        split_seed: chooses the validation images, 0 to 2^32 - 1.
-        mean: per channel, of pixel values scaled to [0, 1].
-        std: per channel; mean and std of 0.5 normalise to [-1, 1].
-        padding: how far a training crop may be shifted, in pixels.
-        flip: whether half of the training views are mirrored.
+        name: name of the data set.
+        batch_size: images per training batch.
+        eval_batch_size: images per validation or test batch.
+        val_fraction: fraction of the training images held out for validation, in (0, 1).
+        split_seed: seed of the validation split, 0 to 2^32 - 1.
+        mean: per-channel mean of pixel values scaled to [0, 1].
+        std: per-channel standard deviation; mean and std of 0.5 normalise to [-1, 1].
+        padding: maximum shift of a training crop, in pixels.
+        flip: whether half of the training views are flipped horizontally.
         cutout: side of a grey square in every training view, in pixels; 0: none.
-        view_seed: chooses the crops and flips, 0 to 2^32 - 1.
-        views: how many views of an image training goes through, again and again; None: every epoch
-            shows another.
-        seed: chooses the order of the training images, 0 to 2^32 - 1.
+        view_seed: seed of the crops and flips, 0 to 2^32 - 1.
+        views: number of views per image, repeated cyclically; None: a new view every epoch.
+        seed: seed of the order of the training images, 0 to 2^32 - 1.
         image_size: height and width of the images, in pixels.
-        num_classes: number of classes; None takes as many as the source has.
-        augmentation: renders training views instead of padding, flip and cutout, of students and
+        num_classes: number of classes; None: as many as the source has.
+        augmentation: renders training views instead of padding, flip and cutout, for students and
             teachers alike; see `Views`.
 
     Raises:
@@ -134,19 +133,19 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def classes(self) -> list[str]:
-        """Names of the classes, in label order; known without decoding an image."""
+        """Class names, in label order; available without decoding an image."""
         raise NotImplementedError
 
     def load(self) -> Images:
         """Fetch and decode the images.
 
         Raises:
-            InputError: they are missing, damaged or not what they should be.
+            InputError: they are missing, damaged or invalid.
         """
         raise NotImplementedError
 
     def count(self) -> int:
-        """Number of training and validation images; a source may know it without decoding them.
+        """Number of training and validation images; subclasses may return it without decoding.
 
         Raises:
             InputError: as `load`.
@@ -155,10 +154,10 @@ class ImageDataModule(LightningDataModule):
         return self.train_size
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the images and split them, once; later calls do nothing.
+        """Load and split the images; later calls do nothing.
 
         Raises:
-            InputError: as `load`; or the training part is smaller than a batch.
+            InputError: as `load`, or the training part is smaller than a batch.
         """
         if self.splits:
             return
@@ -175,14 +174,14 @@ class ImageDataModule(LightningDataModule):
             )
         if self.batch_size > len(train):
             raise InputError(
-                f"data.batch_size={self.batch_size} is above the {len(train)} training images of "
-                f"{self.name}; choose at most {len(train)}"
+                f"data.batch_size={self.batch_size} is larger than the {len(train)} training "
+                f"images of {self.name}; use at most {len(train)}"
             )
         test = torch.arange(train_size, len(self.labels))
         self.splits = {"train": train, "val": val, "test": test}
 
     def variant(self, **attributes: Any) -> "ImageDataModule":
-        """The same images in memory with another seed, mean, std or augmentation."""
+        """A copy that shares the images but has another seed, mean, std or augmentation."""
         twin = copy.copy(self)
         twin.trainer = None
         for name, value in attributes.items():
@@ -190,8 +189,8 @@ class ImageDataModule(LightningDataModule):
         return twin
 
     def fingerprint(self) -> str:
-        """SHA-256 of every pixel and label, and of which images are for testing (and validation,
-        where the source says).
+        """SHA-256 of all pixels, labels and the sizes of the test set and of the source's own
+        validation set.
         """
         if not self._fingerprint:
             sizes: tuple[Any, ...] = (tuple(self._pixels.shape), len(self.splits["test"]))
@@ -205,7 +204,7 @@ class ImageDataModule(LightningDataModule):
 
     @property
     def train_size(self) -> int:
-        """Images of the training and validation part together; their indices come first."""
+        """Number of training and validation images; their indices come first."""
         return len(self.labels) - len(self.splits["test"])
 
     def _loader(self, split: str, shuffle: bool = False) -> ViewLoader:
@@ -227,15 +226,15 @@ class ImageDataModule(LightningDataModule):
         """Check that a training batch is large enough for BatchNorm.
 
         Args:
-            needed: the fewest images that all processes together can train on.
+            needed: minimum batch size over all processes.
 
         Raises:
-            InputError: it is not.
+            InputError: it is too small.
         """
         if self.batch_size < needed:
             raise InputError(
-                f"data.batch_size={self.batch_size} is too small: BatchNorm on one value per "
-                f"channel and image needs at least {needed} images in a batch"
+                f"data.batch_size={self.batch_size} is too small: BatchNorm over one value per "
+                f"channel and image needs at least {needed} images per batch"
             )
 
     def train_dataloader(self) -> ViewLoader:
@@ -243,19 +242,19 @@ class ImageDataModule(LightningDataModule):
         return self._loader("train", shuffle=True)
 
     def val_dataloader(self) -> ViewLoader:
-        """The validation images as they are."""
+        """The validation images, without augmentation."""
         return self._loader("val")
 
     def test_dataloader(self) -> ViewLoader:
-        """The test images as they are."""
+        """The test images, without augmentation."""
         return self._loader("test")
 
     def render(self, index: Tensor, view: Tensor) -> Batch:
-        """One batch of given views.
+        """Render a batch of views.
 
         Args:
-            index: which images (B,), int64.
-            view: which view of each (B,), int64.
+            index: image indices (B,), int64.
+            view: view numbers (B,), int64.
 
         Returns:
             ``images`` (B, 3, H, W), float32, normalised, channels-last; ``labels``, ``index`` and
@@ -273,8 +272,8 @@ class ImageDataModule(LightningDataModule):
         return {"images": self._normalize(views), "labels": labels, "index": index, "view": view}
 
     def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
-        """Nothing to do: pixels and labels are made on their device, and the numbers of the views
-        stay on the CPU, where what a teacher said of them is looked up without waiting.
+        """No-op: pixels and labels are created on the device, and view numbers stay on the CPU,
+        where cached teacher outputs are looked up without synchronising.
         """
         return batch
 
@@ -287,7 +286,7 @@ class ImageDataModule(LightningDataModule):
         return flat.view(pixels.shape).permute(0, 3, 1, 2)
 
     def state_dict(self) -> dict[str, Any]:
-        """Nothing to resume: a view follows from its numbers, the order from seed and epoch."""
+        """Empty: views and order are functions of indices, seed and epoch."""
         return {}
 
 
@@ -295,10 +294,10 @@ class ImageDataModule(LightningDataModule):
 def _shift_and_scale(
     mean: tuple[float, ...], std: tuple[float, ...], pixels: int, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """What brings every number of an image, 0 to 255, to its normalised value.
+    """Shift and scale that normalise the values 0 to 255 of an image.
 
-    Repeated for each pixel, so that the inner loop is long and contiguous, which broadcasting three
-    numbers is not.
+    Repeated for every pixel, so that the inner loop is long and contiguous; broadcasting over
+    three channels is slower.
     """
     average, deviation = torch.tensor((mean, std)).double()  # on the CPU: not all GPUs have float64
     shift, scale = -average / deviation, 1 / (255 * deviation)
@@ -308,19 +307,19 @@ def _shift_and_scale(
 def stratified_split(
     labels: Tensor, fraction: float, seed: int, classes: Sequence[str]
 ) -> tuple[Tensor, Tensor]:
-    """Split the images so that every class gives the same share to validation.
+    """Split off validation images, stratified by class.
 
     Args:
         labels: (N,) int64.
-        fraction: share of the validation part, in (0, 1).
-        seed: chooses the images.
-        classes: names of the classes.
+        fraction: fraction of the validation part, in (0, 1).
+        seed: seed of the split.
+        classes: class names.
 
     Returns:
         Indices of the training part and of the validation part, each in ascending order.
 
     Raises:
-        InputError: a class has too few images to give one to each part.
+        InputError: a class has fewer than two images.
     """
     generator = torch.Generator().manual_seed(seed)
     held_out = torch.zeros(len(labels), dtype=torch.bool)

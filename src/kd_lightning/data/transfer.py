@@ -1,13 +1,13 @@
-"""Copies between host and device that do not wait where that is safe."""
+"""Asynchronous copies between host and device, where that is safe."""
 
 import torch
 from torch import Tensor
 
 
 def copies_in_background(device: torch.device) -> bool:
-    """Whether copies from and to pinned memory go on beside the computation.
+    """Whether copies from and to pinned memory may run asynchronously.
 
-    Elsewhere (Apple GPUs) an asynchronous copy may read memory that has been freed since.
+    On other devices (Apple GPUs) an asynchronous copy may read memory that has been freed.
     """
     return device.type == "cuda"
 
@@ -25,11 +25,11 @@ def synchronize(device: torch.device) -> None:
 
 
 def to_device(values: Tensor, device: torch.device) -> Tensor:
-    """To the device, without waiting for it if possible.
+    """Copy to the device, asynchronously if possible.
 
     Args:
-        values: on the CPU, or on the device already.
-        device: where to.
+        values: on the CPU, or already on the device.
+        device: the target device.
     """
     if values.device.type == "cpu" and copies_in_background(device):
         return values.pin_memory().to(device, non_blocking=True)
@@ -37,7 +37,7 @@ def to_device(values: Tensor, device: torch.device) -> Tensor:
 
 
 class ToHost:
-    """A tensor on its way from the device to the host, without anyone waiting for it.
+    """An asynchronous copy of a tensor from the device to the host.
 
     Args:
         values: on any device.
@@ -52,11 +52,11 @@ class ToHost:
             self._copied.record()
 
     def ready(self) -> bool:
-        """Whether it has arrived."""
+        """Whether the copy is complete."""
         return self._copied is None or self._copied.query()
 
     def wait(self) -> Tensor:
-        """The tensor on the CPU, waiting for it if need be."""
+        """Wait for the copy and return the tensor on the CPU."""
         if self._copied is not None:
             self._copied.synchronize()
         return self._values.cpu()

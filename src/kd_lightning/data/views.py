@@ -1,9 +1,9 @@
-"""Views: which crop and which flip of an image a model is shown.
+"""Views: deterministic augmented versions (crop, flip) of an image.
 
-A view is (sample index, view number) and nothing else. Its crop offset and flip follow from the
-two and the augmentation seed by a counter-based rule, so a view is the same in every process, on
-every device, after every resume and under every sampler. That is what makes it possible to store
-what a teacher says about a view.
+A view is identified by (sample index, view number). Its crop offset and flip are a counter-based
+hash of both and the augmentation seed, so a view is the same in every process, on every device,
+after resuming and with any sampler. This is what makes it possible to cache the teacher's output
+on a view.
 """
 
 from collections.abc import Sequence
@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 PLAIN = -1
-"""The view number of the image as it is: neither cropped nor flipped."""
+"""View number of the original image: neither cropped nor flipped."""
 
 GREY = 128
-"""What cut-out pixels become."""
+"""Value of cut-out pixels."""
 
 _MASK = 0xFFFFFFFF
 
@@ -31,18 +31,18 @@ class Normalization(NamedTuple):
 
 
 def check_seed(name: str, seed: object) -> None:
-    """Refuse seeds that would be cut to 32 bits, here or by torch's generator on the CPU: two of
-    them would silently choose the same.
+    """Reject seeds beyond 32 bits: truncated, here or by torch's CPU generator, two different seeds
+    could silently give the same result.
 
     Raises:
-        ValueError: naming the seed.
+        ValueError: the seed is out of range.
     """
     if not isinstance(seed, Integral) or not 0 <= int(seed) <= _MASK:
         raise ValueError(f"{name} must be a whole number from 0 to 2^32 - 1, not {seed}")
 
 
 def _mix(x: Tensor) -> Tensor:
-    """Scatter 32-bit integers held in int64 (the finaliser of MurmurHash3, Appleby 2011).
+    """Hash 32-bit integers stored as int64 (the finaliser of MurmurHash3, Appleby 2011).
 
     Products of two 32-bit numbers overflow int64, but only above the 32 bits that are kept.
     """
@@ -68,19 +68,19 @@ def counter_random(index: Tensor, view: Tensor, seed: int) -> Tensor:
 
 
 class Views(Protocol):
-    """What renders the views of images.
+    """Interface of classes that render views of images.
 
-    A view is a pure function of the image, its index, the view number and the renderer's own
-    settings: no random state, no state at all. The view `PLAIN` is the image as it is.
+    A view must be a pure function of the image, its index, the view number and the renderer's
+    settings, without any (random) state. The view `PLAIN` is the original image.
     """
 
     def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        """Views of some images.
+        """Render a batch of views.
 
         Args:
-            images: all images (N, H, W, 3), uint8, on the device that trains.
-            index: which images (B,), int64.
-            view: which view of each (B,), int64; see `counter_random`.
+            images: all images (N, H, W, 3), uint8, on the training device.
+            index: image indices (B,), int64.
+            view: view numbers (B,), int64; see `counter_random`.
 
         Returns:
             (B, 3, H, W), uint8, channels-last in memory.
@@ -90,15 +90,15 @@ class Views(Protocol):
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The family of views of an image: shifted crops, horizontal flips, and cut-out squares.
+    """Random crops with reflection padding, horizontal flips and cutout.
 
     Args:
-        padding: how far a crop may be shifted, in pixels; the border is filled by reflection.
-        flip: whether half of the views are mirrored left to right.
-        cutout: side of a square somewhere in the image that is made grey, in pixels (DeVries &
-            Taylor 2017, "Improved Regularization of Convolutional Neural Networks with Cutout");
-            its centre is anywhere, so part of it may lie outside. 0: none.
-        seed: chooses another set of views, 0 to 2^32 - 1.
+        padding: maximum shift of a crop, in pixels; the border is filled by reflection.
+        flip: whether half of the views are flipped horizontally.
+        cutout: side of a random square that is made grey, in pixels (DeVries & Taylor 2017,
+            "Improved Regularization of Convolutional Neural Networks with Cutout"); its centre is
+            uniform over the image, so part of it may lie outside. 0: none.
+        seed: seed of the views, 0 to 2^32 - 1.
     """
 
     padding: int = 4
@@ -115,11 +115,11 @@ class Augmentation:
     def parameters(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Row offset, column offset (int64, 0 to 2 * padding) and flip (bool), each (B,).
 
-        `PLAIN` views have offset `padding` and no flip: the image as it is.
+        `PLAIN` views have offset `padding` and no flip: the original image.
         """
         bits = counter_random(index, view, self.seed)
         offsets = 2 * self.padding + 1
-        # The low bit for the flip; the rest, modulo a number far smaller, for the offsets.
+        # The low bit for the flip; the rest, modulo a much smaller number, for the offsets.
         position = (bits >> 1) % (offsets * offsets)
         rows = position.div(offsets, rounding_mode="floor")
         plain = view == PLAIN
@@ -130,15 +130,15 @@ class Augmentation:
         )
 
     def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
-        """Cut the views out of the images, a whole batch in one gather.
+        """Render the views of a whole batch with a single gather.
 
         Args:
-            images: all images (N, H, W, C), contiguous, any type.
-            index: which images (B,), int64.
-            view: which view of each (B,), int64.
+            images: all images (N, H, W, C), contiguous, any dtype.
+            index: image indices (B,), int64.
+            view: view numbers (B,), int64.
 
         Returns:
-            (B, C, H, W), channels-last in memory, of the images' type.
+            (B, C, H, W), channels-last in memory, with the dtype of the images.
         """
         count, height, width, channels = images.shape
         top, left, flip = self.parameters(index, view)
@@ -147,7 +147,7 @@ class Augmentation:
         column = torch.where(flip[:, None], width - 1 - column, column)
         rows = _reflect(top[:, None] - self.padding + row, height)
         columns = _reflect(left[:, None] - self.padding + column, width)
-        # One number for every pixel of the batch: half as many bytes to write and read again.
+        # One index per pixel of the batch: int32 halves the memory traffic.
         small = torch.int32 if count * height * width < 2**31 else torch.int64
         first = ((index[:, None] * height + rows) * width).to(small)
         pixels = first[:, :, None] + columns.to(small)[:, None, :]
@@ -158,7 +158,7 @@ class Augmentation:
         return batch.permute(0, 3, 1, 2)
 
     def _hole(self, index: Tensor, view: Tensor, height: int, width: int) -> Tensor:
-        """Which pixels of each view are cut out: (B, H, W), bool."""
+        """Mask of the cut-out pixels: (B, H, W), bool."""
         centre = counter_random(index, view, self.seed ^ 0x5BD1E995) % (height * width)
         first_row = centre.div(width, rounding_mode="floor") - self.cutout // 2
         first_column = centre % width - self.cutout // 2
@@ -170,6 +170,6 @@ class Augmentation:
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:
-    """Fold positions outside [0, size) back in, without repeating the border pixel."""
+    """Reflect positions outside [0, size), without repeating the border pixel."""
     position = position.abs()
     return torch.where(position >= size, 2 * (size - 1) - position, position)

@@ -1,8 +1,8 @@
-"""BatchNorm's running statistics: whether they lag behind the weights, and estimating them anew.
+"""BatchNorm running statistics: detect whether they lag behind the weights, and re-estimate them.
 
-Running statistics are an average of the last 1 / momentum or so training batches. After few steps,
-or with a small momentum (0.01 in torchvision's MobileNetV3), they still describe weights of long
-ago, and the model fails in evaluation mode although it has learnt its task.
+Running statistics average over roughly the last 1 / momentum training batches. After few steps, or
+with a small momentum (0.01 in torchvision's MobileNetV3), they still reflect outdated weights, and
+the model fails in evaluation mode although it is well trained.
 """
 
 import math
@@ -20,14 +20,14 @@ from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import PLAIN
 
 ENOUGH = 256
-"""Images on which a lag shows beyond noise."""
+"""Number of images sufficient to detect a lag."""
 
 
 def trained_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
-    """The BatchNorm layers that keep running statistics, without those frozen in evaluation mode.
+    """The BatchNorm layers with running statistics, except those frozen in evaluation mode.
 
     Args:
-        model: in the mode that it is trained in.
+        model: in training mode.
     """
     return {
         name: module
@@ -38,12 +38,12 @@ def trained_batchnorms(model: nn.Module) -> dict[str, _BatchNorm]:
 
 @contextmanager
 def batch_statistics(model: nn.Module) -> Iterator[dict[str, _BatchNorm]]:
-    """Normalise by the batch at hand; everything else, such as dropout, is in evaluation mode.
+    """Context with BatchNorm in training mode and everything else, such as dropout, in evaluation.
 
-    On leaving, running statistics and the modes of all modules are as they were.
+    On exit, running statistics and the modes of all modules are restored.
 
     Args:
-        model: in the mode that it is trained in.
+        model: in training mode.
     """
     layers = trained_batchnorms(model)
     modes = {module: module.training for module in model.modules()}
@@ -63,13 +63,13 @@ def batch_statistics(model: nn.Module) -> Iterator[dict[str, _BatchNorm]]:
 
 @torch.no_grad()
 def update_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Re-estimate the running statistics as the plain average over some batches.
+    """Re-estimate the running statistics as the cumulative average over some batches.
 
-    As `torch.optim.swa_utils.update_bn`, except that dropout and the like are off, as they will be
-    in evaluation, and that layers which the batches do not reach keep their statistics.
+    Like `torch.optim.swa_utils.update_bn`, except that dropout etc. are off, as in evaluation, and
+    that layers without input keep their statistics.
 
     Args:
-        model: in the mode that it is trained in.
+        model: in training mode.
         batches: images (B, 3, H, W), on the model's device.
     """
     estimated = []
@@ -92,13 +92,13 @@ def update_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
 
 
 def images_needed(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int:
-    """The fewest images that the model can be trained on at once: 2 if one of its BatchNorm layers
-    sees a single value per channel of an image, else 1.
+    """Minimum batch size for training: 2 if a BatchNorm layer sees a single value per channel and
+    image, else 1.
 
     Args:
-        model: in the mode that it is trained in.
-        shapes: layer name to the shape of its output without the batch axis. A layer that is not
-            in it, used in training only, is taken to need two.
+        model: in training mode.
+        shapes: layer name to output shape without the batch axis. A missing layer, used in training
+            only, is assumed to need 2.
     """
     for name, module in model.named_modules():
         if isinstance(module, _BatchNorm) and module.training:
@@ -109,11 +109,11 @@ def images_needed(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> in
 
 
 class Lag(NamedTuple):
-    """Which images are answered correctly, in evaluation mode and with batch statistics.
+    """Correctness of the predictions in evaluation mode and with batch statistics.
 
     Attributes:
         evaluation, batch: (N,), bool.
-        validation: how many of the images are validation images; these come first.
+        validation: number of validation images; these come first.
     """
 
     evaluation: Tensor
@@ -122,24 +122,24 @@ class Lag(NamedTuple):
 
     @property
     def accuracies(self) -> tuple[float, float]:
-        """Of all images: in evaluation mode and with batch statistics."""
+        """Accuracy on all images, in evaluation mode and with batch statistics."""
         return float(self.evaluation.float().mean()), float(self.batch.float().mean())
 
     @property
     def val_accuracy(self) -> float:
-        """Of the validation images, with batch statistics."""
+        """Accuracy on the validation images, with batch statistics."""
         return float(self.batch[: self.validation].float().mean())
 
     @property
     def significant(self) -> bool:
-        """Whether evaluation mode is worse by 5 points and by 3 standard errors (McNemar's)."""
+        """Whether evaluation mode is worse by 5 points and 3 standard errors (McNemar's test)."""
         better = int((self.batch & ~self.evaluation).sum())
         worse = int((self.evaluation & ~self.batch).sum())
         excess = better - worse
         return excess > 0.05 * len(self.batch) and excess**2 > 9 * (better + worse)
 
     def sentence(self, role: str, updated: bool) -> str:
-        """The warning, if the difference is significant.
+        """The warning for a significant difference.
 
         Args:
             role: ``student`` or ``teacher``.
@@ -153,24 +153,24 @@ class Lag(NamedTuple):
             remedy = f"train longer, or raise the momentum of BatchNorm in {role}.model"
         evaluation, batch = (f"{100 * accuracy:.1f} %" for accuracy in self.accuracies)
         return (
-            f"the {role} answers {evaluation} of {len(self.batch)} images correctly in evaluation "
-            f"mode, but {batch} with batch statistics: the running statistics of its BatchNorm "
-            f"layers lag behind its weights; {remedy}"
+            f"the {role} classifies {evaluation} of {len(self.batch)} images correctly in "
+            f"evaluation mode, but {batch} with batch statistics: the running statistics of its "
+            f"BatchNorm layers lag behind its weights; {remedy}"
         )
 
 
 def reestimate(
     trainer: Trainer, module: LightningModule, data: ImageDataModule, epochs: int
 ) -> None:
-    """`update_bn` of the student, by one pass over the training views of the last epoch.
+    """Run `update_bn` on the student, with one pass over the training views of the last epoch.
 
-    Every process goes through all of them, so that all have the same statistics.
+    Every process uses all of them, so that the statistics are identical.
 
     Args:
-        trainer: that has trained the module.
-        module: its `student` is changed.
+        trainer: the trainer of the module.
+        module: its `student` is updated.
         data: the images.
-        epochs: that it was trained.
+        epochs: number of trained epochs.
     """
     loader = data.variant().train_dataloader()
     loader.sampler.set_epoch(epochs - 1)
@@ -184,11 +184,11 @@ def reestimate(
 def measure_lag(trainer: Trainer, module: LightningModule, data: ImageDataModule) -> Lag:
     """Compare evaluation mode with batch statistics on the validation images.
 
-    Few validation images are filled up with training images, as they are, to `ENOUGH` images.
+    If there are fewer than `ENOUGH` validation images, unaugmented training images are added.
 
     Args:
-        trainer: that has trained the module.
-        module: its `student` is compared, and left as it is.
+        trainer: the trainer of the module.
+        module: its `student` is evaluated and left unchanged.
         data: the images.
     """
     val = data.splits["val"]
@@ -197,7 +197,7 @@ def measure_lag(trainer: Trainer, module: LightningModule, data: ImageDataModule
         val = val[: int(limit) * data.eval_batch_size]
     train = _shuffled(data.splits["train"])[: max(0, ENOUGH - len(val))]
     images = torch.cat([val, train])
-    # In no order of classes: what a batch is made of decides its statistics.
+    # Shuffled, because batch statistics depend on the mix of classes in a batch.
     order = _shuffled(torch.arange(len(images)))
     answers = {}
     with _placed(trainer, module) as student:
@@ -217,7 +217,7 @@ def measure_lag(trainer: Trainer, module: LightningModule, data: ImageDataModule
 
 @contextmanager
 def _placed(trainer: Trainer, module: LightningModule) -> Iterator[nn.Module]:
-    """The student on its device, in the precision of the training."""
+    """The student on its device, in the training precision."""
     module.to(trainer.strategy.root_device)
     with trainer.precision_plugin.forward_context():
         yield cast(nn.Module, module.student)

@@ -1,4 +1,4 @@
-"""Which stored teacher outputs a training may use, and under which key its own are stored."""
+"""Opening of the teacher-output caches: when outputs may be cached, and under which key."""
 
 import logging
 from dataclasses import asdict
@@ -23,13 +23,13 @@ log = logging.getLogger(__name__)
 def open_caches(
     module: DistillationModule, plan: Plan, data: ImageDataModule, device: torch.device
 ) -> None:
-    """Let the module read and store what its teacher puts out, as far as that is safe.
+    """Attach the teacher-output caches to the module, as far as caching is safe.
 
     Args:
-        module: with a teacher that has its weights.
-        plan: of the run.
-        data: loaded.
-        device: that computes; devices of another kind round differently.
+        module: with a teacher whose weights are loaded.
+        plan: the plan of the run.
+        data: the data module, set up.
+        device: the training device; rounding differs between device types.
     """
     if plan.cache is None:
         return
@@ -38,11 +38,11 @@ def open_caches(
     index = data.splits["train"][:CHECKED_IMAGES]
     images = data.render(index, torch.zeros_like(index))["images"].cpu()
     if len(images) > 1 and (why := module.teacher.why_not_stored(images)):
-        log.warning("the teacher's outputs are not stored: %s", why)
+        log.warning("the teacher's outputs are not cached: %s", why)
         return
     fingerprint = module.teacher.fingerprint()
     if fingerprint is None:
-        log.warning("the teacher's outputs are not stored: they change")
+        log.warning("the teacher's outputs are not cached: the teacher has no fingerprint")
         return
     root, limit = plan.cache.root, plan.cache.limit
     code = source_sha256(plan.teacher.model)
@@ -52,7 +52,7 @@ def open_caches(
         "normalization": [*plan.teacher.normalization, *plan.data.normalization],
         "images": data.fingerprint(),
         "precision": plan.student.trainer.precision,
-        # Left out where there is none, so that what earlier versions stored stays known.
+        # Omitted if empty, so that caches of earlier versions stay valid.
         **({"code": code} if code else {}),
         **({"device": device.type} if device.type != "cpu" else {}),
     }
@@ -62,7 +62,7 @@ def open_caches(
         key = {**teacher, **key, "dtype": dtype}
         return Rows(root / folder_name(owner, what, key), key, images, shape, DTYPES[dtype])
 
-    # Evaluation is exact: what it reports must not depend on a rounding.
+    # Stored exactly: reported accuracies must not depend on rounding.
     classes = plan.data.num_classes
     kept = {"logits": rows("evaluation", {}, len(data.labels), (classes,), "float32")}
     module.evaluation_cache = TeacherCache(kept, root, limit)
@@ -72,9 +72,9 @@ def open_caches(
     why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
     for name, key in keys.items():
         if key is None:
-            why = f"the term {name} does not say what it depends on (Term.depends_on)"
+            why = f"the term {name} does not implement Term.depends_on"
     if why:
-        log.warning("the teacher's outputs in training are not stored: %s", why)
+        log.warning("the teacher's outputs on training views are not cached: %s", why)
         return
     code = source_sha256([{"_target_": target} for target in targets(plan.data.node)])
     views: Node = {
@@ -97,11 +97,10 @@ def open_caches(
 
 
 def _term_key(term: Term, classes: int) -> dict[str, Any] | None:
-    """What a term's stored rows depend on besides teacher and view; None if it does not say.
+    """Cache key of a term's rows, besides teacher and view; None if the term does not define one.
 
-    Terms that remember the same share their rows: all that remember the plain logits, and a
-    subclass that does not change `remember`. What a term is called in the configuration is nothing
-    to them.
+    Terms with identical targets share their rows: all that store the plain logits, and subclasses
+    that do not override `remember`. The term's name in the configuration is not part of the key.
     """
     if _remembers_logits(term, classes):
         return {"class": f"{Logit.__module__}.{Logit.__qualname__}"}
@@ -115,14 +114,14 @@ def _term_key(term: Term, classes: int) -> dict[str, Any] | None:
 
 
 def _remembers_logits(term: Term, classes: int) -> bool:
-    """Whether `remember` is the identity on logits of any size, infinities and NaN included."""
+    """Whether `remember` returns the logits unchanged, including infinities and NaN."""
     scale = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 10.0, 1e2, 1e4, 1e30, torch.inf, torch.nan])
     logits = (
         torch.linspace(-1.5, 2, len(scale) * classes).view(len(scale), classes) * scale[:, None]
     )
     try:
         found = [term.remember(Output(logits.clone(), {})) for _ in range(2)]
-    except Exception:  # it reads features, or refuses such numbers
+    except Exception:  # it reads features, or rejects such values
         return False
     return all(
         isinstance(rows, torch.Tensor)

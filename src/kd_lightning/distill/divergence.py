@@ -1,4 +1,4 @@
-"""Notice a training that has diverged: losses or weights that are not finite."""
+"""Detection of divergence: losses or weights that are not finite."""
 
 from collections.abc import Iterable
 
@@ -7,14 +7,13 @@ from torch import Tensor, nn
 
 
 class LossWatch:
-    """Remembers whether a loss was not finite, where the loss is, until somebody looks.
+    """Records non-finite losses on the device, without synchronising at every step.
 
-    Looking at a number on an accelerator waits for it. The losses are added up there instead: a sum
-    is not finite if one of its summands is not.
+    The losses are summed on the device: a sum is not finite if one of its terms is not.
 
     Args:
-        scaled: float16 with a gradient scaler, which skips steps that are not finite. Only a
-            training all of whose steps are skipped has diverged.
+        scaled: float16 with a gradient scaler, which skips steps that are not finite. The training
+            has then diverged only if all of its steps are skipped.
     """
 
     def __init__(self, scaled: bool = False) -> None:
@@ -23,7 +22,7 @@ class LossWatch:
         self._kept: Tensor | None = None
 
     def note(self, names: Iterable[str], values: Tensor) -> None:
-        """Remember the losses of a step (N,), detached; N names, the same in every step."""
+        """Record the losses of a step (N,), detached, with N names, the same in every step."""
         self._names = tuple(names)
         if self.scaled:
             values = values.isfinite()
@@ -32,7 +31,7 @@ class LossWatch:
             self._kept = values if self._kept is None else self._kept + values
 
     def look(self) -> list[str]:
-        """The names of the losses that were not finite since the last look."""
+        """Return the names of the losses that were not finite since the last call."""
         if self._kept is None:
             return []
         finite = (self._kept if self.scaled else self._kept.isfinite()).tolist()
@@ -41,13 +40,13 @@ class LossWatch:
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str | None:
-    """The name of the first tensor with a NaN or infinite value, if there is one."""
+    """The name of the first tensor with a NaN or infinite value, if any."""
     named = [(name, tensor) for name, tensor in tensors if tensor.is_floating_point()]
     if not named or torch.stack([tensor.isfinite().all() for _, tensor in named]).all():
-        return None  # having waited for the device once
+        return None  # a single synchronisation
     return next(name for name, tensor in named if not tensor.isfinite().all())
 
 
 def trainable(model: nn.Module) -> Iterable[tuple[str, Tensor]]:
-    """The parameters that are trained: a mask may be infinite on purpose."""
+    """The trainable parameters; others, such as masks, may be infinite on purpose."""
     return ((name, p) for name, p in model.named_parameters() if p.requires_grad)

@@ -1,4 +1,4 @@
-"""The batches of several processes as one, with gradients, for relational terms."""
+"""Differentiable gathering of batches across processes, for relational terms."""
 
 from collections.abc import Mapping
 
@@ -14,15 +14,15 @@ from kd_lightning.models.features import Output
 def gather(
     output: Output, targets: Mapping[str, Targets], batch: TermBatch, size: int
 ) -> tuple[Output, dict[str, Targets], TermBatch]:
-    """Student outputs, targets and batches of all processes, in the order of their ranks.
+    """All-gather student outputs, targets and batches, in rank order.
 
-    Gradients flow back to the process that an output came from.
+    Gradients flow back to the process that computed an output.
 
     Args:
-        output: of the student in this process.
-        targets: what the terms need of the teacher.
-        batch: labels and more.
-        size: how many images of this process count; processes may differ in it.
+        output: student output of this process.
+        targets: the teacher's targets for the terms.
+        batch: labels, indices and view numbers.
+        size: number of valid images in this process; may differ between processes.
     """
     device = output.logits.device
     sizes = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)

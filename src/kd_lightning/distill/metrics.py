@@ -1,4 +1,4 @@
-"""What is measured, as collections of metrics that are right over several processes."""
+"""Metric collections, correctly reduced over several processes."""
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,7 +7,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionM
 
 
 class CrossEntropyLoss(MeanMetric):
-    """Mean cross-entropy of logits (B, C) with labels (B,) over all images; NaN stays NaN."""
+    """Mean cross-entropy of logits (B, C) with labels (B,) over all images; NaN propagates."""
 
     def __init__(self) -> None:
         super().__init__(nan_strategy="disable")
@@ -20,7 +20,7 @@ class CrossEntropyLoss(MeanMetric):
 
 
 def accuracy(num_classes: int) -> MulticlassAccuracy:
-    """Share of images that are classified correctly, whatever their class."""
+    """Fraction of correctly classified images (micro average)."""
     return MulticlassAccuracy(num_classes, average="micro", validate_args=False)
 
 
@@ -30,16 +30,16 @@ def confusion_matrix(num_classes: int) -> MulticlassConfusionMatrix:
 
 
 def train_metrics(num_classes: int) -> MetricCollection:
-    """Of the student on training views."""
+    """Metrics of the student on training views."""
     return MetricCollection({"train/accuracy": accuracy(num_classes)})
 
 
 def val_metrics(num_classes: int) -> MetricCollection:
-    """Of the student on validation images."""
+    """Metrics of the student on validation images."""
     metrics = {"val/accuracy": accuracy(num_classes), "val/loss": CrossEntropyLoss()}
     return MetricCollection(dict(metrics), compute_groups=False)
 
 
 def test_metrics(num_classes: int) -> MetricCollection:
-    """Of the student on test images."""
+    """Metrics of the student on test images."""
     return MetricCollection({"test/accuracy": accuracy(num_classes)})

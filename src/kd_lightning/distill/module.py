@@ -1,4 +1,4 @@
-"""The one Lightning module: a trainable student, a frozen teacher, and the terms between them."""
+"""The Lightning module: a trainable student, a frozen teacher, and the loss terms."""
 
 import sys
 from collections.abc import Callable, Iterable, Mapping
@@ -37,13 +37,13 @@ AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 
 
 class DistillationModule(LightningModule):
-    """Trains a student by a weighted sum of terms; without a teacher, plain supervised training.
+    """Trains a student on a weighted sum of terms; without a teacher, plain supervised training.
 
-    It holds the mathematics of training, validation and test; everything beside them is a callback
+    It implements training, validation and test steps; everything else is a callback
     (`kd_lightning.engine.callbacks`).
 
-    Its hyper-parameters are plain dictionaries of primitives, and the objects are built from them
-    here: that is what lets Lightning save, load and resume with ``weights_only=True``.
+    Its hyper-parameters are plain dictionaries of primitives, from which the objects are built
+    here, so that Lightning can save, load and resume with ``weights_only=True``.
 
     Args:
         student: `_target_` node of the student's model.
@@ -55,16 +55,16 @@ class DistillationModule(LightningModule):
         image_size: height and width of the images, in pixels.
         channels_last: memory format of student and teacher.
         train_size: number of training images, for terms that need it.
-        teacher: needed if a term needs one; neither a hyper-parameter nor saved.
+        teacher: required if a term needs one; neither a hyper-parameter nor saved.
 
     Attributes:
         step_losses: unweighted loss of every term in the current step, detached float32 scalars.
-        images_needed: the fewest images that a process can train on at once.
-        cache: the teacher's outputs on training views, as far as they are stored.
-        evaluation_cache: its logits of images as they are, ``logits``, if they are stored.
+        images_needed: minimum batch size of a process.
+        cache: cache of teacher outputs on training views, if any.
+        evaluation_cache: cache of teacher logits on unaugmented images, if any.
 
     Raises:
-        InputError: a node cannot be built, or a term cannot work between the two networks.
+        InputError: a node cannot be built, or a term does not fit the two networks.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class DistillationModule(LightningModule):
         self.num_classes = num_classes
         self.optimizer_node, self.scheduler_node = optimizer, scheduler
         self.weights = {name: float(node["weight"]) for name, node in terms.items()}
-        # Registered, so that a term that has parameters of its own (a projector, say) is trained.
+        # Registered as submodules, so that parameters of a term (e.g. a projector) are trained.
         self.terms = ModuleDict(
             {
                 name: build(without(node, "weight"), f"method.terms.{name}")
@@ -111,19 +111,19 @@ class DistillationModule(LightningModule):
     def load_from_checkpoint(  # type: ignore[override]
         cls, checkpoint_path: str | Path, *args: Any, trust: Iterable[str] = (), **kwargs: Any
     ) -> "DistillationModule":
-        """As Lightning's, but a stranger's file cannot run code.
+        """Like Lightning's method, but safe with untrusted files: it cannot run arbitrary code.
 
-        The module is in training mode, as Lightning's are: a Trainer switches modes by itself, but
-        call `eval` before predicting without one.
+        As in Lightning, the module is in training mode; call `eval` before predicting without a
+        Trainer.
 
         Args:
             checkpoint_path: the file.
             args: see Lightning.
-            trust: packages of one's own that the checkpoint may name; see `check_trusted`.
-            kwargs: what the checkpoint does not hold: the ``teacher``.
+            trust: your own packages that the checkpoint may import; see `check_trusted`.
+            kwargs: arguments not stored in the checkpoint: the ``teacher``.
 
         Raises:
-            InputError: the checkpoint names code that is not trusted.
+            InputError: the checkpoint refers to untrusted code.
         """
         content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
         check_trusted(content.get("hyper_parameters", {}), "hyper_parameters", trust)
@@ -131,7 +131,7 @@ class DistillationModule(LightningModule):
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 
     def _set_up_terms(self, num_classes: int, image_size: int, train_size: int) -> None:
-        """Show every term both networks, and set up the reading of the layers they ask for."""
+        """Set up every term, and the extraction of the layers that the terms read."""
         students = partial(layer_shapes, self.student, image_size)
         student = self._shapes(students, "student", num_classes, image_size)
         self.images_needed = images_needed(self.student, student)
@@ -184,8 +184,8 @@ class DistillationModule(LightningModule):
         """The unweighted loss of every term, float32 scalars, and the student's logits (B, C).
 
         Args:
-            batch: of training views.
-            progress: share of the training that is done, in [0, 1].
+            batch: a batch of training views.
+            progress: completed fraction of the training, in [0, 1].
         """
         images = batch["images"].contiguous(memory_format=self.memory_format)
         targets = self.targets(batch) if self.teacher is not None else {}
@@ -206,11 +206,11 @@ class DistillationModule(LightningModule):
         return {name: losses[name] for name in self._terms}, output.logits
 
     def _gathers(self, term: Term) -> bool:
-        """Whether a term is given the batches of all processes."""
+        """Whether a term receives the batches of all processes."""
         return term.relational and self._trainer is not None and self.trainer.world_size > 1
 
     def targets(self, batch: Batch) -> dict[str, Targets]:
-        """What every term needs of the teacher: from the cache, or else computed."""
+        """The teacher's targets for every term, from the cache or computed."""
         images = batch["images"].contiguous(memory_format=self.memory_format)
         flat = self._fetch(self.cache, batch, lambda: self.ask_teacher(images))
         targets: dict[str, Targets] = {}
@@ -231,8 +231,8 @@ class DistillationModule(LightningModule):
         return cache.fetch(batch["index"], batch["view"], batch["images"].device, compute)
 
     def ask_teacher(self, images: Tensor) -> dict[str, Tensor]:
-        """What every term remembers of these images (B, 3, H, W): (B, ...) by the term's name, or
-        by ``term/part`` where it is a dictionary.
+        """Compute every term's targets for images (B, 3, H, W): (B, ...) by the term's name, or by
+        ``term/part`` if they are a dictionary.
         """
         assert self.teacher is not None
         answer = self.teacher.answer(images.contiguous(memory_format=self.memory_format))
@@ -245,7 +245,7 @@ class DistillationModule(LightningModule):
         return flat
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
-        """One step of the weighted sum of all terms: ``loss``, and ``losses`` for `Curves`."""
+        """Return the weighted sum of all terms as ``loss``, and ``losses`` for `Curves`."""
         total_steps = float(self.trainer.estimated_stepping_batches)
         losses, logits = self.losses(batch, min(1.0, self.global_step / total_steps))
         weighted = {name: self.weights[name] * value for name, value in losses.items()}
@@ -262,10 +262,10 @@ class DistillationModule(LightningModule):
     def _of_this_process(
         self, loss: Tensor, weighted: Mapping[str, Tensor], batch: Batch
     ) -> Tensor:
-        """The loss whose gradients, averaged over the processes, are those of the whole batch."""
+        """The loss whose gradients, averaged over processes, equal those of the whole batch."""
         if self.trainer.world_size == 1:
             return loss
-        # A relational term has seen the whole batch already.
+        # A relational term is already computed on the whole batch.
         whole = [value for name, value in weighted.items() if self._gathers(self._terms[name])]
         if not whole:
             return loss * batch["share"]
@@ -273,15 +273,15 @@ class DistillationModule(LightningModule):
         return (loss - gathered) * batch["share"] + gathered
 
     def on_train_epoch_start(self) -> None:
-        """Count anew."""
+        """Reset the training metrics."""
         self.train_metrics.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Log the accuracy on the epoch's training views."""
+        """Log the accuracy on the training views of the epoch."""
         self.log_dict(self.train_metrics)
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """The student on the validation images, and the teacher unless training goes on."""
+        """Evaluate the student and, outside of training, the teacher."""
         logits = self(batch["images"])
         if batch["share"]:
             self.val_metrics.update(logits, batch["labels"])
@@ -290,7 +290,7 @@ class DistillationModule(LightningModule):
             self._score_teacher(batch, "val")
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Student and teacher on the test images, and how often they name the same class."""
+        """Evaluate student and teacher, and the agreement of their predictions."""
         logits = self(batch["images"])
         if batch["share"]:
             self.test_metrics.update(logits, batch["labels"])
@@ -316,16 +316,16 @@ class DistillationModule(LightningModule):
         return logits
 
     def on_fit_start(self) -> None:
-        """The student is on its device: bring the teacher there."""
+        """Move the teacher to the student's device."""
         self._place_teacher()
 
     def on_validation_start(self) -> None:
-        """Bring the teacher to the student's device, and measure anew."""
+        """Move the teacher to the student's device and reset the metrics."""
         self._place_teacher()
-        self.val_metrics.reset()  # one validated before training was left in inference mode
+        self.val_metrics.reset()  # they may be inference tensors from an earlier validation
 
     def on_test_start(self) -> None:
-        """Bring the teacher to the student's device, and measure anew: it may be tested twice."""
+        """Move the teacher to the student's device and reset the confusion matrix."""
         self._place_teacher()
         self.confusion.reset()
 
@@ -335,15 +335,15 @@ class DistillationModule(LightningModule):
             self.teacher.prepare(self.device, self.memory_format, dtype)
 
     def configure_optimizers(self) -> Any:
-        """The optimizer of the student's (and terms') parameters, and its schedule by steps."""
+        """The optimizer of the student's and terms' parameters, and its scheduler."""
         precision = str(self.trainer.precision)
         optimizer = build_optimizer(self.optimizer_node, self.parameters(), precision)
         if self.scheduler_node is None:
             return optimizer
         steps = int(self.trainer.estimated_stepping_batches)
         schedule = build_schedule(self.scheduler_node, optimizer, steps)
-        # Lightning would step `ReduceLROnPlateau` after the epoch's checkpoint: a resumed training
-        # would miss it. The callback `StepOnPlateau` does it before.
+        # Lightning steps `ReduceLROnPlateau` after the epoch's checkpoint, so that a resumed
+        # training would miss the step. The callback `StepOnPlateau` steps it before.
         never = {"reduce_on_plateau": False, "frequency": sys.maxsize}
         plateau = isinstance(schedule.scheduler, ReduceLROnPlateau)
         settings = {**schedule._asdict(), **(never if plateau else {})}
@@ -355,11 +355,11 @@ class DistillationModule(LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """As Lightning does, with fused optimizers too unless gradients are scaled."""
+        """Like Lightning's method, but also with fused optimizers, unless gradients are scaled."""
         if str(self.trainer.precision) == "16-mixed":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
         algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
-        # Past the refusal of MixedPrecision, which is meant for gradients that are scaled.
+        # Bypass the check of MixedPrecision, which only matters for scaled gradients.
         plugin = self.trainer.precision_plugin
         Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)

@@ -1,4 +1,4 @@
-"""Optimizers, in their fastest form."""
+"""Construction of optimizers, fused where possible."""
 
 from collections.abc import Iterable
 from typing import cast
@@ -12,14 +12,14 @@ FUSED = ("torch.optim.SGD", "torch.optim.Adam", "torch.optim.AdamW")
 
 
 def build_optimizer(node: Node, parameters: Iterable[Parameter], precision: str) -> Optimizer:
-    """The optimizer, in its fused form where it has one: a single pass over weights, gradients
-    and momenta, five to ten times faster on a CPU.
+    """Build the optimizer, fused where supported: a single pass over weights, gradients and
+    momenta, five to ten times faster on a CPU.
 
     Args:
         node: its `_target_` node.
-        parameters: what it optimises.
-        precision: that of the training. In 16-mixed a fused optimizer removes the scale of the
-            gradients itself, so that they cannot be clipped before.
+        parameters: the parameters to optimise.
+        precision: training precision. In 16-mixed a fused optimizer unscales the gradients itself,
+            so that they cannot be clipped before.
     """
     chosen = "fused" in node or "foreach" in node
     if node["_target_"] in FUSED and precision != "16-mixed" and not chosen:

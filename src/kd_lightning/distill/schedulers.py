@@ -1,4 +1,4 @@
-"""Learning-rate schedulers: how any of torch's, or one of ours, is built from its node."""
+"""Construction of learning-rate schedulers, torch's or ours, from their nodes."""
 
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
@@ -12,7 +12,7 @@ from kd_lightning.errors import InputError
 
 
 class Schedule(NamedTuple):
-    """A scheduler, and how often it is stepped."""
+    """A scheduler and its stepping interval."""
 
     scheduler: LRScheduler
     interval: Literal["step", "epoch"]
@@ -23,20 +23,20 @@ def build_schedule(
 ) -> Schedule:
     """Build a scheduler from its `_target_` node.
 
-    A scheduler that takes ``total_steps`` (or ``num_training_steps``, as in transformers) is given
-    the optimizer steps of the whole training, unless the node sets it. It is stepped after every
-    optimizer step, and so is `CyclicLR`; any other is stepped after every epoch. A scheduler that
-    is made of others (`SequentialLR`, `ChainedScheduler`) is stepped after every optimizer step if
-    one of these is.
+    A scheduler with a parameter ``total_steps`` (or ``num_training_steps``, as in transformers)
+    receives the total number of optimizer steps, unless the node sets it. It is stepped after every
+    optimizer step, and so is `CyclicLR`; all others are stepped after every epoch. A composite
+    scheduler (`SequentialLR`, `ChainedScheduler`) is stepped after every optimizer step if one of
+    its parts is.
 
     Args:
-        node: its `_target_` node; the optimizer is left out, also in nodes within it.
-        optimizer: whose learning rate it sets.
-        total_steps: optimizer steps of the training.
-        path: the node's place in the configuration, for messages.
+        node: its `_target_` node, without the optimizer, also in nested nodes.
+        optimizer: the optimizer.
+        total_steps: total number of optimizer steps.
+        path: the node's path in the configuration, for messages.
 
     Raises:
-        InputError: the scheduler objects to its arguments.
+        InputError: the scheduler rejects its arguments.
     """
     steps = [name for name in TOTAL_STEPS if takes(node, name, path)]
     given: dict[str, Any] = {"optimizer": optimizer}
@@ -51,7 +51,7 @@ def build_schedule(
             return value
         inner = build_schedule(value, optimizer, total_steps, place)
         if isinstance(inner.scheduler, ReduceLROnPlateau):
-            raise InputError(f"{place}: ReduceLROnPlateau cannot be a part of another scheduler")
+            raise InputError(f"{place}: ReduceLROnPlateau cannot be part of another scheduler")
         by_step = by_step or inner.interval == "step"
         return inner.scheduler
 
@@ -66,10 +66,10 @@ def build_schedule(
 
 
 def step_on_plateau(scheduler: Any, validated: Mapping[str, float]) -> None:
-    """Step `ReduceLROnPlateau` with the validation's loss, or its accuracy if the mode is ``max``.
+    """Step `ReduceLROnPlateau` with the validation loss, or accuracy if the mode is ``max``.
 
     Args:
-        scheduler: of the training; any other is left alone.
+        scheduler: the scheduler; others are ignored.
         validated: ``val/loss`` and ``val/accuracy``.
     """
     if isinstance(scheduler, ReduceLROnPlateau):
@@ -81,7 +81,7 @@ def _is_scheduler(value: Any, path: str) -> bool:
 
 
 def _holds(value: Any, path: str) -> bool:
-    """Whether a value of a node is a scheduler, or a list with one in it."""
+    """Whether a value of a node is a scheduler, or a list that contains one."""
     if isinstance(value, list):
         return any(_is_scheduler(part, path) for part in value)
     return _is_scheduler(value, path)

@@ -1,4 +1,4 @@
-"""The frozen teacher: an inference-only network whose outputs never change."""
+"""The frozen teacher: an inference-only network with deterministic outputs."""
 
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -22,12 +22,12 @@ from kd_lightning.storage.weights import weights_sha256
 
 CHECKED_IMAGES = 8
 TOLERANCE = 1e-3
-"""Largest difference between two outputs that are the same but for rounding, in float32,
-relative to the largest value."""
+"""Largest difference between two equivalent float32 outputs, due to rounding, relative to the
+largest value."""
 
 
 class _Place(NamedTuple):
-    """Where and how the teacher answers; `dtype` is autocast's, None if it is off."""
+    """Device, memory format and autocast dtype of the teacher; None if autocast is off."""
 
     device: torch.device
     memory_format: torch.memory_format
@@ -35,22 +35,22 @@ class _Place(NamedTuple):
 
 
 class Teacher(Protocol):
-    """What the DistillationModule needs of a teacher. It is never a submodule of it."""
+    """Interface of a teacher for the DistillationModule. It is never a submodule."""
 
     def shapes(self, image_size: int) -> LayerShapes:
-        """Shapes of its layers for images of this height and width, in pixels."""
+        """Layer shapes for images of this height and width, in pixels."""
         ...
 
     def read(
         self, layers: Collection[str], logits: bool = True, num_classes: int | None = None
     ) -> None:
-        """Choose what `answer` returns from now on."""
+        """Select the outputs of `answer`."""
         ...
 
     def prepare(
         self, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype | None
     ) -> None:
-        """Choose where it computes; `dtype` is autocast's, None if that is off."""
+        """Set device and precision; `dtype` is the autocast dtype, None if autocast is off."""
         ...
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -58,35 +58,35 @@ class Teacher(Protocol):
         ...
 
     def answer(self, images: Tensor) -> Output:
-        """Images (B, 3, H, W), normalised as the student's, to what `read` asked for."""
+        """Images (B, 3, H, W), normalised as the student's, to the outputs selected by `read`."""
         ...
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of all that its outputs depend on; None: they change, and are never stored."""
+        """SHA-256 of everything its outputs depend on; None disables the teacher-output cache."""
         ...
 
     def why_not_stored(self, images: Tensor) -> str:
-        """Why outputs must not be stored, judged by some images (B, 3, H, W); empty if they may."""
+        """Reason why outputs must not be cached, checked on images (B, 3, H, W); empty if none."""
         ...
 
     @property
     def parameters(self) -> int:
-        """How many it has."""
+        """Number of parameters."""
         ...
 
 
 class FrozenTeacher:
-    """A teacher in evaluation mode, without gradients, behind a plain call.
+    """A teacher in evaluation mode, without gradients.
 
-    Deliberately not an `nn.Module`: what Lightning does not see as a submodule it cannot put into
-    training mode, optimise, save in a checkpoint or synchronise between processes.
+    Deliberately not an `nn.Module`: as it is not a submodule, Lightning cannot put it into training
+    mode, optimise it, save it in checkpoints or synchronise it between processes.
 
     Args:
         model: the network; it is switched to evaluation mode and its parameters are frozen. After
-            `prepare`, a copy made for speed answers, if it gives the same answers; the weights
-            of the model itself never change.
+            `prepare`, an optimised copy is used if its outputs are the same; the weights of the
+            model itself never change.
         expects: the normalisation the network was trained with.
-        given: the normalisation of the images it will be given.
+        given: the normalisation of the images it receives.
     """
 
     def __init__(self, model: nn.Module, expects: Normalization, given: Normalization) -> None:
@@ -105,12 +105,12 @@ class FrozenTeacher:
     def read(
         self, layers: Collection[str], logits: bool = True, num_classes: int | None = None
     ) -> None:
-        """What `answer` returns from now on.
+        """Select the outputs of `answer`.
 
         Args:
-            layers: those whose feature maps are wanted.
-            logits: whether the logits are; if not, nothing after the last layer is computed.
-            num_classes: number of classes, to find the logits by; see `find_logits`.
+            layers: layers whose feature maps are returned.
+            logits: whether to return the logits; if not, the forward pass ends at the last layer.
+            num_classes: number of classes, to identify the logits; see `find_logits`.
         """
         self._layers, self._logits, self._num_classes = layers, logits, num_classes
         self._use(None)
@@ -119,16 +119,16 @@ class FrozenTeacher:
     def prepare(
         self, device: torch.device, memory_format: torch.memory_format, dtype: torch.dtype | None
     ) -> None:
-        """Say where the images will be; the first of them decide which network answers.
+        """Set device and precision; the first images decide whether an optimised copy is used.
 
-        On these it is checked that normalisations can be folded and weights converted without a
-        change. Otherwise the model itself answers.
+        On these it is verified that folding BatchNorm and converting weights do not change the
+        outputs. Otherwise the model itself is used.
 
         Args:
-            device: where the images will be.
-            memory_format: of the convolutions' weights.
-            dtype: autocast's type if it is on: convolution and linear weights are converted once,
-                to the very values that autocast would convert them to in every step.
+            device: device of the images.
+            memory_format: memory format of the convolution weights.
+            dtype: autocast dtype, or None: convolution and linear weights are converted once, to
+                exactly the values that autocast would convert them to in every step.
         """
         place = _Place(device, memory_format, dtype)
         if self._place != place:
@@ -140,11 +140,11 @@ class FrozenTeacher:
         return self._ask(images, complete=True).logits
 
     def answer(self, images: Tensor) -> Output:
-        """Images (B, 3, H, W), normalised as `given`, to what `read` asked for."""
+        """Images (B, 3, H, W), normalised as `given`, to the outputs selected by `read`."""
         return self._ask(images, complete=False)
 
     def shapes(self, image_size: int) -> LayerShapes:
-        """Shapes of its layers for images of this height and width, in pixels."""
+        """Layer shapes for images of this height and width, in pixels."""
         return layer_shapes(self.model, image_size)
 
     def fingerprint(self) -> str | None:
@@ -153,11 +153,11 @@ class FrozenTeacher:
 
     @property
     def parameters(self) -> int:
-        """How many it has."""
+        """Number of parameters."""
         return count_parameters(self.model)
 
     def why_not_stored(self, images: Tensor) -> str:
-        """Why answers must not be stored for later; empty if they may.
+        """Reason why the outputs must not be cached; empty if they may.
 
         Args:
             images: (B, 3, H, W), normalised as `given`, all different; B is at least 4.
@@ -171,18 +171,18 @@ class FrozenTeacher:
                 self._once(network, part) for part in (images, images, images[:half].flip(0))
             )
         if not _same(first, again):
-            return "it answers the same images differently each time"
+            return "its outputs differ between two passes over the same images"
         one = Output(first.logits[:half], {k: v[:half] for k, v in first.features.items()})
         other = Output(fewer.logits.flip(0), {k: v.flip(0) for k, v in fewer.features.items()})
         if not _same(one, other):
-            return "its answer for an image depends on the other images of the batch"
+            return "its output for an image depends on the other images of the batch"
         return ""
 
     @no_gradients()
     def _ask(self, images: Tensor, complete: bool) -> Output:
         images = self._normalize(images)
         if self._place is None:
-            # What a model keeps of its first images, a position grid, say, would be kept too early.
+            # On a copy: the model may cache state, e.g. a position grid, at its first forward pass.
             return self._once(stand_in(self.model), images, complete)
         if self._reader is None:
             self._use(self._choose(images[:CHECKED_IMAGES], self._place))
@@ -212,7 +212,7 @@ class FrozenTeacher:
             reader.close()
 
     def _choose(self, images: Tensor, place: _Place) -> nn.Module:
-        """The network that answers: of those that say the same of these images, the fastest."""
+        """The fastest variant of the network with the same outputs on these images."""
         home = next(self.model.parameters(), torch.empty(0)).device
         network = self.model.to(place.device)
         to_memory_format(network, place.memory_format)
@@ -234,14 +234,14 @@ class FrozenTeacher:
         images: Tensor,
         tolerance: float,
     ) -> nn.Module:
-        """An improved copy of a network, or the network itself if the copy answers otherwise."""
+        """An optimised copy of a network, or the network itself if the copy's outputs differ."""
         try:
             better = copied(network)
             if not improve(better):
                 return network
             before, after = (self._once(stand_in(n), images) for n in (network, better))
             return better if _same(before, after, tolerance) else network
-        except Exception:  # a copy that does not work
+        except Exception:  # the copy does not work
             return network
 
     def _fold(self, network: nn.Module) -> int:
@@ -270,7 +270,7 @@ def _untouched_rng(device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _no_tf32(kind: str) -> Iterator[None]:
-    """Convolutions in full float32, whose rounding a check does not take for a difference."""
+    """Disable TF32, whose rounding errors would exceed the tolerance."""
     if kind != "cuda":
         yield
         return
@@ -283,7 +283,7 @@ def _no_tf32(kind: str) -> Iterator[None]:
 
 
 def _same(one: Output, other: Output, tolerance: float = TOLERANCE) -> bool:
-    """Whether two answers about the same images differ by no more than rounding."""
+    """Whether two outputs for the same images differ by no more than rounding."""
     pairs = [(one.logits, other.logits)]
     pairs += [(feature, other.features[name]) for name, feature in one.features.items()]
     return all(_close(*pair, tolerance) for pair in pairs)

@@ -1,1 +1,1 @@
-"""How Lightning trains it: trainer, processes, optimizers, callbacks."""
+"""Lightning Trainer, worker processes and callbacks."""

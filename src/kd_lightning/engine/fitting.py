@@ -1,4 +1,4 @@
-"""The acts of a training: fit, validate, test, and what comes of each."""
+"""Fit, validate and test a module, and collect the results."""
 
 import logging
 import math
@@ -33,29 +33,29 @@ def fit(
     update_bn: bool = False,
     revalidate: bool = False,
 ) -> dict[str, Any]:
-    """Train, keep the last epoch's weights, and validate them.
+    """Train, save the weights of the last epoch, and validate them.
 
     Args:
         trainer: from `build_trainer`.
-        module: what is trained.
+        module: the module to train.
         data: the images.
-        directory: where the weights and tables go.
-        weights: what to call the file of weights.
-        resume: from where to go on.
+        directory: where weights and tables are written.
+        weights: name of the weights file.
+        resume: checkpoint to resume from.
         update_bn: whether to re-estimate BatchNorm's running statistics after the last epoch.
-        revalidate: whether a callback may have changed the weights when the training ended.
+        revalidate: whether a callback may have changed the weights at the end of the training.
 
     Raises:
         RunError: the training diverged.
     """
     if resume is not None:
-        log.warning("resuming %s after %s", directory.path, resume.place)
+        log.warning("resuming %s from %s", directory.path, resume.place)
     trainer.fit(module, data, ckpt_path=resume.path if resume else None, weights_only=True)
     speed, history = _callback(trainer, Speed), _callback(trainer, History)
     _callback(trainer, StopWhenDiverged).check(module)
     if not speed.images:
         raise RunError("a callback stopped the training before its first step")
-    # `StochasticWeightAveraging` goes through one epoch more without training.
+    # `StochasticWeightAveraging` runs one more epoch without training.
     epochs = min(cast(Any, trainer.fit_loop.epoch_progress.current).processed, trainer.max_epochs)
     has_batchnorm = bool(trained_batchnorms(module.student))
     has_new_statistics = update_bn and has_batchnorm
@@ -63,7 +63,7 @@ def fit(
         reestimate(trainer, module, data, epochs)
     directory.save_weights(module.student, weights)
     directory.write_table("history", history.rows)
-    # It may have stopped between two validations, or the weights have changed since.
+    # Training may have stopped between validations, or the weights may have changed since.
     if history.validated_at != trainer.global_step or revalidate or has_new_statistics:
         trainer.validate(module, data, verbose=False)
     if not math.isfinite(metric(trainer, "val/loss")):
@@ -99,17 +99,17 @@ def test(
     fitted: Mapping[str, Any],
     update_bn: bool,
 ) -> dict[str, Any]:
-    """Test the weights of the last epoch, and those of the best.
+    """Test the weights of the last epoch and of the best epoch.
 
-    The best epoch was chosen on the validation images; the test images play no part in it.
+    The best epoch is selected on the validation images only.
 
     Args:
-        trainer: that has trained the module.
+        trainer: the trainer of the module.
         module: with the weights of the last epoch.
         data: the images.
-        directory: where the confusion matrix goes.
-        fitted: what `fit` returned.
-        update_bn: as in `fit`; the best epoch was chosen without it, and is tested with it.
+        directory: where the confusion matrix is written.
+        fitted: results of `fit`.
+        update_bn: as in `fit`; the best epoch is selected without it, but tested with it.
     """
     results = {}
     if fitted["best_epoch"] < fitted["epochs"]:
@@ -120,7 +120,7 @@ def test(
         trainer.test(module, data, verbose=False)
         results["test_accuracy_at_best"] = metric(trainer, "test/accuracy")
         module.load_state_dict(last)
-    # The last epoch is the headline and is tested last, so that its pictures are what remains.
+    # Test the last epoch last, so that its figures are kept: it is the reported result.
     trainer.test(module, data, verbose=False)
     results["test_accuracy"] = metric(trainer, "test/accuracy")
     names, counts = _columns(data.classes), module.confusion.compute().tolist()
@@ -130,7 +130,7 @@ def test(
 
 
 def _columns(classes: Sequence[str]) -> list[str]:
-    """Names of the classes that a table can have as columns: text, and each another."""
+    """Class names as unique column names in valid UTF-8."""
     names: dict[str, None] = {}
     for label, name in enumerate(classes):
         column = str(name).encode("utf-8", "backslashreplace").decode()
@@ -159,5 +159,5 @@ def _load(best: ModelCheckpoint) -> dict[str, Any]:
 
 
 def metric(trainer: Trainer, name: str) -> float:
-    """The last value of what was logged under a name."""
+    """The last logged value of a metric."""
     return float(trainer.callback_metrics[name])

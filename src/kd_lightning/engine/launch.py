@@ -1,8 +1,8 @@
-"""The processes that train one student together.
+"""Launching of distributed training.
 
-They may have been started by a launcher (torchrun, SLURM); then each goes through the whole run and
-only rank 0 writes. Otherwise the process at hand starts them, hands them their work and waits: it
-prepares and records, they train. Either way Lightning's own strategies connect them.
+Under a launcher (torchrun, SLURM) every process executes the whole run, and only rank 0 writes.
+Otherwise the main process prepares the run, starts one worker per device, waits for them and
+records the results. In both cases Lightning's strategies do the rendezvous.
 """
 
 import contextlib
@@ -40,18 +40,18 @@ Result = TypeVar("Result")
 START = "forkserver" if "forkserver" in multiprocessing.get_all_start_methods() else "spawn"
 
 LATER = 5.0
-"""Seconds in which a process may say why another one lost its connection."""
+"""Seconds to wait for the original error, after a worker reported a lost connection."""
 
-# Lightning takes RANK, SLURM_PROCID and their like for the rank of this process, and any but rank 0
-# writes nothing. Until processes train together, each is on its own.
+# Lightning derives the rank from RANK, SLURM_PROCID etc., and only rank 0 writes. Outside of
+# distributed training every process is rank 0.
 rank_zero_only.rank = 0  # type: ignore[attr-defined]
 
 
 def launched() -> ClusterEnvironment | None:
-    """The launcher, torchrun or SLURM, that has started this process and others.
+    """The environment of a launcher (torchrun or SLURM) with several processes, if any.
 
     Raises:
-        InputError: it has been told something that Lightning does not support.
+        InputError: the launcher's configuration is not supported by Lightning.
     """
     try:
         for kind in (TorchElasticEnvironment, SLURMEnvironment):
@@ -63,41 +63,41 @@ def launched() -> ClusterEnvironment | None:
 
 
 def started_by_a_launcher(processes: int) -> bool:
-    """Whether torchrun or SLURM has started this process and others for the same run.
+    """Whether torchrun or SLURM has started the processes of this run.
 
     Args:
-        processes: that the run asks for.
+        processes: number of processes that the run requires.
 
     Raises:
-        InputError: a launcher has started another number of processes than the run asks for.
+        InputError: the launcher has started a different number of processes.
     """
     environment = launched() if processes > 1 else None
     if environment is None:
         return False
     if environment.world_size() != processes:
         raise InputError(
-            f"trainer.devices and trainer.num_nodes ask for {processes} processes, but "
+            f"trainer.devices and trainer.num_nodes require {processes} processes, but "
             f"{environment.world_size()} were started"
         )
     return True
 
 
 def rank(processes: int) -> int:
-    """Of this process among those that a launcher has started; else 0."""
+    """Global rank of this process under a launcher; otherwise 0."""
     environment = launched() if started_by_a_launcher(processes) else None
     return environment.global_rank() if environment else 0
 
 
 def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Result:
-    """Do some work in so many processes and return what rank 0 returns.
+    """Run a function in several processes and return the result of rank 0.
 
     Args:
-        processes: how many. One, or those that a launcher has started: the work is done here.
-        work: a function of a module, since it goes to other processes.
-        arguments: its arguments; pickled if they go to other processes.
+        processes: number of processes. With one, or under a launcher, runs in this process.
+        work: a module-level function, so that it can be pickled.
+        arguments: its arguments; pickled if workers are started.
 
     Raises:
-        RunError: a process other than rank 0 failed; what rank 0 raises is raised here.
+        RunError: a worker other than rank 0 failed; exceptions of rank 0 are raised unchanged.
     """
     if processes == 1:
         return work(*arguments)
@@ -115,14 +115,14 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Resu
 
 
 class _Workers:
-    """The processes that this one has started."""
+    """The worker processes started by the main process."""
 
     def __init__(self, processes: int, work: Callable[..., Any], arguments: Any) -> None:
         context: Any = multiprocessing.get_context(START)
-        if START == "forkserver":  # imports once for all of them; nothing is computed before
+        if START == "forkserver":  # import once for all workers
             context.set_forkserver_preload(["kd_lightning.engine.trainer", work.__module__])
         threads = max(1, torch.get_num_threads() // processes)
-        # What Lightning reads; a scheduler or torchrun may have left values of its own.
+        # Override variables that a scheduler or torchrun may have set.
         place = {"NODE_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
         self._all: list[tuple[BaseProcess, Connection]] = []
         for number in range(processes):
@@ -137,7 +137,7 @@ class _Workers:
         self._asked = False
 
     def result(self) -> Any:
-        """What rank 0 returns; its log records are handled here meanwhile."""
+        """Wait for all workers and return the result of rank 0; handles its log records."""
         waiting = {connection: number for number, (_, connection) in enumerate(self._all)}
         result: Any = None
         while waiting:
@@ -156,7 +156,7 @@ class _Workers:
     def _reason(
         self, failed: dict[int, BaseException], waiting: dict[Connection, int]
     ) -> BaseException:
-        """Of all that failed, what the others failed of: not that a connection was lost."""
+        """The original error among those of all workers, rather than a lost connection."""
         deadline = time.monotonic() + LATER
         while waiting and all(_lost(error) for error in failed.values()):
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
@@ -169,18 +169,20 @@ class _Workers:
                     number = waiting.pop(connection)
                     if kind == "error":
                         failed[number] = value
-        # One that has ended without a word is why the others lost their connection.
+        # A worker that died without an error is the cause of the others' lost connections.
         silent = [number for number, error in failed.items() if isinstance(error, EOFError)]
         spoken = [number for number, error in failed.items() if not _lost(error)]
         number = min(spoken or silent or failed)
         error = failed[number]
         if number == 0 and not isinstance(error, EOFError):
             return error
-        reason = "it has ended" if isinstance(error, EOFError) else str(error).splitlines()[0]
-        return RunError(f"process {number} of {len(self._all)}: {reason or type(error).__name__}")
+        reason = (
+            "it exited unexpectedly" if isinstance(error, EOFError) else str(error).splitlines()[0]
+        )
+        return RunError(f"worker {number} of {len(self._all)}: {reason or type(error).__name__}")
 
     def stop(self) -> None:
-        """End those that are still there: whatever they wait for, they have nothing to write."""
+        """Kill the remaining workers: they have nothing left to write."""
         for process, connection in self._all:
             process.kill()
             process.join()
@@ -188,7 +190,7 @@ class _Workers:
 
     @contextmanager
     def signals_forwarded(self) -> Iterator[None]:
-        """Let rank 0 hear Ctrl-C and SIGTERM, save and stop; a second signal ends all at once."""
+        """Forward Ctrl-C and SIGTERM to rank 0, which saves and stops; a second one kills all."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -219,14 +221,14 @@ def _receive(connection: Connection) -> tuple[str, Any]:
 
 
 def _lost(error: BaseException) -> bool:
-    """Whether an error only says that another process is gone, or that this one is."""
+    """Whether an error only reports the loss of a process."""
     return isinstance(error, EOFError) or (
         isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
     )
 
 
 class _Forward(logging.Handler):
-    """Sends log records to the process that started this one."""
+    """Logging handler that sends records to the main process."""
 
     def __init__(self, connection: Connection) -> None:
         super().__init__()
@@ -247,17 +249,17 @@ def _worker(
     work: Callable[..., Any],
     arguments: Any,
 ) -> None:
-    """The life of a process that was started for its share of the work."""
-    os.setsid()  # the terminal's Ctrl-C reaches the parent, which passes it on
+    """Entry point of a worker."""
+    os.setsid()  # the terminal's Ctrl-C goes to the parent, which forwards it
     os.environ.update(environment)
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     for name in ("lightning", "lightning.fabric", "lightning.pytorch"):
-        logging.getLogger(name).handlers.clear()  # of their own, without a root logger's
+        logging.getLogger(name).handlers.clear()  # added when the root logger has no handlers
     if number == 0:
         logging.getLogger().addHandler(_Forward(parent))
         logging.getLogger().setLevel(logging.INFO)
     else:
-        logging.disable()  # rank 0 says it
+        logging.disable()  # rank 0 logs the same
         warnings.simplefilter("ignore")
     quiet_lightning()
     if not torch.cuda.is_available():
@@ -274,7 +276,7 @@ def _worker(
 
 
 def _portable(error: BaseException) -> BaseException:
-    """The error, or one that says the same and can go to another process."""
+    """The error, or a `RunError` with the same message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
         return error
@@ -283,30 +285,30 @@ def _portable(error: BaseException) -> BaseException:
 
 
 def _end_with(parent: Connection) -> None:
-    """End this process when the one that started it is gone."""
+    """Exit when the main process has died."""
     with contextlib.suppress(EOFError, OSError):
         parent.recv()
     os._exit(1)
 
 
 def quiet_lightning() -> None:
-    """Leave out what Lightning says about every training whatever its outcome."""
-    # TensorBoard writes in a thread. What that fails of, its next caller hears too.
+    """Suppress messages of Lightning that are the same in every training."""
+    # TensorBoard writes in a thread, and raises its errors in the next call too.
     threading.excepthook = lambda failed: log.info(
         "failed in %s", failed.thread, exc_info=failed.exc_value
     )
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for module in ("seed", "distributed"):
         logging.getLogger(f"lightning.fabric.utilities.{module}").setLevel(logging.WARNING)
-    # Workers would only pass indices on: pixels are made where the model is.
+    # Data-loader workers are useless here: pixels are rendered on the model's device.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Lightning's own use of a torch function, of no concern to whoever runs this.
+    # Caused by Lightning itself.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # Short epochs log every step of theirs that there is.
+    # The last step of every epoch is logged, however short the epoch.
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
-    # A resumed training finds its own checkpoints.
+    # A resumed training has existing checkpoints.
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
-    # Epochs without a validation leave the best one unknown; `fitting.fit` validates at the end.
+    # Epochs without validation; `fitting.fit` validates at the end.
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")
 
 

@@ -1,4 +1,4 @@
-"""Lightning's Trainer as every training here uses it, student's and teacher's alike."""
+"""Construction of Lightning's Trainer, for students and teachers."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,17 +33,17 @@ from kd_lightning.storage.run_directory import LAST, Checkpoint
 
 
 class AtomicCheckpoints(TorchCheckpointIO):
-    """Checkpoints that are whole or not there: the previous one stays until then."""
+    """Atomic checkpoint writes: the previous checkpoint is kept until the new one is complete."""
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
     ) -> None:
-        """Write beside its place, then move there in one step."""
-        # Into a file that Python opened: torch's own does not say why it could not be written.
+        """Write to a temporary file, then replace the checkpoint atomically."""
+        # With a file opened by Python: errors of torch's writer do not give the reason.
         with replacing(Path(path)) as partial, partial.open("wb") as file:
             try:
                 torch.save(checkpoint, file)
-            except RuntimeError as error:  # of torch's, about what came of it
+            except RuntimeError as error:  # torch's follow-up error
                 raise error.__context__ or error from None
 
 
@@ -55,20 +55,20 @@ def build_trainer(
     callbacks: Sequence[Callback] = (),
     pictures: bool = True,
 ) -> Trainer:
-    """Lightning's Trainer with what every training of ours has: logs, checkpoints, progress.
+    """Build Lightning's Trainer with logging, checkpoints and progress display.
 
     Args:
-        plan: arguments of Lightning's Trainer, and what was decided.
-        folder: where logs and checkpoints go.
-        name: what is trained, for people.
-        resume: the checkpoint that will be resumed from; what was logged beyond it is left out.
-        callbacks: further ones.
-        pictures: whether TensorBoard gets pictures.
+        plan: arguments of Lightning's Trainer, and the resolved precision and devices.
+        folder: where logs and checkpoints are written.
+        name: human-readable name of the training.
+        resume: checkpoint to resume from; later TensorBoard events are purged.
+        callbacks: additional callbacks.
+        pictures: whether figures are written to TensorBoard.
     """
     checkpoints = folder / "checkpoints"
     steps = resume.steps if resume else None
     own_bar = any(isinstance(callback, LightningProgressBar) for callback in callbacks)
-    # A scheduler's variables around a single process are nothing to it.
+    # Without a launcher, ignore a cluster's environment variables.
     environment = [] if started_by_a_launcher(plan.processes) else [LightningEnvironment()]
     fixed = {
         "precision": plan.precision,
@@ -85,7 +85,7 @@ def build_trainer(
             ModelCheckpoint(
                 checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
             ),
-            # In this order at the end of an epoch.
+            # The order matters at the end of an epoch.
             StopWhenDiverged(),
             FlushCaches(),
             Speed(),
@@ -100,16 +100,16 @@ def build_trainer(
         ],
         "enable_progress_bar": own_bar,
         "enable_model_summary": False,
-        # The sampler shards and shuffles by itself; the networks are checked before training.
+        # The sampler shards and shuffles itself; the networks are checked before training.
         "use_distributed_sampler": False,
         "num_sanity_val_steps": 0,
-        # What a model makes and keeps during validation must be of use in training.
+        # Tensors that a model creates and keeps during validation must be usable in training.
         "inference_mode": False,
     }  # fmt: skip
     settings = plan.arguments
     if settings.get("fast_dev_run"):
         raise InputError(
-            "trainer.fast_dev_run leaves nothing to report; for a quick look use "
+            "trainer.fast_dev_run leaves nothing to report; for a quick test use "
             "trainer.max_epochs=1 +trainer.limit_train_batches=5"
         )
     for part in ("train", "val", "test"):
@@ -126,10 +126,10 @@ def build_trainer(
 
 
 def try_trainer(plan: TrainerPlan) -> None:
-    """Build a trainer of one process, so that a bad argument shows before anything is written.
+    """Build a single-process trainer, to detect invalid arguments before anything is written.
 
     Raises:
-        InputError: Lightning refuses an argument, or it cannot be set here.
+        InputError: Lightning rejects an argument, or it cannot be set here.
     """
     alone = {**plan.arguments, "devices": 1, "num_nodes": 1, "strategy": "auto"}
     build_trainer(TrainerPlan(alone, plan.precision, plan.channels_last, 1), Path("unused"), "")

@@ -1,4 +1,4 @@
-"""The terms that methods are made of, one idea per file."""
+"""Loss terms, the building blocks of methods, one per file."""
 
 from kd_lightning.losses.attention import Attention
 from kd_lightning.losses.cross_entropy import CrossEntropy

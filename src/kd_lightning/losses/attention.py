@@ -17,9 +17,9 @@ from kd_lightning.models.layouts import Layout
 class _MeanSquare(torch.autograd.Function):
     """Mean over channels of the squared activations, in float32.
 
-    Written out because autograd would keep a float32 copy of the whole feature map and walk over
-    it several times. This keeps the map it is given. The squared norm, because it is reduced in
-    float32 without any copy.
+    A custom autograd function, because autograd would save a float32 copy of the whole feature map
+    and read it several times; this saves only its input. Computed as a squared norm, which is
+    reduced in float32 without a copy.
     """
 
     @staticmethod
@@ -37,13 +37,13 @@ class _MeanSquare(torch.autograd.Function):
 
 
 def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-    """Where a layer looks: mean over channels of A^2, flattened, of unit length per image.
+    """Attention map: mean over channels of A^2, flattened and L2-normalised per image.
 
-    Squared before it is resized, so that activations of opposite sign do not cancel.
+    Squared before resizing, so that activations of opposite sign do not cancel.
 
     Args:
         feature_map: A, (B, C, H, W).
-        size: (h, w) that the map is average-pooled to; as it is if None.
+        size: (h, w) to average-pool the map to; None: no pooling.
 
     Returns:
         (B, h * w), float32.
@@ -55,23 +55,23 @@ def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> T
 
 
 class Attention(Term):
-    """The student is drawn to look where the teacher looks, layer pair by layer pair.
+    """Matches the attention maps of student and teacher for pairs of layers.
 
-    By default layers are paired by resolution: of the layers named, the deepest of each network at
-    every height and width that both have; if they have none in common, the deepest with the
-    deepest. `pairs` names the pairs instead, of any channel counts and sizes: the larger map is
-    pooled to the smaller.
+    By default layers are paired by resolution: at every height and width that occurs in both
+    networks, the deepest candidate layers are paired; if there is no common resolution, the deepest
+    layers of both. Alternatively, `pairs` gives the pairs, of any channel counts and sizes: the
+    larger map is pooled to the smaller.
 
-    A layer may put out a map (B, C, H, W) or (B, H, W, C), or tokens (B, N, C) that form a grid,
-    with or without class and register tokens; see `find_layouts`.
+    The output of a layer may be a map (B, C, H, W) or (B, H, W, C), or tokens (B, N, C) that form a
+    grid, with or without class and register tokens; see `find_layouts`.
 
     Args:
-        student_layers: layers of the student to choose from, from input to output.
-        teacher_layers: layers of the teacher to choose from, from input to output.
+        student_layers: candidate layers of the student, from input to output.
+        teacher_layers: candidate layers of the teacher, from input to output.
         pairs: explicit pairs [[student layer, teacher layer], ...].
         distance: ``mean_square`` is the mean over batch and positions of (Q_s - Q_t)^2, as in the
-            authors' code, where the weight is 1000; ``norm`` is ||Q_s - Q_t||_2, the mean over the
-            batch, as in equation 2 of the paper, whose beta / 2 is this term's weight. Either is
+            authors' code, where the weight is 1000; ``norm`` is ||Q_s - Q_t||_2, averaged over the
+            batch, as in equation 2 of the paper, whose beta / 2 is this term's weight. Both are
             summed over pairs.
     """
 
@@ -88,7 +88,7 @@ class Attention(Term):
         if pairs is not None and (not pairs or any(len(pair) != 2 for pair in pairs)):
             raise ValueError("pairs must be a list of [student layer, teacher layer]")
         if pairs is None and not (student_layers and teacher_layers):
-            raise ValueError("attention needs layers of both networks, or pairs of them")
+            raise ValueError("attention needs layers of both networks, or pairs of layers")
         self.distance = distance
         self.candidates = (tuple(student_layers), tuple(teacher_layers))
         self.pairs = [(student, teacher) for student, teacher in pairs or ()]
@@ -98,10 +98,10 @@ class Attention(Term):
         self._modified: frozenset[str] = frozenset()
 
     def setup(self, context: Context) -> Reads:
-        """Choose the pairs and the size at which each is compared.
+        """Select the pairs and the size at which each is compared.
 
         Raises:
-            ValueError: a layer does not exist, or what it puts out is not a map.
+            ValueError: a layer does not exist, or its output is not a map.
         """
         explicit = bool(self.pairs)
         names = tuple(zip(*self.pairs, strict=True)) if explicit else self.candidates
@@ -128,7 +128,7 @@ class Attention(Term):
         )
 
     def remember(self, teacher: Output) -> Tensor:
-        """The teacher's attention maps side by side: (B, sum of h * w)."""
+        """The teacher's attention maps, concatenated: (B, sum of h * w)."""
         return torch.cat(
             [
                 attention_map(self._teacher[layer].to_map(teacher.features[layer]), size)
@@ -138,7 +138,7 @@ class Attention(Term):
         )
 
     def depends_on(self) -> dict[str, Any]:
-        """The teacher's layers and the sizes of their maps; not the student's, nor the distance."""
+        """The teacher's layers and map sizes; independent of the student and of `distance`."""
         layers = [layer for _, layer in self.pairs]
         return {
             "maps": [
@@ -148,7 +148,7 @@ class Attention(Term):
         }
 
     def _how_read(self, layer: str) -> list[Any]:
-        """Nothing for a map (B, C, H, W) that stays as it is: all that earlier versions read."""
+        """Empty for an unmodified map (B, C, H, W), to keep caches of earlier versions valid."""
         how: list[Any] = []
         if self._teacher[layer].kind != "channels_first":
             how += self._teacher[layer]
@@ -157,7 +157,7 @@ class Attention(Term):
         return how
 
     def forward(self, student: Output, remembered: Tensor, batch: TermBatch) -> Tensor:
-        """The student's feature maps and the teacher's attention maps to a scalar."""
+        """Compare the student's feature maps with the teacher's attention maps; a scalar."""
         targets = remembered.split([height * width for height, width in self.sizes], dim=1)
         return torch.stack(
             [
@@ -179,7 +179,7 @@ def _layouts(whose: str, shapes: Shapes, layers: Sequence[str]) -> dict[str, Lay
     """The layout of every layer. Without `LayerShapes`, (C, H, W) is assumed.
 
     Raises:
-        ValueError: a layer does not exist, or puts out no map.
+        ValueError: a layer does not exist, or its output is not a map.
     """
     if isinstance(shapes, LayerShapes):
         known, others = shapes.layouts, shapes.others
@@ -194,7 +194,7 @@ def _layouts(whose: str, shapes: Shapes, layers: Sequence[str]) -> dict[str, Lay
             raise ValueError(f"in the {whose} {unknown_layer(layer, shapes)}")
         if layer not in known:
             raise ValueError(
-                f"layer '{layer}' of the {whose} puts out {others.get(layer) or shapes[layer]}, "
+                f"layer '{layer}' of the {whose} outputs {others.get(layer) or shapes[layer]}, "
                 "but attention needs a map (channels, height, width)"
             )
     return {layer: known[layer] for layer in layers}
@@ -203,13 +203,13 @@ def _layouts(whose: str, shapes: Shapes, layers: Sequence[str]) -> dict[str, Lay
 def pair_by_resolution(
     student: dict[str, tuple[int, int]], teacher: dict[str, tuple[int, int]]
 ) -> list[tuple[str, str]]:
-    """Pair the deepest layers of each resolution that both networks have.
+    """Pair the deepest layers at each common resolution.
 
     Args:
         student: layer name to (height, width), from input to output.
-        teacher: the same of the teacher.
+        teacher: the same for the teacher.
     """
-    # Later layers overwrite earlier ones: what is left at each resolution is the deepest.
+    # Later layers overwrite earlier ones, so the deepest remains at each resolution.
     deepest_student = {size: layer for layer, size in student.items()}
     deepest_teacher = {size: layer for layer, size in teacher.items()}
     shared = [size for size in deepest_student if size in deepest_teacher]

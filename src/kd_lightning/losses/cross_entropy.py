@@ -1,4 +1,4 @@
-"""Cross-entropy with the true labels: the one term that needs no teacher."""
+"""Cross-entropy with the true labels: the only term that needs no teacher."""
 
 from typing import ClassVar
 
@@ -13,7 +13,7 @@ class CrossEntropy(Term):
     """Cross-entropy of the student's logits with the labels.
 
     Args:
-        label_smoothing: share of the target that is spread over all classes, in [0, 1).
+        label_smoothing: target probability mass spread over all classes, in [0, 1).
     """
 
     needs_teacher: ClassVar[bool] = False
@@ -25,7 +25,7 @@ class CrossEntropy(Term):
         self.label_smoothing = label_smoothing
 
     def forward(self, student: Output, remembered: None, batch: TermBatch) -> Tensor:
-        """Logits (B, C) and labels (B,) to a scalar."""
+        """Cross-entropy of logits (B, C) with labels (B,); a scalar."""
         return F.cross_entropy(
             student.logits.float(), batch.labels, label_smoothing=self.label_smoothing
         )

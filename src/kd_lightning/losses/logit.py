@@ -15,8 +15,8 @@ from kd_lightning.models.features import Output
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
     """T^2 * KL(softmax(teacher / T) || softmax(student / T)), a float32 scalar.
 
-    Summed over classes and averaged over the batch. The factor T^2 keeps the size of the gradient
-    independent of the temperature, so that the term's weight means the same at every T.
+    Summed over classes, averaged over the batch. The factor T^2 keeps the gradient magnitude, and
+    so the meaning of the term's weight, independent of the temperature.
 
     Args:
         student: logits (B, C).
@@ -33,7 +33,7 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Te
 
 
 class Logit(Term):
-    """The student's softened class probabilities are drawn towards the teacher's.
+    """KL divergence of the student's softened class probabilities from the teacher's.
 
     Args:
         temperature: softens both distributions; finite and above 0.
@@ -46,13 +46,13 @@ class Logit(Term):
         self.temperature = temperature
 
     def remember(self, teacher: Output) -> Tensor:
-        """The teacher's logits (B, C), before any temperature."""
+        """The teacher's logits (B, C), without temperature."""
         return teacher.logits.float()
 
     def depends_on(self) -> dict[str, Any]:
-        """Nothing: the temperature comes later."""
+        """Empty: the temperature is applied in `forward`."""
         return {}
 
     def forward(self, student: Output, remembered: Tensor, batch: TermBatch) -> Tensor:
-        """Student logits (B, C) and the teacher's to a scalar."""
+        """Soft-target loss of student and teacher logits (B, C); a scalar."""
         return soft_target_loss(student.logits, remembered, self.temperature)

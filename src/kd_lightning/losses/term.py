@@ -1,4 +1,4 @@
-"""What a loss term is: the contract that every method is made of."""
+"""The interface of loss terms."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -12,18 +12,18 @@ Shapes = Mapping[str, tuple[int, ...]]
 """Layer name to the shape of its output without the batch axis; see `models.LayerShapes`."""
 
 Targets = Tensor | dict[str, Tensor]
-"""What a term keeps of the teacher's output: (B, ...), or several of these by name."""
+"""A term's targets, computed from the teacher's output: (B, ...), or several of these by name."""
 
 
 @dataclass(frozen=True)
 class Context:
-    """What a term can know before training.
+    """Information available to a term before training.
 
     Attributes:
         student: layers of the student, in order of execution.
         teacher: layers of the teacher; empty if there is none.
         num_classes: number of classes.
-        train_size: number of training and validation images; the indices of a batch are below it.
+        train_size: number of training and validation images; upper bound of a batch's indices.
     """
 
     student: Shapes
@@ -33,13 +33,13 @@ class Context:
 
 
 class Reads(NamedTuple):
-    """What a term reads of both networks.
+    """The features that a term reads from both networks.
 
     Attributes:
-        student: layers whose output `forward` needs; ``"layer:input"`` is what a layer is given.
+        student: layers whose output `forward` needs; ``"layer:input"`` is the input of a layer.
         teacher: layers whose output `remember` needs.
-        teacher_logits: whether `remember` reads the teacher's logits. If no term does, the teacher
-            computes nothing after the last layer that is read.
+        teacher_logits: whether `remember` reads the teacher's logits. If no term does, the
+            teacher's forward pass ends at the last layer that is read.
     """
 
     student: tuple[str, ...] = ()
@@ -49,13 +49,13 @@ class Reads(NamedTuple):
 
 @dataclass(frozen=True)
 class TermBatch:
-    """A training batch as terms see it.
+    """The part of a training batch that is passed to terms.
 
     Attributes:
-        labels: (B,), int64, where the logits are.
-        index: which images (B,), int64, on the CPU.
-        view: which view of each (B,), int64, on the CPU.
-        progress: share of the training that is done, in [0, 1].
+        labels: (B,), int64, on the device of the logits.
+        index: image indices (B,), int64, on the CPU.
+        view: view numbers (B,), int64, on the CPU.
+        progress: completed fraction of the training, in [0, 1].
     """
 
     labels: Tensor
@@ -65,41 +65,41 @@ class TermBatch:
 
 
 class Term(nn.Module):
-    """One named part of a method's loss.
+    """Base class of loss terms.
 
-    A term that learns from the teacher answers two questions, and keeps them apart: `remember`
-    reduces the teacher's output to what the term needs, which depends on nothing but the teacher
-    and the view and can therefore be stored; `forward` compares the student with it.
+    A term with a teacher consists of two parts: `remember` reduces the teacher's output to the
+    term's targets, which depend only on the teacher and the view and can therefore be cached;
+    `forward` computes the loss of the student with respect to these targets.
 
-    Parameters of a term (a projector, say) are trained and resumed with the student, but are no
+    Parameters of a term (e.g. a projector) are trained and resumed with the student, but are not
     part of it.
 
     Attributes:
-        needs_teacher: whether `remember` is called at all.
-        relational: whether the value depends on which images share a batch. Such a term is given
-            the batches of all processes that train together, as one.
+        needs_teacher: whether the term uses `remember`.
+        relational: whether the loss depends on relations between the images of a batch. Such a term
+            receives the gathered batches of all processes.
     """
 
     needs_teacher: ClassVar[bool] = True
     relational: ClassVar[bool] = False
 
     def setup(self, context: Context) -> Reads:
-        """Learn about both networks, once, before training; make parameters here.
+        """Called once before training; create parameters here.
 
         Raises:
-            ValueError: the term cannot work between the two.
+            ValueError: the term is not applicable to these networks.
         """
         return Reads()
 
     def remember(self, teacher: Output) -> Targets:
-        """What this term needs of the teacher's output: float32 (B, ...), or a dictionary."""
+        """Compute the targets from the teacher's output: float32 (B, ...), or a dictionary."""
         raise NotImplementedError
 
     def depends_on(self) -> dict[str, Any] | None:
-        """What `remember` depends on besides teacher and view, in plain values, after `setup`.
+        """Cache key: what `remember` depends on besides teacher and view, as plain values.
 
-        Two terms of one class that say the same share what is stored. None (the default): it is
-        not known, and nothing is stored.
+        Called after `setup`. Terms of one class with equal keys share cached targets. None (the
+        default) disables the cache.
         """
         return None
 
@@ -107,8 +107,8 @@ class Term(nn.Module):
         """The unweighted loss: a float32 scalar, the mean over the batch.
 
         Args:
-            student: logits (B, C) and the layers that `setup` asked for.
-            remembered: what `remember` returned for this batch; None without a teacher.
-            batch: labels and more.
+            student: logits (B, C) and the layers requested by `setup`.
+            remembered: targets from `remember` for this batch; None without a teacher.
+            batch: labels, indices and view numbers.
         """
         raise NotImplementedError

@@ -1,4 +1,4 @@
-"""The published family, the residual teachers, and reading features out of any model."""
+"""Models, and feature extraction from any model."""
 
 from kd_lightning.models.cifar_resnet import CifarResNet
 from kd_lightning.models.convnet import ConvNet

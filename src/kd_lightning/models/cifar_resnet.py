@@ -1,4 +1,4 @@
-"""The CIFAR residual networks of He et al. (2016), section 4.2: 20, 32, 44, 56 layers and so on."""
+"""The CIFAR ResNets of He et al. (2016), section 4.2, with 20, 32, 44, 56, ... layers."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ class BasicBlock(nn.Module):
         residual = self.bn2(self.conv2(F.relu(self.bn1(self.conv1(x)))))
         shortcut = x[:, :, :: self.stride, :: self.stride]
         if self.new_channels:
-            # Zeros on both sides of the channel axis, as the published checkpoints have it.
+            # Zeros on both sides of the channel axis, as in the widely used public checkpoints.
             before = self.new_channels // 2
             shortcut = F.pad(shortcut, (0, 0, 0, 0, before, self.new_channels - before))
         return F.relu(residual + shortcut)
@@ -34,7 +34,7 @@ class CifarResNet(nn.Module):
         depth: number of weighted layers, 6n + 2: 20, 32, 44, 56, 110.
         num_classes: number of classes.
 
-    Layers to read features from: ``layer1`` (32x32), ``layer2`` (16x16), ``layer3`` (8x8).
+    Feature layers: ``layer1`` (32x32), ``layer2`` (16x16), ``layer3`` (8x8).
     """
 
     def __init__(self, depth: int, num_classes: int = 10) -> None:

@@ -1,4 +1,8 @@
-"""The published family: a few 3x3 convolutions, one pooling step, two linear layers."""
+"""Plain ConvNets: a few 3x3 convolutions, one pooling step, two linear layers.
+
+The model sizes are those of the results table of the original project, "Knowledge Distillation on
+CIFAR-10 Dataset".
+"""
 
 from collections.abc import Sequence
 from itertools import pairwise
@@ -11,9 +15,9 @@ from torch import Tensor, nn
 class Flatten(nn.Module):
     """`nn.Flatten` whose gradient has the memory format of its input.
 
-    A linear layer's gradient comes back in the order of its weights. Beside a channels-last map
-    every operation on it, the activation's derivative or the sum with an attention term's
-    gradient, then runs through memory in two orders at once. One copy is cheaper
+    The gradient of a linear layer has the memory order of its weights. Combined with a
+    channels-last map, every operation on it (the derivative of the activation, the sum with the
+    gradient of an attention term) would access memory in two different orders. One copy is cheaper
     (docs/performance.md).
     """
 
@@ -25,7 +29,7 @@ class Flatten(nn.Module):
 
 
 class _SameFormatBack(torch.autograd.Function):
-    """The identity; its gradient is brought to the memory format of what went in."""
+    """The identity; its gradient is converted to the memory format of the input."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -39,28 +43,28 @@ class _SameFormatBack(torch.autograd.Function):
 
 
 class ConvNet(nn.Module):
-    """Plain convolutional network; the published students and their teacher are four sizes of it.
+    """Plain convolutional network; the original project's students and teacher are four sizes.
 
     ``channels=[16, 32], hidden=64`` has 530,090 parameters, ``[32, 64], 128`` has 2,117,962,
     ``[48, 96], 256`` has 6,337,194, and the teacher's ``[64, 128, 256], 512`` has 33,930,890
     (ten classes, 32x32 images).
 
-    The published table fixes the sizes but not where the one pooling step stands. Parameter counts
-    are the same either way; `pool_after` says after which convolution it comes. Early is better:
-    after 12 epochs on CIFAR-10 without a teacher (and before gradients were clipped) the small
-    student has 75.07 % on the test set and the medium one 79.66 %, against 74.35 % and 78.12 % with
-    the pooling after the second convolution (validation: 75.78 and 80.48 against 75.22 and 78.92),
-    and it trains about twice as fast (one seed; 15,600 and 6,900 images a second against 8,500 and
-    2,900 on two CPU cores).
+    The original table gives the sizes but not the position of the single pooling step, which does
+    not affect parameter counts; it is set by `pool_after`. Early pooling is better: after 12 epochs
+    on CIFAR-10 without a teacher (and before gradients were clipped) the small student has 75.07 %
+    on the test set and the medium one 79.66 %, against 74.35 % and 78.12 % with pooling after the
+    second convolution (validation: 75.78 and 80.48 against 75.22 and 78.92), and it trains about
+    twice as fast (one seed; 15,600 and 6,900 images a second against 8,500 and 2,900 on two CPU
+    cores).
 
     Args:
         channels: output channels of each convolution.
         hidden: width of the hidden linear layer.
         num_classes: number of classes.
         image_size: height and width of the images, in pixels; even.
-        pool_after: the convolution, counted from 1, that the 2x2 max-pooling follows.
+        pool_after: number (from 1) of the convolution followed by 2x2 max-pooling.
 
-    Layers to read features from: ``stage1``, ``stage2``, ... each after its activation.
+    Feature layers: ``stage1``, ``stage2``, ..., each after its activation.
     """
 
     def __init__(
@@ -83,7 +87,7 @@ class ConvNet(nn.Module):
             stage = nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1))
             if number == pool_after:
                 stage.append(nn.MaxPool2d(2))
-            # After the pooling: the maximum commutes with ReLU, which then sees a quarter of it.
+            # After pooling, on a quarter of the values: max-pooling commutes with ReLU.
             stage.append(nn.ReLU(inplace=True))
             self.add_module(f"stage{number}", stage)
         self.classifier = nn.Sequential(

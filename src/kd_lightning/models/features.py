@@ -1,4 +1,4 @@
-"""Reading features by layer name out of any model, without touching its code."""
+"""Feature extraction by layer name from any model, without changing its code."""
 
 from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
@@ -22,9 +22,9 @@ __all__ = [
 
 
 class Output(NamedTuple):
-    """What a model said of a batch: logits (B, num_classes) and the feature maps asked for.
+    """A model's output for a batch: logits (B, num_classes) and the requested feature maps.
 
-    The logits are (B, 0) if they were not asked for.
+    The logits are (B, 0) if they were not requested.
     """
 
     logits: Tensor
@@ -32,7 +32,7 @@ class Output(NamedTuple):
 
 
 class _Mode(NamedTuple):
-    """What decides how a model computes, and so which outputs it modifies in place."""
+    """The state that determines which outputs a model modifies in place."""
 
     training: bool
     gradients: bool
@@ -40,11 +40,11 @@ class _Mode(NamedTuple):
 
 
 class _Habits(NamedTuple):
-    """What a complete call in one mode has shown.
+    """Observations from a complete call in one mode.
 
     Attributes:
-        readings: how often the layers were used.
-        modified: those whose output was modified in place afterwards.
+        readings: total number of calls of the layers.
+        modified: layers whose output was modified in place afterwards.
     """
 
     readings: int
@@ -54,22 +54,22 @@ class _Habits(NamedTuple):
 class FeatureReader:
     """Calls a model and returns the outputs of named layers along with its logits.
 
-    The layers are those of `model.named_modules()`. Forward hooks do the reading, so any
-    `nn.Module` works. Not a module itself: it adds nothing to a state dict.
+    Layer names are those of `model.named_modules()`. Uses forward hooks, so any `nn.Module` works.
+    Not a module itself: it does not change the state dict.
 
-    What is returned is exactly what the layer put out, even if the model modifies it in place
-    later (``nn.ReLU(inplace=True)``, ``x += shortcut``). The first call in each mode (training,
-    gradients, autocast) copies every output and finds out which are modified; later calls copy
-    only those. Of a layer that is used several times, the last use is read.
+    The returned features are exactly the outputs of the layers, even if the model modifies them in
+    place later (``nn.ReLU(inplace=True)``, ``x += shortcut``). The first call in each mode
+    (training, gradients, autocast) copies every output and detects which are modified; later calls
+    copy only those. For a layer that is called several times, the last call is read.
 
     Args:
         model: any network; for its outputs see `find_logits`.
-        layers: those to read; ``"layer:input"`` is what a layer is given.
-        logits: whether the logits are wanted too; if not, a call ends with the last layer read.
-        num_classes: number of classes, to find the logits by; None: whatever looks like logits.
+        layers: layers to read; ``"layer:input"`` is the input of a layer.
+        logits: whether to return the logits too; if not, a call ends at the last layer read.
+        num_classes: number of classes, to identify the logits; None: whatever looks like logits.
 
     Raises:
-        ValueError: a layer does not exist; the message lists those that do.
+        ValueError: a layer does not exist; the message lists the existing ones.
     """
 
     def __init__(
@@ -100,20 +100,20 @@ class FeatureReader:
             self._handles.append(register(hook))
 
     def close(self) -> None:
-        """Take the hooks out of the model again."""
+        """Remove the hooks from the model."""
         for handle in self._handles:
             handle.remove()
 
     def keep(self, layer: str, output: object) -> None:
-        """Keep what a layer put out, if this reader is calling the model."""
+        """Store a layer's output, if this reader is calling the model."""
         if self._reading is not None:
             self._reading.keep(layer, output)
 
     def __call__(self, images: Tensor, complete: bool = False) -> Output:
-        """Images (B, C, H, W) to `Output`; complete: the logits too, whatever was asked for.
+        """Images (B, C, H, W) to `Output`; with `complete`, always including the logits.
 
         Raises:
-            InputError: the model's output holds no logits.
+            InputError: the model's output contains no logits.
             RunError: a layer was not used, or not as in the first call in this mode.
         """
         autocast = torch.is_autocast_enabled(images.device.type)
@@ -136,7 +136,7 @@ class FeatureReader:
         if habits is None:
             self._habits[mode] = _Habits(reading.count, modified)
         elif modified - habits.modified:
-            # Too late for what it put out. The next call copies it.
+            # Too late for this output; the next call copies it.
             self._habits[mode] = _Habits(habits.readings, habits.modified | modified)
             if mode.training or mode.gradients:
                 raise RunError(
@@ -164,11 +164,11 @@ class _InputHook(Onlooker):
 
 
 class _Reading:
-    """The outputs that are kept during one call.
+    """The outputs stored during one call.
 
     Args:
-        habits: what is known of the mode; None in the first call.
-        early: whether to end the call with the last reading.
+        habits: observations in this mode; None in the first call.
+        early: whether to end the call at the last reading.
     """
 
     def __init__(self, habits: _Habits | None, early: bool) -> None:
@@ -179,36 +179,36 @@ class _Reading:
         self.versions: dict[str, int] = {}
 
     def keep(self, layer: str, output: object) -> None:
-        """Keep what a layer put out.
+        """Store a layer's output.
 
         Raises:
             RunError: it is not a tensor.
         """
         if not isinstance(output, Tensor):
             raise RunError(
-                f"the layer '{layer}' puts out {describe(output)}, but only the output of a layer "
-                "that puts out a tensor can be read"
+                f"the layer '{layer}' outputs {describe(output)}, but only layers that output a "
+                "tensor can be read"
             )
         self.outputs[layer], self.versions[layer] = output, version(output)
         self.count += 1
         if self.count == self.end:
-            raise _ReadAll  # nothing runs any more that could modify the output
+            raise _ReadAll  # nothing runs afterwards that could modify the output
         if self.habits is None or layer in self.habits.modified or output.is_inference():
             self.copies[layer] = output.clone()
 
     def modified(self) -> list[str]:
-        """Layers whose output is no longer what they put out."""
+        """Layers whose output has been modified."""
         return [
             layer
             for layer, output in self.outputs.items()
             if version(output) != self.versions[layer]
-            # In the first call by value too: `x.data` and others do not count their versions.
+            # In the first call compare values too: `x.data` etc. do not increment the version.
             or (self.habits is None and not torch.equal(output, self.copies[layer]))
         ]
 
     def features(self, modified: Collection[str]) -> dict[str, Tensor]:
-        """Layer name to what the layer put out."""
-        if self.habits is None:  # everything was copied: gradients must flow as in later calls
+        """Layer name to the layer's output."""
+        if self.habits is None:  # everything was copied; let gradients flow as in later calls
             return {
                 layer: self.copies[layer] if layer in modified else output
                 for layer, output in self.outputs.items()
@@ -216,15 +216,15 @@ class _Reading:
         return self.outputs | self.copies
 
 
-class _ReadAll(BaseException):  # not an error, and nothing that a model may catch
-    """The last layer that was wanted has been read."""
+class _ReadAll(BaseException):  # not an Exception, which the model might catch
+    """Ends the forward pass after the last requested layer."""
 
 
 def unknown_layer(layer: str, layers: Iterable[str]) -> str:
-    """The sentence for a layer that does not exist."""
-    return f"there is no layer '{layer}'; there are: {', '.join(name for name in layers if name)}"
+    """Error message for a layer that does not exist."""
+    return f"there is no layer '{layer}'; layers: {', '.join(name for name in layers if name)}"
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Number of trainable and frozen parameters; buffers do not count."""
+    """Number of trainable and frozen parameters, without buffers."""
     return sum(parameter.numel() for parameter in model.parameters())

@@ -1,4 +1,4 @@
-"""Batch normalisation folded into the convolution before it: a frozen network needs no more."""
+"""Folding of BatchNorm into the preceding convolution, for frozen networks."""
 
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -12,20 +12,20 @@ from kd_lightning.models.trial import Onlooker, stand_in
 def fold_batchnorm(model: nn.Module, keep: Collection[str] = ()) -> int:
     """Fold every `BatchNorm2d` that follows a `Conv2d` into it, in place; return how many.
 
-    Tracing finds the pairs, and only those are folded where nothing else can see the difference:
-    plain modules that are called once, whose weights belong to them alone. A model that cannot be
-    traced, because its forward pass branches on values, or that has hooks is left as it is.
+    Pairs are found by tracing. Only those without side effects are folded: plain modules that are
+    called once and do not share weights. A model that cannot be traced (because its forward pass
+    branches on values) or that has hooks is left unchanged.
 
     Args:
-        model: in evaluation mode. Names of layers stay; a folded normalisation becomes `Identity`.
-        keep: layers whose output must stay what it is.
+        model: in evaluation mode. Layer names are kept; a folded BatchNorm becomes `Identity`.
+        keep: layers whose output must not change.
     """
     if any(has_hooks(module) for module in model.modules()):
         return 0
     try:
-        # A copy: what the forward pass stores in attributes must not be a proxy of the tracer's.
+        # On a copy, as the forward pass may store proxies of the tracer in attributes.
         nodes = list(fx.Tracer().trace(stand_in(model)).nodes)
-    except Exception:  # whatever a model's own code may raise on a proxy
+    except Exception:  # the model's code may raise anything on a proxy
         return 0
     folded = 0
     for first, second in list(_pairs(model, nodes, keep)):
@@ -43,7 +43,7 @@ def fold_batchnorm(model: nn.Module, keep: Collection[str] = ()) -> int:
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether a hook is attached that may change something, as those of pruning do."""
+    """Whether the module has hooks that may change something, such as those of pruning."""
     hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
     return any(not isinstance(hook, Onlooker) for hook in hooks)
 
@@ -57,7 +57,7 @@ def _pairs(
     read = [str(node.target) for node in nodes if node.op == "get_attr"]
 
     def alone(name: str, module: nn.Module) -> bool:
-        """Whether nothing but one call of it sees the module and its weights."""
+        """Whether the module is called once, and its weights are not used elsewhere."""
         return (
             calls[name] == 1
             and names[id(module)] == 1
@@ -85,7 +85,7 @@ def _pairs(
 
 
 def _ends(container: str, convolution: str, normalization: str) -> bool:
-    """Whether a layer ends between the two: it is the convolution, or holds only that one."""
+    """Whether the container's output is the convolution's: folding would change it."""
     return f"{convolution}.".startswith(f"{container}.") and not normalization.startswith(
         f"{container}."
     )

@@ -1,4 +1,4 @@
-"""Where the channels and the positions are in what a layer puts out."""
+"""Detection of the channel and spatial axes of layer outputs."""
 
 from collections.abc import Iterator, Mapping
 from math import isqrt
@@ -12,19 +12,20 @@ from kd_lightning.models.trial import blank, record, shapes_at
 Shape = tuple[int, ...]
 
 EXTRA_TOKENS = (0, 1, 2, 4, 5, 8, 9)
-"""Class, distillation and register tokens beside a grid that no feature map before it shows."""
+"""Possible numbers of class, distillation and register tokens, if the grid is not known from an
+earlier feature map."""
 MOST_EXTRA_TOKENS = 16
 
 
 class Layout(NamedTuple):
-    """Where the positions of a feature map are in a layer's output.
+    """The axes of a feature map in a layer's output.
 
     Attributes:
         kind: ``channels_first`` (B, C, H, W), ``channels_last`` (B, H, W, C), ``tokens`` (B, N, C)
             or ``tokens_last`` (B, C, N).
-        height, width: of the map.
-        start: the first token of the grid, which runs along rows; others are class or register
-            tokens.
+        height, width: size of the map.
+        start: index of the first token of the grid, in row-major order; tokens outside the grid are
+            class or register tokens.
     """
 
     kind: str
@@ -52,16 +53,15 @@ class Layout(NamedTuple):
 def find_layouts(
     model: nn.Module, shapes: Mapping[str, Shape], image_size: int
 ) -> dict[str, Layout]:
-    """The layers that put out a map, or tokens that form a grid, and how.
+    """Find the layers whose output is a map, or tokens that form a grid, and their layouts.
 
-    The axes of positions are those that grow with the image. Where a model takes only one size, a
-    map is taken to be square, as the images are; what is still unclear is decided by what changes
-    if a corner of an image does.
+    Spatial axes are those that grow with the image. If a model accepts only one image size, maps
+    are assumed to be square, like the images; remaining ambiguities are resolved by observing the
+    effect of changes in a corner of an image.
 
     Args:
         model: the model.
-        shapes: layer name to the shape of its output (without the batch axis), in order of
-            execution.
+        shapes: layer name to output shape (without the batch axis), in order of execution.
         image_size: height and width of the images, in pixels.
     """
     larger = shapes_at(model, blank(model, 2 * image_size, batch=1))
@@ -91,11 +91,11 @@ def find_layouts(
 
 
 class _Grid(NamedTuple):
-    """A layout, and what another layer of the same grid is recognised by.
+    """A layout, with features that identify other layers of the same grid.
 
     Attributes:
-        grown: height and width in images of twice the size, if known.
-        tokens: their number, with class and register tokens; 0 of a map.
+        grown: height and width for images of twice the size, if known.
+        tokens: number of tokens, including class and register tokens; 0 for a map.
     """
 
     layout: Layout
@@ -105,7 +105,7 @@ class _Grid(NamedTuple):
 
 
 def _maps(shape: Shape, grown: Shape) -> Iterator[_Grid]:
-    """How three axes may be a map: as they grow, or else as they are square."""
+    """Possible layouts of a 3-D output as a map, by growth or else by squareness."""
     for kind, height, width, channels in (
         ("channels_first", 1, 2, 0),
         ("channels_last", 0, 1, 2),
@@ -121,7 +121,7 @@ def _maps(shape: Shape, grown: Shape) -> Iterator[_Grid]:
             yield candidate
             return
         elif set(shape) == {1}:
-            yield candidate  # either reading gives the same
+            yield candidate  # both layouts are equivalent
             return
     if not grown and len(set(shape)) == 1:
         yield _Grid(Layout("channels_first", shape[1], shape[2]), shape[0], None)
@@ -129,20 +129,20 @@ def _maps(shape: Shape, grown: Shape) -> Iterator[_Grid]:
 
 
 def _doubled(size: int, larger: int) -> bool:
-    """Whether a side has grown as those of maps do in images of twice the size."""
-    # Convolutions without padding take as much from a larger image, so that more is left of it.
+    """Whether a side has grown as expected for images of twice the size."""
+    # Convolutions without padding remove a constant border, so that a side may more than double.
     return size < larger <= 2 * size + 4
 
 
 def _token_axes(shape: Shape, grown: Shape) -> Iterator[tuple[str, int, int, int]]:
-    """How two axes may be tokens: kind, their number, the same grown (or 0), and channels."""
+    """Possible layouts of a 2-D output as tokens: kind, tokens, grown tokens (or 0), channels."""
     for kind, axis in (("tokens", 0), ("tokens_last", 1)):
         if not grown or (shape[axis] < grown[axis] and shape[1 - axis] == grown[1 - axis]):
             yield kind, shape[axis], grown[axis] if grown else 0, shape[1 - axis]
 
 
 def _known_grids(shape: Shape, grown: Shape, grids: list[_Grid]) -> Iterator[_Grid]:
-    """As many tokens as in a layer before, or as positions in a map of as many channels."""
+    """Layouts with the token count of an earlier layer, or the grid and channels of a map."""
     for grid in reversed(grids):
         found = []
         for kind, tokens, more, channels in _token_axes(shape, grown):
@@ -161,7 +161,7 @@ def _known_grids(shape: Shape, grown: Shape, grids: list[_Grid]) -> Iterator[_Gr
 
 
 def _square_grids(shape: Shape, grown: Shape) -> Iterator[_Grid]:
-    """Tokens that form a square once class and register tokens are taken away."""
+    """Layouts with a square grid after removing class and register tokens."""
     for kind, tokens, more, channels in _token_axes(shape, grown):
         for extra in EXTRA_TOKENS:
             side, larger = isqrt(max(0, tokens - extra)), isqrt(max(0, more - extra))
@@ -174,9 +174,9 @@ def _square_grids(shape: Shape, grown: Shape) -> Iterator[_Grid]:
 
 
 class _Changes:
-    """What changes in the layers' outputs if a corner of an image does.
+    """Changes in the layers' outputs caused by changes in a corner of an image.
 
-    The forward pass is run when it is first needed.
+    The forward pass is run on first use.
     """
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
@@ -184,7 +184,7 @@ class _Changes:
         self._features: dict[str, Tensor] | None = None
 
     def of(self, name: str) -> Tensor:
-        """Absolute changes (3, ...): for the upper left, upper right and lower right corner."""
+        """Absolute changes (3, ...), for the upper left, upper right and lower right corner."""
         if self._features is None:
             size, corner = self._image_size, max(1, self._image_size // 4)
             generator = torch.Generator().manual_seed(0)
@@ -203,8 +203,8 @@ class _Changes:
 
         Args:
             name: the layer.
-            layout: a possible one.
-            likely: whether the layout is to be believed if hardly anything moves.
+            layout: the candidate layout.
+            likely: whether to accept the layout if hardly anything moves.
         """
         change = layout.to_map(self.of(name))
         centres = []
@@ -220,7 +220,7 @@ class _Changes:
         return in_order and right[0] > least and down[1] > least
 
     def place(self, name: str, layout: Layout) -> Layout:
-        """The layout of tokens, with the class token last if that is where it is."""
+        """Adjust the layout of tokens if the class token comes last."""
         if not (layout.kind.startswith("tokens") and layout.start):
             return layout
         change = self.of(name).sum(dim=2 if layout.kind == "tokens" else 1)

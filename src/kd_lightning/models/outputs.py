@@ -1,4 +1,4 @@
-"""Finding the logits in whatever a model returns."""
+"""Extraction of the logits from a model's output."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeGuard
@@ -9,19 +9,19 @@ from kd_lightning.errors import InputError
 
 
 def find_logits(output: Any, num_classes: int | None = None, whose: str = "the model") -> Tensor:
-    """The logits (B, num_classes) in the output of a model.
+    """Find the logits (B, num_classes) in the output of a model.
 
-    A tensor is returned as it is. In anything else, the logits are what has the name ``logits``
-    (a dict, a named tuple, a Hugging Face ``ModelOutput``), or else the first element (``(logits,
-    features)``, ``(logits, auxiliary logits)``), or else the only tensor of the right shape.
+    A tensor is returned unchanged. In other outputs, the logits are the entry ``logits`` (of a
+    dict, named tuple or Hugging Face ``ModelOutput``), else the first element (``(logits,
+    features)``, ``(logits, auxiliary logits)``), else the only tensor of the right shape.
 
     Args:
-        output: what the model returned.
-        num_classes: number of classes; if None, any 2-D tensor will do, and any single tensor.
-        whose: names the model in the message.
+        output: the model's output.
+        num_classes: number of classes; None accepts any 2-D tensor, and any single tensor.
+        whose: name of the model in the message.
 
     Raises:
-        InputError: there are none, or several tensors could be the logits.
+        InputError: no tensor, or more than one, could be the logits.
     """
 
     def fits(value: Any) -> TypeGuard[Tensor]:
@@ -39,15 +39,15 @@ def find_logits(output: Any, num_classes: int | None = None, whose: str = "the m
     if len({id(tensor) for tensor in found}) == 1:
         return found[0]
     classes = "the" if num_classes is None else f"the {num_classes}"
-    which = f", and which of its {len(found)} matrices holds them is unclear" if found else ""
+    which = f", in which {len(found)} matrices could be the logits" if found else ""
     raise InputError(
-        f"{whose} must give one logit for each of {classes} classes, (images, classes), "
+        f"{whose} must return logits (images, classes) for {classes} classes, "
         f"but it returns {describe(output)}{which}"
     )
 
 
 def describe(value: Any) -> str:
-    """What a value is, in a few words: a tensor's shape, a container's parts."""
+    """Describe a value for messages: a tensor's shape, a container's elements."""
     if isinstance(value, Tensor):
         return f"a tensor {tuple(value.shape)}"
     kind = type(value).__name__

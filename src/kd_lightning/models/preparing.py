@@ -1,4 +1,4 @@
-"""What a freshly built model needs before it is trained or loaded."""
+"""Preparation of a newly built model for training or loading."""
 
 import itertools
 
@@ -11,17 +11,17 @@ from kd_lightning.models.trial import blank, evaluation_mode, stand_in
 
 
 def materialize(model: nn.Module, image_size: int, whose: str = "the model") -> None:
-    """Let a model that makes weights on first use (`nn.LazyConv2d`, say) make them now.
+    """Initialise lazily created weights (e.g. of `nn.LazyConv2d`) by a forward pass.
 
-    Optimizers, checkpoints and counts must see them. Any other model is left as it is.
+    Optimizers, checkpoints and parameter counts need them. Other models are left unchanged.
 
     Args:
         model: the model.
         image_size: height and width of the images, in pixels.
-        whose: names the model in the message.
+        whose: name of the model in the message.
 
     Raises:
-        InputError: such a model cannot take such images.
+        InputError: the model is lazy and fails on images of this size.
     """
     images = blank(model, image_size)
     if not any(map(is_lazy, [*model.parameters(), *model.buffers()])):
@@ -30,7 +30,7 @@ def materialize(model: nn.Module, image_size: int, whose: str = "the model") -> 
             with torch.random.fork_rng(devices=[]), evaluation_mode(trial):
                 trial(images)
         except Exception:
-            return  # not lazy, as far as one can see; `layer_shapes` will tell what is wrong
+            return  # apparently not lazy; `layer_shapes` will report the error
         if trial.state_dict().keys() == model.state_dict().keys():
             return
     try:
@@ -41,14 +41,14 @@ def materialize(model: nn.Module, image_size: int, whose: str = "the model") -> 
 
 
 def cannot_take(whose: str, image_size: int, error: Exception) -> str:
-    """The sentence for a model that fails on an image."""
+    """Error message for a model that fails on an image."""
     return f"{whose} cannot take images of {image_size}x{image_size} pixels: {error}"
 
 
 def to_memory_format(model: nn.Module, memory_format: torch.memory_format) -> None:
-    """Lay out all 4-D weights and buffers of a model, in place.
+    """Convert all 4-D weights and buffers of a model to a memory format, in place.
 
-    `nn.Module.to` does the same, but fails if there are 5-D ones.
+    Like `nn.Module.to`, which fails if there are 5-D tensors.
     """
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.ndim == 4:

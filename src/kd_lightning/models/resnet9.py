@@ -1,5 +1,5 @@
-"""ResNet-9: the compact residual network of the fast-CIFAR tradition (Page 2018, "How to train
-your ResNet"), a strong teacher that trains on a CPU.
+"""ResNet-9 (Page 2018, "How to train your ResNet"): a compact residual network, a strong teacher
+that trains on a CPU.
 """
 
 import torch.nn.functional as F
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 def _convolution(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
     block = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
     if pool:
-        # Before BatchNorm and ReLU, which then work on a quarter of the pixels.
+        # Before BatchNorm and ReLU, which then process a quarter of the pixels.
         block.append(nn.MaxPool2d(2))
     return block.append(nn.BatchNorm2d(outputs)).append(nn.ReLU(inplace=True))
 
 
 class Residual(nn.Sequential):
-    """A chain of modules beside an identity shortcut."""
+    """A sequence of modules with an identity shortcut."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) to the same shape."""
@@ -26,12 +26,11 @@ class ResNet9(nn.Module):
     """Eight convolutions and a linear layer: 32 -> 64 -> 128 -> 256 channels at the default width.
 
     Args:
-        width: channels of the first convolution; 32 gives 1.6 million parameters, 64 Page's 6.6.
+        width: channels of the first convolution; 32 gives 1.6 million parameters, 64 (Page) 6.6.
         num_classes: number of classes.
         logit_scale: constant that the linear layer's output is multiplied by (Page: 0.125).
 
-    Layers to read features from: ``stem`` (H x W), ``stage1`` (H/2), ``stage2`` (H/4), ``stage3``
-    (H/8).
+    Feature layers: ``stem`` (H x W), ``stage1`` (H/2), ``stage2`` (H/4), ``stage3`` (H/8).
     """
 
     def __init__(self, width: int = 32, num_classes: int = 10, logit_scale: float = 0.125) -> None:

@@ -1,4 +1,4 @@
-"""The shapes of what the layers of a model put out."""
+"""Output shapes of the layers of a model."""
 
 from functools import cached_property
 
@@ -9,19 +9,19 @@ from kd_lightning.models.trial import INPUT, blank, record
 
 
 class LayerShapes(dict[str, Shape]):
-    """Layer name to the shape of its output without the batch axis, in order of execution.
+    """Layer name to output shape without the batch axis, in order of execution.
 
     The model's own output has the name ``""``, as in `model.named_modules()`.
 
     Args:
-        model: the model. Blank images run through it in evaluation mode; it is left as it was.
+        model: the model. Runs on blank images in evaluation mode and is left unchanged.
         image_size: height and width of the images, in pixels.
 
     Attributes:
-        output: what the model returned.
-        others: layers without such a shape, with what they put out in words.
-        inputs: ``"layer:input"`` to the shape of what the layer is given, without the batch axis.
-        modified: layers whose output is modified in place by what follows.
+        output: the model's output.
+        others: layers without such a shape, with a description of their output.
+        inputs: ``"layer:input"`` to the input shape of the layer, without the batch axis.
+        modified: layers whose output is modified in place by later operations.
     """
 
     def __init__(self, model: nn.Module, image_size: int) -> None:
@@ -35,23 +35,23 @@ class LayerShapes(dict[str, Shape]):
                 shapes[name] = tuple(feature.shape[1:])
             else:
                 what = f"a tensor {tuple(feature.shape)} for {len(images)} images"
-                self.others[name] = f"{what}, whose first axis does not count the images"
+                self.others[name] = f"{what}, whose first axis is not the batch"
         for name, _ in model.named_modules(remove_duplicate=False):
             if name not in self:
-                self.others.setdefault(name, "nothing, because evaluation does not use it")
+                self.others.setdefault(name, "nothing, because it is not used in evaluation mode")
         self._model, self._image_size = model, image_size
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
-        """The layers that put out a map, or tokens that form a grid, and how."""
+        """Layouts of the layers whose output is a map, or tokens that form a grid."""
         return find_layouts(self._model, self, self._image_size)
 
     @cached_property
     def input_layouts(self) -> dict[str, Layout]:
-        """The same of what layers are given, by ``"layer:input"``."""
+        """The same for layer inputs, by ``"layer:input"``."""
         return find_layouts(self._model, self.inputs, self._image_size)
 
 
 def layer_shapes(model: nn.Module, image_size: int) -> LayerShapes:
-    """Shape without the batch axis of what each layer of `model` puts out; see `LayerShapes`."""
+    """Output shape of each layer of `model`, without the batch axis; see `LayerShapes`."""
     return LayerShapes(model, image_size)

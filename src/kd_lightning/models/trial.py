@@ -1,4 +1,4 @@
-"""Running a model on trial images without leaving a trace in it."""
+"""Trial runs of a model without side effects on it."""
 
 import contextlib
 import copy
@@ -12,17 +12,17 @@ from torch import Tensor, nn
 from kd_lightning.models.outputs import describe
 
 INPUT = ":input"
-"""What follows a layer's name if what it is given is meant, not what it puts out."""
+"""Suffix of a layer name that denotes the layer's input instead of its output."""
 
 
 class Record(NamedTuple):
-    """What a model and its layers put out in one forward pass, in order of execution.
+    """The outputs of a model and its layers in one forward pass, in order of execution.
 
     Attributes:
-        output: what the model returned.
-        features: layer name to the tensor it put out, (B, ...), at its last use.
-        others: layer name to a description of what it put out, if that is not a tensor.
-        modified: layers whose output is modified in place by what follows.
+        output: the model's output.
+        features: layer name to its output tensor (B, ...), at its last call.
+        others: layer name to a description of its output, if not a tensor.
+        modified: layers whose output is modified in place by later operations.
     """
 
     output: Any
@@ -32,7 +32,7 @@ class Record(NamedTuple):
 
 
 class Onlooker:
-    """A forward hook that changes nothing; a copied model has the same one."""
+    """A read-only forward hook; copies of a model share it."""
 
     def __deepcopy__(self, _memo: dict[int, Any]) -> "Onlooker":
         return self
@@ -40,9 +40,9 @@ class Onlooker:
 
 @contextmanager
 def no_gradients() -> Iterator[None]:
-    """As `torch.no_grad`, and never in inference mode.
+    """Like `torch.no_grad`, and with inference mode off.
 
-    An inference tensor that a model keeps (a position grid, say) could not be trained with later.
+    Inference tensors that a model caches (e.g. a position grid) could not be used in training.
     """
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -50,7 +50,7 @@ def no_gradients() -> Iterator[None]:
 
 @contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, without gradients; afterwards every module is in the mode it was in."""
+    """Evaluation mode without gradients; restores the mode of every module on exit."""
     training = {module: module.training for module in model.modules()}
     try:
         with no_gradients():
@@ -62,15 +62,15 @@ def evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 def copied(model: nn.Module, share_weights: bool = False) -> nn.Module:
-    """A copy of a model.
+    """A deep copy of a model.
 
-    Tensors with a history, which `copy.deepcopy` refuses (a feature that the model stores, the
-    weight that pruning or weight normalisation computes), are copied without it.
+    Non-leaf tensors, which `copy.deepcopy` rejects (a feature stored by the model, a weight
+    computed by pruning or weight normalisation), are detached.
 
     Args:
         model: the model.
-        share_weights: whether the copy has the same parameters, so that it costs no memory; its
-            buffers and other attributes are its own all the same.
+        share_weights: whether the copy shares the parameters, to save memory; buffers and other
+            attributes are always copied.
     """
     memo: dict[int, Any] = {}
     for module in model.modules():
@@ -85,11 +85,11 @@ def copied(model: nn.Module, share_weights: bool = False) -> nn.Module:
 def stand_in(model: nn.Module) -> nn.Module:
     """A copy that shares the weights, or the model itself if it cannot be copied.
 
-    What a forward pass leaves behind, in buffers or attributes, stays in the copy.
+    Side effects of a forward pass, on buffers or attributes, are confined to the copy.
     """
     try:
         return copied(model, share_weights=True)
-    except Exception:  # whatever a model's own attributes may raise
+    except Exception:  # copying a model's attributes may raise anything
         return model
 
 
@@ -100,21 +100,21 @@ def blank(model: nn.Module, image_size: int, batch: int = 2) -> Tensor:
 
 
 def record(model: nn.Module, images: Tensor) -> Record:
-    """Run images (B, 3, H, W) through a model in evaluation mode; leave the model as it was."""
+    """Run a model on images (B, 3, H, W) in evaluation mode, leaving it unchanged."""
     trial = stand_in(model)
     try:
         return _run(trial, images)
     except Exception:
         if trial is model:
             raise
-    # Hooks of its own may refer to the model, so that a copy of it does not work.
+    # A copy does not work if hooks refer to the original model.
     return _run(model, images)
 
 
 def shapes_at(model: nn.Module, images: Tensor) -> dict[str, tuple[int, ...]]:
-    """Shape of what each layer puts out for images (B, 3, H, W) that the model may not take.
+    """Output shape of each layer for images (B, 3, H, W) of a size that may be unsupported.
 
-    If it does not, the shapes until it failed.
+    If the model fails, the shapes up to the failure.
     """
     shapes: dict[str, tuple[int, ...]] = {}
 
@@ -150,7 +150,7 @@ def _run(model: nn.Module, images: Tensor) -> Record:
 
 @contextmanager
 def watched(model: nn.Module, look: Callable[[str, object], None]) -> Iterator[None]:
-    """Evaluation mode in which `look` is shown the name and output of every layer that runs, and
+    """Evaluation mode in which `look` is called with the name and output of every layer, and with
     its first input under the name ``"layer:input"``.
     """
     handles = []
@@ -174,5 +174,5 @@ def watched(model: nn.Module, look: Callable[[str, object], None]) -> Iterator[N
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor has been modified in place; 0 for inference tensors, which do not say."""
+    """Number of in-place modifications of a tensor; 0 for inference tensors (not tracked)."""
     return 0 if tensor.is_inference() else tensor._version

@@ -1,1 +1,1 @@
-"""Runs become tables, statistics, Markdown, CSV and pictures."""
+"""Reports of runs: tables, statistics, Markdown, CSV and figures."""

@@ -1,7 +1,7 @@
-"""What tells runs apart, in words: `optimizer.lr 0.1` against `optimizer.lr 0.05`.
+"""Differences between the settings of runs: `optimizer.lr 0.1` against `optimizer.lr 0.05`.
 
 Settings are read from each run's `config.yaml`, flattened to dotted keys, and compared only where
-they can be: the momentum of one SGD with that of another, not with what AdamW lacks.
+meaningful: the momentum of one SGD with that of another, but not with AdamW, which has none.
 """
 
 import json
@@ -18,43 +18,43 @@ import yaml
 from kd_lightning.config.tree import tree
 
 Settings = dict[str, str]
-"""Dotted keys to values as people read them."""
+"""Dotted keys to human-readable values."""
 
 ALWAYS = ("optimizer.lr", "data.batch_size", "trainer.max_epochs")
-"""Asked about in every comparison, whether or not they differ."""
+"""Always compared and shown, whether or not they differ."""
 
 NAMED = ("method", "student", "teacher", "data")
-"""Sections that a run calls by name."""
+"""Sections that have a name."""
 
-# What a run is called and where its files are, and the axes of a comparison.
+# Names, paths, and the axes of a comparison.
 _LEFT_OUT = ("seed", "output_dir", "data_dir", "name", "setting", "hydra")
 _LEFT_OUT_BELOW = {"data": ("seed", "cache_dir"), "remember": ("disk_gb",)}
-# Of the machine rather than of the recipe: runs that differ in these may share a cell.
+# Hardware settings: runs that differ in these may share a cell.
 _MACHINE = (
     "trainer.precision", "trainer.accelerator", "trainer.devices", "trainer.strategy",
     "trainer.memory_format", "trainer.log_every_n_steps", "data.eval_batch_size", "data.root",
 )  # fmt: skip
-# Told of every run anyway; here only to say which runs can be compared.
+# Shown for every run anyway; used only to determine which runs can be compared.
 _FACTS = ("setting", "method", "student")
-_LARGEST = 2**17  # bytes; a run's own is about 3,000
+_LARGEST = 2**17  # bytes; typically about 3,000
 _DEEPEST = 50  # levels
-_MOST = 500  # keys; a run's own are about 60
-_LONGEST = 60  # characters of a key or a value that are shown
+_MOST = 500  # keys; typically about 60
+_LONGEST = 60  # displayed characters of a key or a value
 NOT_SET = "not set"
 
 
 class SettingsReader:
-    """Reads the settings of many runs, parsing what several of them share only once."""
+    """Reads the settings of many runs, parsing shared sections only once."""
 
     def __init__(self) -> None:
         self._parsed: dict[str, dict[Any, Any] | None] = {}
         self._known: dict[tuple[str, ...], Settings] = {}
 
     def read(self, run: Path) -> Settings:
-        """The settings of a run; empty if there is no `config.yaml` that can be read.
+        """Read the settings of a run; empty if its `config.yaml` is missing or unreadable.
 
         Args:
-            run: its folder.
+            run: folder of the run.
         """
         try:
             with (run / "config.yaml").open(encoding="utf-8") as file:
@@ -83,15 +83,15 @@ class SettingsReader:
 
 
 def _parse(text: str) -> dict[Any, Any] | None:
-    """The mapping in a YAML text; None if there is something else, or something odd, in it."""
+    """Parse a YAML mapping; None if it is not a mapping, or is suspicious."""
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
     try:
         depth = 0
         for event in yaml.parse(text, Loader=loader):
             depth += isinstance(event, yaml.CollectionStartEvent)
             depth -= isinstance(event, yaml.CollectionEndEvent)
-            # Aliases of aliases are a small file and a huge configuration, and the fast loader
-            # crashes on deep nesting. No run writes either.
+            # Nested aliases can expand exponentially, and the fast loader crashes on deep nesting.
+            # No run writes either.
             if isinstance(event, yaml.AliasEvent) or depth > _DEEPEST:
                 return None
         parsed = yaml.load(text, Loader=loader) or {}
@@ -101,10 +101,10 @@ def _parse(text: str) -> dict[Any, Any] | None:
 
 
 def flatten(settings: Mapping[Any, Any]) -> Settings:
-    """A configuration as dotted keys and readable values.
+    """Flatten a configuration to dotted keys and human-readable values.
 
-    Left out are names, places, the seed, and what follows from the data or the axes. A `_target_`
-    stands for its section, without the module it is in: `optimizer SGD`.
+    Names, paths, the seed, and values derived from the data or the axes are left out. A `_target_`
+    represents its section, without its module: `optimizer SGD`.
     """
     data = settings.get("data")
     data = data if isinstance(data, Mapping) else {}
@@ -135,7 +135,7 @@ def flatten(settings: Mapping[Any, Any]) -> Settings:
 
 
 def word(value: Any) -> str:
-    """A value as people read it, on one line and not too long."""
+    """Format a value for display, on one line of limited length."""
     if value is None or isinstance(value, bool):
         return {None: "none", True: "true", False: "false"}[value]
     text = value if isinstance(value, str) else json.dumps(value, default=str, ensure_ascii=False)
@@ -143,18 +143,17 @@ def word(value: Any) -> str:
 
 
 def _line(text: str) -> str:
-    """Text that can be shown on one line."""
+    """Make text printable on one line of limited length."""
     text = " ".join("".join(c if c.isprintable() else " " for c in text).split())
     return text if len(text) <= _LONGEST else f"{text[: _LONGEST - 3]}..."
 
 
 def differences(rows: Sequence[Mapping[str, str]]) -> list[Settings]:
-    """For each row, the settings in which it differs from a row that it can be compared with.
+    """For each row, the settings in which it differs from a comparable row.
 
-    Rows can be compared in a key if what the key belongs to is the same: `optimizer.momentum` if
-    the optimizer is, `teacher.layers` if the teacher is. Keys of `ALWAYS` are compared at any rate.
-    A key that one row lacks, because it is older, and that has its default in the others is no
-    difference.
+    Rows are comparable in a key if they have the same parent: `optimizer.momentum` if they have the
+    same optimizer, `teacher.layers` if the same teacher. Keys of `ALWAYS` are always compared. A
+    key that is missing in an older row, and has its default value in the others, is no difference.
     """
     distinct = {tuple(sorted(row.items())): row for row in rows}
     if len(distinct) < 2:
@@ -183,7 +182,7 @@ def differences(rows: Sequence[Mapping[str, str]]) -> list[Settings]:
 
 
 def _context(key: str, row: Mapping[str, str]) -> tuple[Any, ...]:
-    """What must be the same for rows to be compared in a key."""
+    """The values that must be equal for rows to be comparable in a key."""
     if key in ALWAYS:
         return ()
     parts = key.split(".")
@@ -192,30 +191,30 @@ def _context(key: str, row: Mapping[str, str]) -> tuple[Any, ...]:
 
 
 IMAGES, TEACHER, CODE = "images", "teacher's weights", "code"
-"""What to call contents that differ; they are told apart by the beginning of a SHA-256."""
+"""Names of content differences, which are shown by the first digits of a SHA-256."""
 _CONTEXTS = {IMAGES: ("data", "data.root", "data.image_size"), TEACHER: ("setting",)}
 
 
 def recipe(settings: Mapping[str, str]) -> Settings:
-    """Settings without those of the machine."""
+    """The settings without hardware settings."""
     return {key: value for key, value in settings.items() if key not in _MACHINE}
 
 
 def in_words(settings: Mapping[str, str], most: int = 8) -> str:
-    """`optimizer.lr 0.1, data.batch_size 64`; beyond so many, how many more there are."""
+    """`optimizer.lr 0.1, data.batch_size 64`, with at most `most` settings."""
     words = [f"{key} {value}" for key, value in settings.items()]
     more = [f"and {len(words) - most} more differences"] if len(words) > most else []
     return ", ".join(words[:most] + more)
 
 
 def union(rows: Iterable[Mapping[str, str]]) -> list[str]:
-    """All keys, in the order in which they come."""
+    """All keys, in order of first occurrence."""
     return list(dict.fromkeys(key for row in rows for key in row))
 
 
 @cache
 def _defaults(key: str) -> frozenset[str]:
-    """The values that a key has in the configuration that comes with the package."""
+    """The values of a key in the configuration tree of the package."""
     return frozenset({"none", *(row[key] for row in _shipped() if key in row)})
 
 

@@ -1,4 +1,4 @@
-"""The report as people get it: `results.csv`, `results.md`, pictures, and one page of HTML."""
+"""Report files: `results.csv`, `results.md`, figures, and a single HTML page."""
 
 import base64
 import html
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 FIGURES = ("accuracy", "methods", "curves", "confusion")
-MOST_DRAWN = 12  # settings that get pictures: each takes a second or two
+MOST_DRAWN = 12  # settings with figures; each takes a second or two
 _OVERVIEW = "Test accuracy of the last epoch in per cent, mean ± standard deviation (runs)."
 _GAIN = (
     "The gain is the difference in test accuracy to none, the same student and seed without a "
@@ -32,16 +32,16 @@ _GAIN = (
 def write_report(
     sources: Iterable[str | Path], out: Path, page: bool = False, draw_figures: bool = True
 ) -> pd.DataFrame:
-    """Write `results.csv`, `results.md` and the pictures they show.
+    """Write `results.csv`, `results.md` and their figures.
 
     Args:
-        sources: as `runs.read_runs` takes them.
-        out: where to write.
-        page: `report.html` as well: everything in one file.
-        draw_figures: whether figures are drawn; if not, those that are there are shown.
+        sources: see `runs.read_runs`.
+        out: output folder.
+        page: also write `report.html`, with everything in one file.
+        draw_figures: whether to draw figures; if not, existing ones are used.
 
     Returns:
-        One line for each run.
+        One row per run.
     """
     runs = read_runs(sources)
     named = groups(runs)
@@ -51,7 +51,7 @@ def write_report(
         texts.append("".join(f"- {_text(group.title)}\n" for group in named))
         pages.append(_html_contents(named))
     if len(named) > MOST_DRAWN:
-        note = f"Only the first {MOST_DRAWN} of {len(named)} settings have pictures."
+        note = f"Only the first {MOST_DRAWN} of {len(named)} settings have figures."
         texts.append(f"{note}\n")
         pages.append(f"<p>{note}</p>")
     for number, group in enumerate(named):
@@ -88,7 +88,7 @@ def write_report(
 
 
 def _file_names(named: list[Group]) -> list[str]:
-    """What the pictures of each group begin with: tidy, since a setting may be called anything."""
+    """File name prefixes of the figures of each group."""
     if len(named) < 2:
         return [""] * len(named)
     names: list[str] = []
@@ -99,12 +99,12 @@ def _file_names(named: list[Group]) -> list[str]:
 
 
 def draw(runs: pd.DataFrame, cells: pd.DataFrame, words: str = "") -> dict[str, bytes]:
-    """The pictures of one setting, by name, as PNG; those that there is something to draw for.
+    """Draw the figures of one setting, as far as there is data: name to PNG content.
 
     Args:
-        runs: of the setting.
+        runs: runs of the setting.
         cells: from `statistics.summarise`.
-        words: what tells the setting from others, to write above every picture.
+        words: distinguishing settings, used as title of every figure.
     """
     finished = runs[runs["status"] == "finished"]
     if finished.empty:
@@ -118,7 +118,7 @@ def draw(runs: pd.DataFrame, cells: pd.DataFrame, words: str = "") -> dict[str, 
     }
     pictures = {}
     for name, make in figures.items():
-        with plots.optional(f"the picture '{name}' of the report"):
+        with plots.optional(f"the figure '{name}' of the report"):
             figure = make()
             if figure is not None:
                 if words:
@@ -137,7 +137,7 @@ def _confusion_of_best(finished: pd.DataFrame) -> "Figure | None":
 
 
 def markdown(title: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict[str, str]) -> str:
-    """One setting: how it was measured, methods by students, every cell, what failed."""
+    """The Markdown section of one setting: facts, overview, details, failed runs."""
     lines = [f"## {_text(title)}\n", f"{_text(facts(runs))}\n"]
     lines += [f"{_OVERVIEW}\n"]
     lines += [_pipe(overview(cells, runs)), ""]
@@ -152,7 +152,7 @@ def markdown(title: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict
 
 
 def facts(runs: pd.DataFrame) -> str:
-    """What all runs of a setting have in common, in a sentence or two."""
+    """Summarise the common settings of all runs of a setting, in a sentence or two."""
     done = runs[runs["status"] == "finished"]
     if done.empty:
         return "No run is finished yet."
@@ -189,7 +189,7 @@ def facts(runs: pd.DataFrame) -> str:
 
 
 def overview(cells: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
-    """Methods by students: test accuracy in per cent."""
+    """Table of methods by students: test accuracy in per cent."""
     students = list(dict.fromkeys(cells.sort_values("parameters", na_position="last")["student"]))
     table: dict[str, dict[str, str]] = {}
     teachers = runs.dropna(subset="teacher_test_accuracy")
@@ -205,7 +205,7 @@ def overview(cells: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def details(cells: pd.DataFrame) -> pd.DataFrame:
-    """Every cell in words and per cent."""
+    """Table of all cells, formatted for display."""
     return pd.DataFrame(
         {
             "student": cells["student"],
@@ -263,12 +263,12 @@ def _failed(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def _text(words: str) -> str:
-    """Words in Markdown: on one line, and nothing in them that ends a cell."""
+    """Escape text for a cell of a Markdown table."""
     return " ".join(words.split()).replace("|", "\\|")
 
 
 def _pipe(table: pd.DataFrame) -> str:
-    """A Markdown table."""
+    """Format a Markdown table."""
     rows = [list(table.columns), ["---"] * len(table.columns), *table.to_numpy().tolist()]
     return "\n".join("| " + " | ".join(_text(str(cell)) for cell in row) + " |" for row in rows)
 

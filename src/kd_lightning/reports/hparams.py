@@ -1,4 +1,4 @@
-"""A run's line on TensorBoard's page of hyper-parameters (HParams)."""
+"""Logging of a run to TensorBoard's HParams dashboard."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,15 +18,15 @@ def log_hparams(
 ) -> None:
     """Log the run's settings and results.
 
-    The page shows five columns at first, those that differ between runs before the others and both
-    by alphabet, and takes the columns from any one run. So every run says that these five differ:
-    method, seed, student, teacher, and the weights of the terms with their temperature.
+    By default the dashboard shows five columns, those marked as differing first, in alphabetical
+    order, and takes the columns from an arbitrary run. So every run marks the same five: method,
+    seed, student, teacher, and the weights of the terms with their temperature.
 
     Args:
-        logger: of the run.
-        plan: of the run.
+        logger: logger of the run.
+        plan: plan of the run.
         results: accuracies and epochs.
-        step: the training's last.
+        step: last step of the training.
     """
     first: dict[str, Any] = {
         "method": plan.method,
@@ -64,7 +64,7 @@ def log_hparams(
 def describe_terms(terms: Mapping[str, Node]) -> str:
     """Weights and temperature of a method: `0.6 1.1 T=5: cross_entropy logit`.
 
-    The page has room for about 15 characters, so the numbers come first.
+    The dashboard shows about 15 characters, so the numbers come first.
     """
     numbers = [f"{term['weight']:.3g}" for term in terms.values()]
     numbers += [f"T={term['temperature']:.3g}" for term in terms.values() if "temperature" in term]

@@ -1,7 +1,7 @@
-"""Pictures: drawn with Matplotlib and Seaborn, imported only when a picture is wanted.
+"""Figures, drawn with Matplotlib and Seaborn, which are imported only when needed.
 
-Every picture has a size of its own that no number of classes, methods or students exceeds, and
-shows names as they are: Matplotlib would read `$_$` as a formula.
+Figures have a bounded size for any number of classes, methods and students, and show names
+literally: Matplotlib would render `$_$` as a formula.
 """
 
 import logging
@@ -22,26 +22,26 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 MOST_CELLS = 20
-"""Classes that a confusion matrix shows by name; of more it shows an overview."""
+"""Maximum number of classes shown by name; with more classes, an overview is drawn."""
 
 MOST_SQUARES = 250  # along a side of the overview
-MOST_PAIRS = 20  # of classes that are named beside it
+MOST_PAIRS = 20  # pairs of classes listed next to it
 MOST_PANELS = 12  # of learning curves
 LARGEST = 225
-"""Square inches that no picture exceeds: 2.25 million pixels at 100 dots per inch."""
+"""Maximum area of a figure in square inches: 2.25 million pixels at 100 dpi."""
 
 
 @contextmanager
 def optional(picture: str) -> Iterator[None]:
-    """Whatever goes wrong within costs this picture and a warning, but never a run or a report."""
+    """Turn any exception into a warning, so that a figure cannot fail a run or a report."""
     try:
         yield
-    except Exception as error:  # Matplotlib, fonts, memory, the user's own data module
-        log.warning("%s is left out: %s: %s", picture, type(error).__name__, error)
+    except Exception as error:  # Matplotlib, fonts, memory, a user-defined data module
+        log.warning("%s is omitted: %s: %s", picture, type(error).__name__, error)
 
 
 def pixels(figure: "Figure", dpi: int = 100) -> npt.NDArray[np.uint8]:
-    """The drawn figure: (H, W, 3), RGB."""
+    """Render a figure to pixels (H, W, 3), RGB."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
     figure.set_dpi(dpi)
@@ -52,7 +52,7 @@ def pixels(figure: "Figure", dpi: int = 100) -> npt.NDArray[np.uint8]:
 
 
 def png(figure: "Figure", dpi: int = 150) -> bytes:
-    """The drawn figure as the content of a PNG file."""
+    """Render a figure to the content of a PNG file."""
     file = BytesIO()
     with _without_warnings():
         figure.savefig(file, dpi=dpi, format="png")
@@ -68,7 +68,7 @@ def _without_warnings() -> Iterator[None]:
 
 
 def text(name: object, longest: int = 32) -> str:
-    """A name as a label that Matplotlib shows literally: one line, and not too long a one."""
+    """A name as a literal Matplotlib label, on one line of limited length."""
     label = str(name).encode("utf-8", "backslashreplace").decode()  # no lone surrogates
     label = re.sub(r"[\x00-\x1f\x7f-\x9f\s]+", " ", label)
     if len(label) > longest:
@@ -77,17 +77,17 @@ def text(name: object, longest: int = 32) -> str:
 
 
 def _legend(name: object) -> str:
-    """A name in a legend, from which Matplotlib leaves out those that begin with `_`."""
+    """A name for a legend; Matplotlib omits labels that begin with `_`."""
     label = text(name, 64)
     return f" {label}" if label.startswith("_") else label
 
 
 def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
-    """Test accuracy against parameters, a line a method, with the spread over seeds.
+    """Test accuracy against parameters, one line per method, with standard deviation over seeds.
 
     Args:
         cells: from `statistics.summarise`, of one setting.
-        runs: the finished runs, from which the teacher's accuracy is taken.
+        runs: the finished runs, for the teacher's accuracy.
     """
     import seaborn
     from matplotlib.figure import Figure
@@ -98,10 +98,10 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
     done = cells[cells["n"] > 0].sort_values("parameters")
     for place, (label, part) in enumerate(done.groupby("label", sort=False)):
         axes.errorbar(
-            # A little beside each other, else spreads hide one another.
+            # Slightly shifted, so that error bars do not overlap.
             part["parameters"] * 1.03**place,
             100 * part["test"],
-            yerr=100 * part["test_std"],  # none from a single run
+            yerr=100 * part["test_std"],  # NaN for a single run
             label=_legend(label),
             marker="o",
             capsize=3,
@@ -131,9 +131,9 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
 
 
 def gain_by_method(cells: "pd.DataFrame") -> "Figure":
-    """Bars: each method's gain over `none`, with its confidence interval.
+    """Bar chart of each method's gain over `none`, with its confidence interval.
 
-    Where there is nothing to compare with, test accuracy instead.
+    Without a baseline, test accuracy is shown instead.
 
     Args:
         cells: from `statistics.summarise`, of one setting.
@@ -177,11 +177,11 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
 
 
 def learning_curves(histories: "pd.DataFrame") -> "Figure":
-    """Validation accuracy by epoch, a panel for each student (of the first `MOST_PANELS`), mean and
-    spread over seeds.
+    """Validation accuracy by epoch, one panel per student (at most `MOST_PANELS`), mean and
+    standard deviation over seeds.
 
     Args:
-        histories: from `report.read_histories`, of one setting.
+        histories: from `runs.read_histories`, of one setting.
     """
     import seaborn
     from matplotlib.figure import Figure
@@ -220,7 +220,7 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
 
 
 def _add_legend(axes: Any) -> None:
-    """A legend inside the axes; beyond ten lines it becomes smaller and wider."""
+    """Add a legend inside the axes, smaller and wider for more than ten lines."""
     lines = len(axes.get_legend_handles_labels()[1])
     size = "medium" if lines <= 10 else "xx-small"
     axes.legend(frameon=False, fontsize=size, ncols=1 + lines // 16)
@@ -232,7 +232,7 @@ def _count(parameters: float) -> str:
 
 
 def _colour(label: str, place: int) -> Any:
-    """A method has the same colour in every picture."""
+    """Colour of a method, the same in all figures."""
     import seaborn
 
     palette = seaborn.color_palette("colorblind")
@@ -243,15 +243,15 @@ def _colour(label: str, place: int) -> Any:
 def confusion_matrix(
     counts: npt.NDArray[np.int64], classes: Sequence[str], title: str = "Confusion matrix, test set"
 ) -> "Figure":
-    """How often each class is taken for which: rows are the truth and sum to 100 %.
+    """Confusion matrix in per cent of the true class (rows).
 
-    More than `MOST_CELLS` classes are shown as an overview without names, with the most frequent
-    confusions by name beside it.
+    More than `MOST_CELLS` classes are shown as an overview without names, next to a list of the
+    most frequent confusions.
 
     Args:
         counts: (C, C) counts, [true class, predicted class].
-        classes: names of the classes.
-        title: what to write above.
+        classes: class names.
+        title: title of the figure.
     """
     import seaborn
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -262,7 +262,7 @@ def confusion_matrix(
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.5 + 0.55 * len(classes)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    FigureCanvasAgg(figure)  # else Seaborn has a canvas made for every label that it measures
+    FigureCanvasAgg(figure)  # otherwise Seaborn creates a canvas for every label it measures
     axes = figure.subplots()
     names = [text(name) for name in classes]
     with _without_warnings():
@@ -288,11 +288,11 @@ def confusion_matrix(
 def _confusion_overview(
     counts: npt.NDArray[np.int64], classes: Sequence[str], title: str
 ) -> "Figure":
-    """Of fixed size: all classes as squares of one or several, the most frequent confusions."""
+    """An overview of fixed size, with classes binned if necessary, and the top confusions."""
     from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
 
-    # There are no more of these than test images, however many classes there are.
+    # At most one entry per test image, however many classes there are.
     true, predicted = counts.nonzero()
     number = counts[true, predicted]
     group = -(-len(classes) // MOST_SQUARES)
@@ -307,7 +307,7 @@ def _confusion_overview(
     image = left.imshow(
         share,
         cmap="Blues",
-        norm=PowerNorm(0.5, 0, 100),  # rare confusions show, too
+        norm=PowerNorm(0.5, 0, 100),  # makes rare confusions visible
         extent=(-0.5, end, end, -0.5),
         interpolation="nearest",
     )
@@ -328,7 +328,7 @@ def _confusion_overview(
         ],
         padding=3,
     )
-    # Left to right (the mark at the beginning), whatever the script of the names.
+    # The leading mark forces left-to-right layout, whatever the script of the names.
     names = [f"\u200e{text(classes[one], 24)} → {text(classes[other], 24)}" for one, other in pairs]
     right.set_yticks(range(len(pairs)), names, fontsize="small")
     right.invert_yaxis()

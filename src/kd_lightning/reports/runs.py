@@ -1,9 +1,8 @@
-"""Runs become one table: a line a run, a line a cell, and what can be concluded from them.
+"""Collection of runs into one table, with one row per run.
 
-A *cell* is a method and a student in one setting; its runs differ in the seed. Runs of different
-settings (another teacher, number of epochs, data set, ...) are never put into one cell, and neither
-are runs of one setting for which the images, the teacher's weights or the user's own code were
-different.
+A *cell* is a method and a student in one setting; its runs differ only in the seed. Runs of
+different settings (teacher, number of epochs, data set, ...) never share a cell, and neither do
+runs of one setting with different images, teacher weights or user code.
 """
 
 import glob
@@ -30,31 +29,30 @@ from kd_lightning.reports.differences import (
 )
 from kd_lightning.results import COLUMNS, FIGURE, NUMBERS, wrong_figure
 
-METHODS = ("none", "logit", "attention", "combined")  # in this order; others follow by name
+METHODS = ("none", "logit", "attention", "combined")  # display order; other methods follow by name
 
 
 def run_folders(folders: Iterable[str | Path]) -> list[Path]:
-    """All run directories in and below these folders, in order."""
+    """All run directories in and below these folders, sorted."""
     found = []
     for folder in folders:
         for path, below, files in os.walk(folder):
             if "metrics.json" in files:
                 found.append(Path(path))
-                below.clear()  # what is inside a run belongs to it
+                below.clear()  # do not descend into a run
             below.sort()
     return list(dict.fromkeys(found))
 
 
 def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
-    """One line for each run, finished or not.
+    """Read runs, finished or not, into a table with one row per run.
 
     Args:
-        sources: folders in and below which runs are, or tables of runs that were written before
-            (`results.csv`).
+        sources: folders that contain runs, or tables of runs (`results.csv`).
 
     Returns:
-        `COLUMNS`; what to call a run's cell, ``label``; and a column for each setting that is in
-        `ALWAYS` or tells two runs apart, by its dotted key (`setting_columns`).
+        `COLUMNS`; the display name of a run's cell, ``label``; and a column for each setting that
+        is in `ALWAYS` or differs between runs, by its dotted key (`setting_columns`).
 
     Raises:
         InputError: a file is not such a table.
@@ -99,7 +97,7 @@ def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
     runs["rank"] = order.fillna(len(METHODS))
     by = ["setting", "parameters", "student", "rank", "method", "variant", "seed"]
     runs = runs.sort_values(by, ignore_index=True).drop(columns="rank")
-    # What to call a run's cell: the variant only where there is more than one to tell apart.
+    # The label of a cell includes the variant only if there is more than one.
     several = runs.groupby("setting")["variant"].transform("nunique") > 1
     methods = runs["method"].astype(object)
     runs["label"] = methods.where(
@@ -111,8 +109,8 @@ def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
 def _baselines(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], Path]]:
     """Runs of other settings that are the baseline of some of these runs.
 
-    The same student without a teacher is trained once for all teachers. Where another teacher is
-    distilled, it is found by what the two settings have in common.
+    A student without a teacher is trained only once, whatever the configured teacher. For other
+    teachers its run is found by the common part of the settings.
     """
     known = {
         (row.get("baseline_key"), row.get("setting")) for row in rows if row.get("method") == "none"
@@ -132,7 +130,7 @@ def _baselines(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, An
 
 
 def _of_teacher(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
-    """What a baseline is called and compared with beside a run of another setting."""
+    """Fields of a baseline that are taken from a run of another setting."""
     parameters = row.get("teacher_parameters")
     return {
         "setting": row["setting"],
@@ -143,7 +141,7 @@ def _of_teacher(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str
 
 
 def _suffix(metrics: Mapping[str, Any]) -> str:
-    """What a run's name says beyond method, student and seed."""
+    """The part of a run's name after method, student and seed."""
     name, seed = str(metrics.get("name", "")), f"-s{metrics.get('seed')}"
     usual = f"{metrics.get('method')}-{metrics.get('student')}{seed}"
     rest = name.removeprefix(usual) if name.startswith(usual) else name.partition(seed)[2]
@@ -151,7 +149,7 @@ def _suffix(metrics: Mapping[str, Any]) -> str:
 
 
 def _shown(column: str, value: Any) -> Any:
-    """Text that can be shown and written anywhere; a folder stays as the system calls it."""
+    """Replace unprintable characters, except in folder names."""
     if not isinstance(value, str) or column == "folder" or value.isprintable():
         return value
     return "".join(c if c.isprintable() else " " for c in value)
@@ -165,9 +163,10 @@ def setting_columns(runs: pd.DataFrame) -> list[str]:
 def _tell_runs_of_a_cell_apart(
     rows: Sequence[dict[str, Any]], settings: Sequence[Settings]
 ) -> None:
-    """Make runs variants of each other that one cell would hold and that were not made alike.
+    """Make runs of one cell with different settings or user code variants of each other.
 
-    Their names do not say it if the user chose the setting's name, or corrected code of his own.
+    Their names do not show this if the setting's name was chosen by the user, or if user code was
+    changed.
     """
     cells: dict[Any, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
@@ -189,7 +188,7 @@ def _add_to_variant(row: dict[str, Any], words: str) -> None:
 
 
 def short_hash(sha256: Any) -> str:
-    """The beginning of a hash, to tell it from others; `unknown` if there is none."""
+    """The first digits of a hash; `unknown` if there is none."""
     return str(sha256)[:8] if isinstance(sha256, str) else "unknown"
 
 
@@ -211,7 +210,7 @@ def _read_table(path: Path) -> pd.DataFrame:
 
 
 def read_numbers(path: Path) -> pd.DataFrame | None:
-    """A run's table of numbers; None if there is none, or something else is in it."""
+    """Read a run's numeric table; None if missing, empty or not numeric."""
     try:
         table = pd.read_csv(path)
     except (OSError, ValueError):
@@ -221,7 +220,7 @@ def read_numbers(path: Path) -> pd.DataFrame | None:
 
 
 def read_histories(runs: pd.DataFrame) -> pd.DataFrame:
-    """The learning curves of the finished runs: a line an epoch, with the run's own columns."""
+    """The learning curves of finished runs: one row per epoch, with label, student and seed."""
     parts = []
     for run in runs[runs["status"] == "finished"].itertuples():
         history = read_numbers(Path(str(run.folder)) / "history.csv")

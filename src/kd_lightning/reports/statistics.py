@@ -1,4 +1,4 @@
-"""What can be concluded from runs: comparable groups, cells over seeds, paired gains."""
+"""Statistics over runs: comparable groups, cells over seeds, paired gains."""
 
 from numbers import Real
 from typing import Any, NamedTuple
@@ -17,13 +17,13 @@ AXES = ("method.", "student.")  # settings that differ within a group
 
 
 class Group(NamedTuple):
-    """Runs that can be compared: of one setting, made of the same images and teacher.
+    """Comparable runs: those of one setting with the same images and teacher weights.
 
     Attributes:
-        title: what to call it among others: what differs, in words, and the setting's name.
-        words: only what differs; empty if it is not known, or there is no other group.
-        setting: its name.
-        runs: a part of what `read_runs` returned.
+        title: display name: the differences from other groups, and the setting.
+        words: the differences only; empty if unknown, or if there is no other group.
+        setting: name of the setting.
+        runs: the group's rows of the table of `read_runs`.
     """
 
     title: str
@@ -33,11 +33,11 @@ class Group(NamedTuple):
 
 
 def groups(runs: pd.DataFrame) -> list[Group]:
-    """Settings, and parts of settings whose images or teacher's weights were not the same.
+    """Group runs by setting, and by the hashes of images and teacher weights.
 
-    A run without a teacher belongs to the groups of all teachers, as what their runs are measured
-    against. Finished runs that are too old to say what they were made of are put with the others as
-    long as those agree, else they are a group of their own.
+    A run without a teacher belongs to the groups of all teachers, as their baseline. Finished runs
+    of older versions without hashes join the group of their setting if there is only one, and
+    otherwise form their own.
 
     Args:
         runs: from `read_runs`.
@@ -52,7 +52,7 @@ def groups(runs: pd.DataFrame) -> list[Group]:
     keys = [key for key in setting_columns(runs) if not key.startswith(AXES)]
     facts = ["teacher", "data", *keys]
     if not any(runs[key].notna().any() for key in keys if key == "trainer.max_epochs"):
-        facts.append("epochs")  # of tables that are too old to have settings
+        facts.append("epochs")  # for tables of older versions, without settings
     rows = []
     for setting, known, own in found:
         values = {key: own[key].dropna().unique() for key in facts}
@@ -70,7 +70,7 @@ def _plain(value: Any) -> str:
 
 
 def _split(part: pd.DataFrame, column: str) -> list[tuple[str | None, pd.DataFrame]]:
-    """The parts in which a column is the same, and how to call each; see `groups`."""
+    """Split by the values of a column, with a name for each part; see `groups`."""
     known = part[column].dropna().unique()
     if not len(known):
         return [(None, part)]
@@ -88,26 +88,26 @@ def _split(part: pd.DataFrame, column: str) -> list[tuple[str | None, pd.DataFra
 
 
 def summarise(runs: pd.DataFrame) -> pd.DataFrame:
-    """One line for each cell.
+    """Aggregate runs to one row per cell.
 
     Args:
         runs: from `read_runs`.
 
     Returns:
         Columns ``setting, group`` (the title of the `Group`), ``method, student, variant, label``;
-        ``n`` finished runs, and how many are ``failed``, ``unfinished`` or ``missing`` of those
-        that another cell of the group has; ``parameters, compression_ratio``; mean ``val``,
+        the number ``n`` of finished runs, and of ``failed``, ``unfinished`` and ``missing`` runs
+        (seeds that another cell of the group has); ``parameters, compression_ratio``; mean ``val``,
         ``test``, ``agreement`` and their standard deviations over seeds ``val_std``, ``test_std``;
         ``gain``, the mean difference of test accuracy to `none` with the same student and seed, its
         confidence interval ``gain_low, gain_high`` (Student's t over ``pairs`` of seeds, NaN for
-        fewer than two); and ``gap_closed``, the gain as a share of the teacher's lead over `none`.
-        Accuracies are fractions.
+        fewer than two); and ``gap_closed``, the gain as a fraction of the teacher's lead over
+        `none`. Accuracies are fractions.
     """
     cells = []
     for title, _, setting, part in groups(runs):
         seeds = set(part["seed"])
         place = {"setting": setting, "group": title}
-        # As they were sorted: students by size, methods in the usual order.
+        # Unsorted, to keep the order of `read_runs`: students by size, methods by `METHODS`.
         for key, cell in part.groupby(["method", "student", "variant"], sort=False):
             cells.append(
                 {
@@ -117,7 +117,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
                     **_cell(cell, _baseline(part, *key), seeds),
                 }
             )
-        # A method that has not come to some student yet is missing there altogether.
+        # Add rows for combinations of method and student without any run yet.
         plain = part[part["variant"] == ""]
         for student in plain["student"].unique():
             for method in plain["method"].unique():
@@ -139,7 +139,7 @@ _CELL_COLUMNS = (
 
 
 def _baseline(part: pd.DataFrame, method: str, student: str, variant: str) -> pd.DataFrame:
-    """The finished `none` runs that a cell is measured against: those of the same student."""
+    """The finished `none` runs of the same student, the baseline of a cell."""
     none = part[
         (part["method"] == "none") & (part["student"] == student) & (part["status"] == "finished")
     ]
@@ -177,12 +177,12 @@ def _cell(cell: pd.DataFrame, none: pd.DataFrame, seeds: set[int]) -> dict[str, 
 
 
 def _over_seeds(runs: pd.DataFrame, name: str) -> float:
-    """A figure of a cell, as `results.FIGURES` says that it is reduced."""
+    """Aggregate a figure over seeds, as defined in `results.FIGURES`."""
     return float(runs[name].astype(float).agg(FIGURE[name].over_seeds))
 
 
 def interval(differences: list[float], confidence: float = CONFIDENCE) -> tuple[float, float]:
-    """Student's t interval of the mean of paired differences."""
+    """Student's t confidence interval of the mean of paired differences."""
     n = len(differences)
     values = pd.Series(differences)
     half = stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / n**0.5

@@ -1,4 +1,4 @@
-"""What a person sees at the end of a run."""
+"""The summary printed at the end of a run."""
 
 from pathlib import Path
 from typing import Any
@@ -10,11 +10,11 @@ from kd_lightning.terminal import printable, say
 
 
 def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
-    """Print the short table of a finished run.
+    """Print the summary table of a finished run.
 
     Args:
         metrics: as in `metrics.json`.
-        run_dir: the run's folder.
+        run_dir: folder of the run.
     """
     title = (
         f"{metrics['method']}: {metrics['student']} student on {metrics['data']}, "
@@ -61,18 +61,18 @@ def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
 
 
 def percent(fraction: float) -> str:
-    """0.7584 as '75.84 %'."""
+    """Format 0.7584 as '75.84 %'."""
     return f"{100 * fraction:.2f} %"
 
 
 def duration(seconds: float) -> str:
-    """Seconds as '41 s' or '12 min 5 s'."""
+    """Format seconds as '41 s' or '12 min 5 s'."""
     minutes, rest = divmod(round(seconds), 60)
     return f"{minutes} min {rest} s" if minutes else f"{rest} s"
 
 
 def about(seconds: float) -> str:
-    """Seconds as an estimate: '40 s', '12 min', '3 h 20 min' or '2 d 5 h'."""
+    """Format seconds as an estimate: '40 s', '12 min', '3 h 20 min' or '2 d 5 h'."""
     if seconds < 60:
         return f"{max(1, round(seconds))} s"
     minutes = round(seconds / 60)

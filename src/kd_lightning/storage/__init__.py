@@ -1,1 +1,1 @@
-"""What lies on disk: run directories, teachers, their outputs, weights, and what they depend on."""
+"""Files on disk: run directories, teacher store, teacher-output cache, weights, hashes."""

@@ -1,7 +1,7 @@
-"""Checkpoints of other people: which of a file's tensors are the network's, and do they fit.
+"""Loading of third-party checkpoints: find the state dict in a file and match it to a model.
 
-A file is read without running code from it. The state dict may stand by itself or be nested as in
-the common training scripts, and its keys may have the prefixes that wrappers leave.
+Files are read without executing code from them. The state dict may be nested as in common training
+scripts, and its keys may have the prefixes of wrappers.
 """
 
 import difflib
@@ -25,19 +25,19 @@ log = logging.getLogger(__name__)
 State = dict[str, Tensor]
 
 NESTS = (
-    # An average of the weights comes before the raw ones: it is what such trainings report.
+    # Averaged weights come before raw ones, as they are what such trainings report.
     "state_dict_ema", "model_ema", "ema_state_dict", "ema_model", "model_ema_state_dict", "ema",
     "params_ema", "state_dict", "model_state_dict", "model_state", "model", "net", "network",
     "net_state_dict", "weights", "params",
 )  # fmt: skip
-"""Where training scripts keep the weights, the first that is there counts."""
+"""Common keys of the state dict, in order of precedence."""
 
 WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-"""What wrappers write into keys, wherever the wrapped module is: torch.compile, FSDP,
-activation checkpointing."""
+"""Parts that wrappers insert into keys, at any position: torch.compile, FSDP, activation
+checkpointing."""
 
 COUNTERS = ("*total_ops", "*total_params", "n_averaged")
-"""Counters that are no weights: of profilers (thop) in every module, of `AveragedModel`."""
+"""Counters that are not weights: of profilers (thop) in every module, of `AveragedModel`."""
 
 
 def load_checkpoint(
@@ -47,25 +47,25 @@ def load_checkpoint(
     ignore_keys: Sequence[str] = (),
     key: str | None = None,
 ) -> None:
-    """Load a checkpoint file into a model, which it must fit exactly.
+    """Load a checkpoint file into a model, which it must match exactly.
 
-    If the keys do not fit as they are, a prefix under which all keys of the model are found is
-    removed, and what is not under it is left out.
+    If the keys do not match, a prefix under which all keys of the model are found is removed, and
+    keys without it are skipped.
 
     Args:
-        model: whose weights are replaced.
+        model: its weights are replaced.
         path: the file.
-        rename_keys: beginnings of keys to what replaces them, applied in order.
-        ignore_keys: patterns (`fnmatch`) of keys that are left out.
-        key: dotted place of the state dict in the file; None: found by `NESTS`.
+        rename_keys: key prefixes to their replacements, applied in order.
+        ignore_keys: patterns (`fnmatch`) of keys to skip.
+        key: dotted path of the state dict in the file; None: found by `NESTS`.
 
     Raises:
-        InputError: the file cannot be read safely or does not fit; naming the first difference.
+        InputError: the file cannot be read safely, or does not match; names the first difference.
     """
     origin = f"teacher.checkpoint={path}"
     own, state = model.state_dict(), read_checkpoint(path, key)
     renamed = rename(state, rename_keys or {})
-    # A model may have a part called `module` itself.
+    # The model itself may have a submodule called `module`.
     if own.keys() <= renamed.keys() or not own.keys() <= state.keys():
         state = renamed
     for name in list(state):
@@ -80,20 +80,20 @@ def load_checkpoint(
 
 
 def read_checkpoint(path: Path, key: str | None = None) -> State:
-    """The state dict in a checkpoint file: safetensors, or torch's format, by its content.
+    """Read the state dict from a checkpoint file, in safetensors or torch format by content.
 
-    Torch's format is read with ``weights_only=True``, so the file cannot run code.
+    The torch format is read with ``weights_only=True``, so that the file cannot run code.
 
     Args:
         path: the file.
         key: see `load_checkpoint`.
 
     Raises:
-        InputError: the file is missing or is not such a checkpoint.
+        InputError: the file is missing or not such a checkpoint.
     """
     origin = f"teacher.checkpoint={path}"
     if path.is_dir():
-        raise InputError(f"{origin} is a folder; name the file in it")
+        raise InputError(f"{origin} is a folder, not a file")
     if not path.is_file():
         raise InputError(f"{origin} does not exist")
     return find_state(_read(path, origin), origin, key)
@@ -110,50 +110,50 @@ def _read(path: Path, origin: str) -> Any:
             head = file.read(64)
             if reason := _what_else(head):
                 raise InputError(f"{unreadable}: {reason}")
-            if head[8:9] == b"{":  # a header in JSON after its length
+            if head[8:9] == b"{":  # safetensors: a JSON header after its length
                 return load_file(path)
             file.seek(0)
-            # Not the path: its suffix would decide the format.
+            # Pass the file, not the path, whose suffix would determine the format.
             return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         refused = re.search(r"GLOBAL ([\w.]+\.\w+)", str(error))
         if refused is None:
             raise InputError(unreadable) from error
-        program = f"from kd_lightning.checkpoints import convert; convert({str(path)!r})"
+        program = f"from kd_lightning.storage.checkpoints import convert; convert({str(path)!r})"
         raise InputError(
-            f"{unreadable}: it needs {refused[1]}, whose code reading it would run; if you trust "
-            f"its source, write its weights alone: python -c {shlex.quote(program)}"
+            f"{unreadable}: loading it would run the code of {refused[1]}; if you trust "
+            f"its source, extract the weights: python -c {shlex.quote(program)}"
         ) from error
     except InputError:
         raise
-    except Exception as error:  # torch raises many kinds
-        reason = ": it is an archive of another kind, or incomplete" if head[:2] == b"PK" else ""
+    except Exception as error:  # torch may raise anything
+        reason = ": it is an incomplete or a different archive" if head[:2] == b"PK" else ""
         if "torchscript" in str(error).lower():
             reason = ": it is a TorchScript archive; save the state_dict() of torch.jit.load"
         raise InputError(f"{unreadable}{reason}") from error
 
 
 def _what_else(head: bytes) -> str:
-    """What a file that is no checkpoint is, by its first bytes; empty if that is not known."""
+    """The kind of a file that is not a checkpoint, by its first bytes; empty if unknown."""
     text = head.lstrip().lower()
     if not head:
         return "it is empty"
     if text.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer to the file, fetch that with: git lfs pull"
+        return "it is a Git LFS pointer; fetch the file with: git lfs pull"
     if text.startswith((b"<!doctype", b"<html", b"<?xml")):
         return "it is a web page; download the file itself"
     if head.startswith(b"\x89HDF"):
-        return "it is an HDF5 file, as Keras writes"
+        return "it is an HDF5 file, as written by Keras"
     if head.startswith(b"\x1f\x8b"):
-        return "it is compressed, unpack it with gunzip"
+        return "it is compressed; decompress it with gunzip"
     return ""
 
 
 def find_state(content: Any, origin: str, key: str | None = None) -> State:
-    """The names and tensors of a network in what a checkpoint file holds.
+    """Find the state dict of a network in the content of a checkpoint file.
 
     Raises:
-        InputError: there are none, or several and no `key` says which.
+        InputError: there is none, or there are several and no `key` is given.
     """
     if key is not None:
         for part in key.split("."):
@@ -168,7 +168,7 @@ def find_state(content: Any, origin: str, key: str | None = None) -> State:
             known = [name for name in NESTS if name in states]
             if not known and len(states) > 1 and not _is_state(content):
                 raise InputError(
-                    f"{origin} holds several state dicts; say which with "
+                    f"{origin} contains several state dicts; select one with "
                     f"teacher.checkpoint_key={' or '.join(states)}"
                 )
             chosen = (known or (states if not _is_state(content) else []))[:1]
@@ -182,12 +182,12 @@ def find_state(content: Any, origin: str, key: str | None = None) -> State:
         if isinstance(name, str) and isinstance(value, Tensor):
             state[name] = value
     if not state:
-        raise InputError(f"{origin} holds no state dict (names of tensors)")
+        raise InputError(f"{origin} contains no state dict (names to tensors)")
     return state
 
 
 def _is_state(value: Any) -> bool:
-    """Whether it is names of tensors, perhaps with a few other entries."""
+    """Whether it maps names to tensors, possibly with a few other entries."""
     if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
         return False
     tensors = sum(isinstance(part, Tensor) for part in value.values())
@@ -195,13 +195,13 @@ def _is_state(value: Any) -> bool:
 
 
 def _holds_state(value: Any) -> bool:
-    if not isinstance(value, dict) or "param_groups" in value:  # no dict, or an optimizer's state
+    if not isinstance(value, dict) or "param_groups" in value:  # not a dict, or an optimizer state
         return False
     return _is_state(value) or any(_holds_state(part) for part in value.values())
 
 
 def rename(state: Mapping[str, Tensor], rename_keys: Mapping[str, str]) -> State:
-    """The tensors with other beginnings of their names, replaced one after the other."""
+    """Replace key prefixes, one after the other."""
     renamed = {}
     for key, tensor in state.items():
         for old, new in rename_keys.items():
@@ -212,7 +212,7 @@ def rename(state: Mapping[str, Tensor], rename_keys: Mapping[str, str]) -> State
 
 
 def _without_prefix(state: State, own: Mapping[str, Tensor], origin: str) -> State:
-    """The part of a state dict that is the network's, under the names that it has there."""
+    """Extract the part of a state dict that matches the network, without its prefix."""
     if not any(part in name for name in own for part in WRAPPERS):
         for part in WRAPPERS:
             state = {name.replace(part, ""): tensor for name, tensor in state.items()}
@@ -232,14 +232,14 @@ def _without_prefix(state: State, own: Mapping[str, Tensor], origin: str) -> Sta
     ]
     if len(whole) > 1 and "ema" not in whole[0]:
         raise InputError(
-            f"{origin} holds several networks that fit, {' and '.join(whole)}; leave out the "
+            f"{origin} contains several matching networks, {' and '.join(whole)}; skip the "
             f"others with teacher.ignore_keys=[{','.join(f'{name}*' for name in whole[1:])}]"
         )
-    # If none is whole, the most of it: others may have been renamed, or are said to be missing.
+    # If none is complete, use the best match; the missing keys are renamed or reported later.
     prefix = whole[0] if whole else max(sorted(found), key=lambda prefix: hits[prefix])
     if 2 * hits[prefix] < len(needed):
         return state
-    log.info("%s: the network is what begins with '%s'", origin, prefix)
+    log.info("%s: using the keys that begin with '%s'", origin, prefix)
     others = {} if whole else {n: part for n, part in state.items() if not n.startswith(prefix)}
     return others | {
         name.removeprefix(prefix): tensor
@@ -249,7 +249,7 @@ def _without_prefix(state: State, own: Mapping[str, Tensor], origin: str) -> Sta
 
 
 def _advice(state: State, own: Mapping[str, Tensor]) -> str:
-    """How to rename or leave out the first key that has no place, if it looks like another."""
+    """Suggest how to rename or skip the first unmatched key."""
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
     if not extra:
@@ -257,7 +257,7 @@ def _advice(state: State, own: Mapping[str, Tensor]) -> str:
     if not missing:
         first = extra[0].rsplit(".", 1)
         pattern = f"{first[0]}.*" if len(first) == 2 else first[0]
-        return f"; to leave it out: teacher.ignore_keys=[{pattern}]"
+        return f"; to skip it: teacher.ignore_keys=[{pattern}]"
     alike = [name for name in extra if state[name].shape == own[missing[0]].shape]
     near = difflib.get_close_matches(missing[0], alike, n=1, cutoff=0.3)
     if not near:
@@ -267,43 +267,43 @@ def _advice(state: State, own: Mapping[str, Tensor]) -> str:
         theirs, ours = theirs[:-1], ours[:-1]
     dot = "." if len(theirs) <= near[0].count(".") else ""
     pair = f"{'.'.join(theirs)}{dot}: {'.'.join(ours)}{dot}"
-    return f"; if that is its '{near[0]}': 'teacher.rename_keys={{{pair}}}'"
+    return f"; if '{near[0]}' corresponds to it: 'teacher.rename_keys={{{pair}}}'"
 
 
 def fit_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
-    """Load a state dict that must fit the model exactly.
+    """Load a state dict that must match the model exactly.
 
     Raises:
-        InputError: naming the first difference.
+        InputError: it does not; names the first difference.
     """
     own, state = model.state_dict(), dict(state)
-    other = f"{origin} is of another architecture than {type(model).__name__}: "
+    other = f"{origin} does not match the architecture {type(model).__name__}: "
     for key in own:
         if key.endswith("num_batches_tracked"):
-            # Unknown to BatchNorm before torch 0.4.1, and without effect on what is computed.
+            # Missing before torch 0.4.1, and without effect on the outputs.
             state.setdefault(key, own[key])
         if key not in state:
             has = next(iter(state), "nothing")
-            raise InputError(f"{other}it has no '{key}', but has '{has}' and so on")
+            raise InputError(f"{other}it has no '{key}', but '{has}' etc.")
         if own[key].numel() == state[key].numel() == 1:
             state[key] = state[key].reshape(own[key].shape)  # a scalar, or a list of one
         if own[key].shape != state[key].shape:
             raise InputError(
-                f"{other}'{key}' has the shape {tuple(state[key].shape)} there and "
-                f"{tuple(own[key].shape)} here"
+                f"{other}'{key}' has the shape {tuple(state[key].shape)} instead of "
+                f"{tuple(own[key].shape)}"
             )
         if own[key].is_floating_point() and not _is_plain(state[key]):
             raise InputError(
-                f"{origin}: '{key}' is a {_kind(state[key])} tensor, and not one of plain "
-                "floating-point numbers; write it as such"
+                f"{origin}: '{key}' is a {_kind(state[key])} tensor; convert it to a plain "
+                "floating-point tensor"
             )
     if extra := [key for key in state if key not in own]:
-        raise InputError(f"{other}its '{extra[0]}' has no place here")
+        raise InputError(f"{other}unexpected key '{extra[0]}'")
     model.load_state_dict(state)
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether its numbers can be taken as they are: quantised ones mean others."""
+    """Whether it is a dense floating-point tensor, not quantised."""
     plain = tensor.layout == torch.strided and not tensor.is_meta and not tensor.is_quantized
     return plain and (tensor.is_floating_point() or tensor.numel() == 1)
 
@@ -316,13 +316,13 @@ def _kind(tensor: Tensor) -> str:
 
 
 def convert(source: str | Path, target: str | Path | None = None) -> Path:
-    """Write the weights in a checkpoint to a safetensors file, running the code that it names.
+    """Convert a checkpoint that contains arbitrary objects to a safetensors file.
 
-    Only for files from a source that you trust: reading such a file can do anything.
+    Only for trusted files: loading such a file can run arbitrary code.
 
     Args:
-        source: torch's format, with whatever objects in it; models are taken for their state dict.
-        target: by default beside it, with the suffix ``.safetensors``.
+        source: file in torch format; models in it are converted to their state dict.
+        target: output file; by default next to the source, with the suffix ``.safetensors``.
     """
     target = Path(target or Path(source).with_suffix(".safetensors"))
 

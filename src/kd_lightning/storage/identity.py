@@ -1,11 +1,11 @@
-"""What a run is made of besides its configuration: images, the teacher's weights, the user's code.
+"""Content hashes of a run's inputs besides its configuration: images, teacher weights, user code.
 
-A configuration names files and code; their contents decide. A finished run is only believed while
-they are what they were, and runs of different contents never share a cell of a table.
+A configuration refers to files and code by name only. A finished run is valid only as long as their
+contents are unchanged, and runs with different contents never share a cell of a table.
 
-Two questions, because one of them is cheap. `stamps` looks at sizes and times of the files that a
-configuration names and needs neither torch nor the images: while it is unchanged, so are the
-contents (git's index works this way). `Contents` is the exact answer, once the images are loaded.
+There are two checks. `stamps` is a cheap digest of sizes and times of the files that a
+configuration refers to, as in git's index, and needs neither torch nor the images. `Contents` is
+the exact check, once the images are loaded.
 """
 
 import ast
@@ -31,8 +31,8 @@ from kd_lightning.config.nodes import Node, find_target
 from kd_lightning.errors import InputError
 from kd_lightning.files import read_json
 
-# Packages whose code is named by the configuration, not by its contents: a release of them, or a
-# file of ours that moves, must not invalidate every run there is.
+# Packages identified by name, not by content: a new release of them, or a moved file of ours, must
+# not invalidate all existing runs.
 KNOWN = frozenset(
     {"kd_lightning", "torch", "torchvision", "timm", "transformers", "lightning", "hydra",
      "omegaconf", "torchmetrics", "builtins"}
@@ -40,17 +40,17 @@ KNOWN = frozenset(
 PLACES = ("output_dir", "data_dir", "cache_dir", "name", "setting", "_target_")
 
 _loaded: dict[str, tuple[ModuleType, ModuleSpec | None, str, list[str]]] = {}
-"""What `_code` found of the modules that are loaded."""
+"""Results of `_code` for loaded modules."""
 
 
 class Contents(NamedTuple):
-    """SHA-256, in hex, of what a run was computed from; None where there is no such thing.
+    """SHA-256, in hex, of a run's inputs; None where there is no such input.
 
     Attributes:
-        images: every pixel and label, and the split between training and test images.
-        teacher: weights of the user's own checkpoint, and the user's code of the teacher.
-        code: the user's own code of student, method, data, optimizer, scheduler and callbacks, and
-            files that these are given.
+        images: all pixels and labels, and the split between training and test images.
+        teacher: a user-provided checkpoint, and user code of the teacher.
+        code: user code of student, method, data, optimizer, scheduler and callbacks, and files that
+            are passed to them.
     """
 
     images: str
@@ -58,14 +58,14 @@ class Contents(NamedTuple):
     code: str | None
 
     def as_metrics(self) -> dict[str, str | None]:
-        """As `metrics.json` holds them."""
+        """The keys and values in `metrics.json`."""
         return {f"{name}_sha256": value for name, value in self._asdict().items()}
 
     def changes(self, metrics: Mapping[str, Any]) -> list[str]:
-        """In words, what differs from that of an earlier run; empty if nothing is known to.
+        """Names of the inputs that differ from those of an earlier run; empty if none.
 
         Args:
-            metrics: of the earlier run; those of older versions do not say.
+            metrics: metrics of the earlier run; older versions did not record hashes.
         """
         words = {"images": "the images", "teacher": "the teacher", "code": "your own code"}
         now = self.as_metrics()
@@ -77,13 +77,13 @@ class Contents(NamedTuple):
 
 
 def stamps(config: Node, memo: dict[Path, str] | None = None) -> str:
-    """A digest of names, sizes and times of all files and folders that a configuration names.
+    """Digest of names, sizes and times of all files and folders in a configuration.
 
-    Empty if it names code of the user's own, whose files only an import would tell.
+    Empty if it refers to user code, whose files are known only after import.
 
     Args:
-        config: complete and plain.
-        memo: of a caller that asks again and again and for whom files do not change meanwhile.
+        config: complete, as plain dictionaries.
+        memo: cache for repeated calls during which the files do not change.
     """
     memo = {} if memo is None else memo
     nodes = {key: value for key, value in config.items() if key not in PLACES}
@@ -97,17 +97,17 @@ def stamps(config: Node, memo: dict[Path, str] | None = None) -> str:
 
 
 def source_sha256(*nodes: Any) -> str | None:
-    """SHA-256, in hex, of the user's own code and files that configuration nodes name.
+    """SHA-256, in hex, of user code and files that configuration nodes refer to.
 
-    Code is every module of the user's that a `_target_` leads to, directly or by import, without
-    its comments, docstrings and layout. Packages of others count by name alone (`KNOWN`, and
-    whatever is installed but not named by a `_target_`).
+    Covers every user module that a `_target_` refers to, directly or by import, ignoring comments,
+    docstrings and formatting. Third-party packages (`KNOWN`, and installed packages that are not
+    named by a `_target_`) are identified by name only.
 
     Args:
         nodes: any parts of a configuration.
 
     Returns:
-        None if there is neither code nor file.
+        None if there are neither code nor files.
 
     Raises:
         InputError: a `_target_` cannot be imported.
@@ -128,7 +128,7 @@ def source_sha256(*nodes: Any) -> str | None:
 
 
 def file_sha256(path: Path) -> str:
-    """SHA-256 of a file's content, in hex; remembered while the file is what it was."""
+    """SHA-256 of a file's content, in hex; cached while size and times are unchanged."""
     status = path.stat()
     return _file_sha256(path, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
 
@@ -143,7 +143,7 @@ def _stamp(path: Path) -> str:
     def walk(folder: str) -> Iterator[tuple[Any, ...]]:
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir(follow_symlinks=False):  # links may go round in circles
+                if entry.is_dir(follow_symlinks=False):  # links may be circular
                     yield from walk(entry.path)
                 else:
                     yield _status(entry)
@@ -154,9 +154,9 @@ def _stamp(path: Path) -> str:
 def _status(file: os.DirEntry[str] | Path) -> tuple[Any, ...]:
     try:
         status = file.stat()
-    except OSError:  # a link that leads nowhere, for those to complain of who need it
+    except OSError:  # a broken link, reported where it is used
         status = os.lstat(file)
-    # The time of the last change to the inode cannot be set: a copy that preserves times differs.
+    # The ctime cannot be set, so that a copy with preserved mtime still differs.
     times = status.st_mtime_ns, status.st_ctime_ns
     return (os.fspath(file), status.st_ino, status.st_size, *times)
 
@@ -166,7 +166,7 @@ def _digest(value: Any) -> str:
 
 
 def _paths(node: Any, key: str = "") -> Iterator[Path]:
-    """Files and folders that exist and are named somewhere in a node."""
+    """Existing files and folders that occur in a node."""
     if isinstance(node, dict):
         for name, value in node.items():
             if name not in PLACES:
@@ -177,17 +177,17 @@ def _paths(node: Any, key: str = "") -> Iterator[Path]:
     elif isinstance(node, str) and (
         key in ("root", "checkpoint") or os.sep in node or Path(node).suffix
     ):
-        with contextlib.suppress(OSError, ValueError, RuntimeError):  # no path at all
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a path
             if (path := Path(node).expanduser()).exists():
                 yield path
 
 
 def targets(node: Any) -> Iterator[str]:
-    """What the `_target_` nodes in a node name, in order, itself included."""
+    """All `_target_` values in a node, including its own, in order."""
     if isinstance(node, dict):
         if "_target_" in node:
             target = str(node["_target_"])
-            # Hydra's own way of naming a class or function without calling it.
+            # Hydra's way to refer to a class or function without calling it.
             yield str(node.get("path")) if target.startswith("hydra.utils.get_") else target
         for value in node.values():
             yield from targets(value)
@@ -201,10 +201,10 @@ def _package(name: str) -> str:
 
 
 def _collect(name: str | None, own: Iterable[str], found: dict[str, str]) -> None:
-    """Add a module's code, and that of the user's modules which it imports, to `found`."""
+    """Add the code of a module, and of the user modules that it imports, to `found`."""
     if name is None or name in found or _is_known(name):
         return
-    # What a function imports when it is called may not have been loaded yet.
+    # Modules imported inside functions may not be loaded yet.
     module = sys.modules.get(name) or _unloaded(name)
     file = getattr(module, "__file__", None)
     if module is None or file is None or not _is_users(name, file, own):
@@ -215,13 +215,13 @@ def _collect(name: str | None, own: Iterable[str], found: dict[str, str]) -> Non
 
 
 def _unloaded(name: str) -> ModuleType | None:
-    """A module, empty, that could be loaded from a file; nothing is run to find it."""
+    """An empty module object for a module that could be loaded, found without running code."""
     parent = name.rpartition(".")[0]
     if parent and parent not in sys.modules:
         return None
     try:
         spec = importlib.util.find_spec(name)
-    except (ImportError, ValueError, AttributeError):  # no package, or a module of its own making
+    except (ImportError, ValueError, AttributeError):  # not a package, or a synthetic module
         return None
     if spec is None or not spec.has_location or spec.origin is None:
         return None
@@ -231,11 +231,10 @@ def _unloaded(name: str) -> ModuleType | None:
 
 
 def _code(module: ModuleType, path: Path) -> tuple[str, list[str]]:
-    """SHA-256 of a module's code, in hex, and what it imports, its parent packages included.
+    """SHA-256 of a module's code, in hex, and its imports, including its parent packages.
 
-    As they were when first asked for: if the file is edited while a grid runs, what has been
-    imported goes on to be used. A module that is loaded again is another object, or has another
-    specification.
+    Cached per loaded module: if the file is edited while a grid runs, the imported version stays in
+    use. A reloaded module is a different object, or has a different spec.
     """
     known = _loaded.get(module.__name__)
     if known is not None and known[0] is module and known[1] is module.__spec__:
@@ -246,7 +245,7 @@ def _code(module: ModuleType, path: Path) -> tuple[str, list[str]]:
         tree = ast.parse(path.read_bytes())
         text = ast.unparse(_WithoutDocstrings().visit(tree))
         digest, imports = hashlib.sha256(text.encode()).hexdigest(), list(_imports(tree, module))
-    # Importing a module runs the packages that it is in.
+    # Importing a module runs its parent packages.
     imports += itertools.accumulate(module.__name__.split(".")[:-1], "{}.{}".format)
     if sys.modules.get(module.__name__) is module:
         _loaded[module.__name__] = (module, module.__spec__, digest, imports)
@@ -285,7 +284,7 @@ def _installed() -> tuple[Path, ...]:
 
 
 class _WithoutDocstrings(ast.NodeTransformer):
-    """Leaves out strings that stand as statements: they compute nothing."""
+    """Removes string statements, which have no effect."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         constant = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)
@@ -293,19 +292,19 @@ class _WithoutDocstrings(ast.NodeTransformer):
 
 
 def finished(run_dir: Path, config: Node) -> dict[str, Any] | None:
-    """The metrics of this very run if it was finished before.
+    """The metrics of this run if it is already finished.
 
-    Its files may have changed since: see `kd_lightning.contents`.
+    Its input files may have changed since; see `unchanged`.
 
     Raises:
-        InputError: the folder holds a finished run of another configuration.
+        InputError: the folder contains a finished run of another configuration.
     """
     metrics = read_json(run_dir / "metrics.json")
     if metrics.get("status") != "finished":
         return None
     if metrics.get("config_key") != config_key(config):
         raise InputError(
-            f"{run_dir} holds a finished run of another configuration; choose another name=... "
+            f"{run_dir} contains a finished run of another configuration; choose another name=... "
             "or hydra.run.dir=..."
         )
     return metrics
@@ -314,32 +313,32 @@ def finished(run_dir: Path, config: Node) -> dict[str, Any] | None:
 def unchanged(
     metrics: Mapping[str, Any], config: Node, memo: dict[Path, str] | None = None
 ) -> bool:
-    """Whether the files that a finished run was computed from are certainly what they were.
+    """Whether the input files of a finished run are certainly unchanged.
 
-    Runs of older versions do not say, and are believed.
+    Runs of older versions did not record stamps and are assumed to be unchanged.
 
     Args:
-        metrics: of the run.
-        config: that it was made by.
-        memo: see `contents.stamps`.
+        metrics: metrics of the run.
+        config: configuration of the run.
+        memo: see `stamps`.
     """
     recorded = metrics.get("stamps")
     return recorded is None or (recorded != "" and recorded == stamps(config, memo))
 
 
 def finished_elsewhere(run_dir: Path, config: Node) -> dict[str, Any] | None:
-    """The metrics of another setting's finished run that differs in nothing but a teacher which
-    neither of the two has.
+    """The metrics of an equivalent finished run in another setting: one that differs only in the
+    configured teacher, which neither run uses.
 
-    Its files may have changed since, as in `finished`. A run that was begun in `run_dir` is not
-    looked for elsewhere.
+    Its input files may have changed since, as in `finished`. None if there are already metrics in
+    `run_dir`.
 
     Args:
-        run_dir: the folder of the run that is wanted.
-        config: complete and plain.
+        run_dir: the folder of the requested run.
+        config: complete, as plain dictionaries.
 
     Returns:
-        With one key more: ``folder``, that of the other run.
+        The metrics and the other run's ``folder``.
     """
     if (run_dir / "metrics.json").exists():
         return None

@@ -1,4 +1,4 @@
-"""The software and the device that a result was made with."""
+"""Software versions and device of a run."""
 
 import platform
 import subprocess
@@ -9,13 +9,13 @@ import torch
 
 
 def versions() -> dict[str, str]:
-    """Versions of what a result depends on, and the commit if this is a checkout."""
+    """Versions of Python, torch and Lightning, and the git commit if this is a checkout."""
     packages = {"torch": torch.__version__, "lightning": version("lightning")}
     return {"git_commit": _git_commit(), "python": platform.python_version(), **packages}
 
 
 def _git_commit() -> str:
-    """The checkout's commit, with ``-dirty`` if files differ; empty outside a checkout."""
+    """The commit of the checkout, with ``-dirty`` if modified; empty outside a checkout."""
     root = Path(__file__).resolve().parents[3]
     if not (root / ".git").exists():
         return ""
@@ -28,7 +28,7 @@ def _git_commit() -> str:
 
 
 def device_name(device: torch.device) -> str:
-    """The device as people know it: the GPU's or the processor's name, and the threads used."""
+    """Human-readable device name: of the GPU, or of the CPU with the number of threads."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()

@@ -1,4 +1,4 @@
-"""What a run leaves behind, written atomically, and how a model is rebuilt from it."""
+"""The files of a run, written atomically, and loading of the student from them."""
 
 import csv
 import io
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
 
-# Of a configuration in a file, what a student is rebuilt and tested by.
+# Keys of a stored configuration that are needed to load and test its student.
 NEEDED = {
     "student.model._target_": str,
     "data._target_": str,
@@ -39,13 +39,13 @@ NEEDED = {
 
 
 class Checkpoint(NamedTuple):
-    """Where a training can go on: Lightning's file, and how far it had come.
+    """A Lightning checkpoint to resume from, and its position in the training.
 
     Attributes:
         path: the file.
-        epochs: that were whole.
-        steps: in all.
-        batches: of the epoch that had begun; 0 between two epochs.
+        epochs: number of complete epochs.
+        steps: total number of optimizer steps.
+        batches: number of processed batches in the current epoch; 0 between epochs.
     """
 
     path: Path
@@ -55,14 +55,14 @@ class Checkpoint(NamedTuple):
 
     @property
     def place(self) -> str:
-        """For people: `epoch 3`, or `step 57 (batch 7 of epoch 4)`."""
+        """Human-readable position: `epoch 3`, or `step 57 (batch 7 of epoch 4)`."""
         if self.batches:
             return f"step {self.steps} (batch {self.batches} of epoch {self.epochs + 1})"
         return f"epoch {self.epochs}"
 
 
 class _WithoutAliases(yaml.SafeDumper):
-    """Writes what is there twice, twice; `RunDirectory.read_config` says why."""
+    """YAML dumper without aliases, which `RunDirectory.read_config` rejects."""
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
@@ -70,10 +70,10 @@ class _WithoutAliases(yaml.SafeDumper):
 
 class RunDirectory:
     """The folder of one run: `config.yaml`, `metrics.json`, `history.csv`, `confusion.csv`,
-    `student.safetensors`, checkpoints for resuming, and TensorBoard's events.
+    `student.safetensors`, checkpoints, and TensorBoard event files.
 
     Args:
-        path: the folder; it need not exist yet.
+        path: the folder; need not exist yet.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -81,25 +81,27 @@ class RunDirectory:
 
     @rank_zero_only
     def write_config(self, config: Node) -> None:
-        """Store the complete configuration, interpolations resolved."""
+        """Write the complete configuration, with interpolations resolved."""
         text = yaml.dump(config, Dumper=_WithoutAliases, sort_keys=False)
         write_text(self.path / "config.yaml", text)
 
     def read_config(self) -> Node:
-        """The configuration of the run.
+        """Read the configuration of the run.
 
         Raises:
-            InputError: there is none, or it is not a configuration.
+            InputError: the file is missing or invalid.
         """
         path = self.path / "config.yaml"
         try:
             text = path.read_text(encoding="utf-8")
-            # Aliases of aliases of aliases are a small file and more settings than there are atoms.
+            # Nested aliases can expand exponentially ("billion laughs").
             if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-                raise InputError(f"{path} has YAML aliases in it, which no run writes: refused")
+                raise InputError(f"{path} contains YAML aliases, which no run writes: rejected")
             config = yaml.safe_load(text)
         except OSError as error:
-            raise InputError(f"{self.path} is not a run directory: no {path.name} in it") from error
+            raise InputError(
+                f"{self.path} is not a run directory: it has no {path.name}"
+            ) from error
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise InputError(f"{path} is damaged and cannot be read as YAML") from error
         for key, kind in NEEDED.items():
@@ -111,16 +113,16 @@ class RunDirectory:
         return config
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
-        """Replace `metrics.json`."""
+        """Write `metrics.json`."""
         write_json(self.path / "metrics.json", metrics)
 
     def read_metrics(self) -> dict[str, Any]:
-        """The metrics as far as they are known; empty if there are none that can be read."""
+        """Read `metrics.json`; empty if missing or unreadable."""
         return read_json(self.path / "metrics.json")
 
     @rank_zero_only
     def write_table(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Replace `<name>.csv` by these rows; their keys are the columns."""
+        """Write rows to `<name>.csv`; their keys are the columns."""
         columns = list(dict.fromkeys(key for row in rows for key in row))
         text = io.StringIO()
         writer = csv.DictWriter(text, columns, lineterminator="\n")
@@ -129,14 +131,14 @@ class RunDirectory:
         write_text(self.path / f"{name}.csv", text.getvalue())
 
     def lock(self, wait: bool = True) -> AbstractContextManager[Any]:
-        """Held by the process that is working on the run; see `files.hold`."""
+        """The lock of the process that executes the run; see `files.hold`."""
         return hold(self.path / ".lock", f"another process is working on {self.path.name}", wait)
 
     def set_aside(self, place: Path) -> Path:
-        """Move everything but the lock to a new folder below `place`; return that folder.
+        """Move all files except the lock to a new folder below `place`; return that folder.
 
         Args:
-            place: where earlier runs are kept; on any file system.
+            place: folder for superseded runs, on any file system.
         """
         number = 1
         while (aside := place / f"{self.path.name}-{number}").exists():
@@ -150,7 +152,7 @@ class RunDirectory:
         return aside
 
     def checkpoint(self) -> Checkpoint | None:
-        """What was saved last, the end of an epoch or where it was asked to stop, if anything."""
+        """The last checkpoint, from the end of an epoch or a graceful stop, if any."""
         path = self.path / "checkpoints" / LAST
         if not path.exists():
             return None
@@ -161,26 +163,26 @@ class RunDirectory:
             begun = epochs["processed"] < epochs["ready"]
             batches = loops["epoch_loop.batch_progress"]["current"]["processed"] if begun else 0
             return Checkpoint(path, epochs["processed"], content["global_step"], batches)
-        except Exception:  # torch raises many kinds
-            log.warning("%s is damaged: training begins anew", path)
+        except Exception:  # torch may raise anything
+            log.warning("%s is damaged; training restarts from the beginning", path)
             return None
 
     @rank_zero_only
     def save_weights(self, model: nn.Module, name: str = "student") -> None:
-        """Store a model's weights and buffers as `<name>.safetensors`."""
+        """Write a model's weights and buffers to `<name>.safetensors`."""
         save_weights(model, self.path / f"{name}.safetensors")
 
     def load_student(self, trust: Iterable[str] = ()) -> tuple[nn.Module, Node]:
-        """Rebuild the student, in evaluation mode, and return it with the run's configuration.
+        """Load the student, in evaluation mode, and the run's configuration.
 
-        It expects images (B, 3, H, W) of ``config["data"]["image_size"]`` pixels, scaled to [0, 1]
-        and then normalised by ``config["data"]["mean"]`` and ``["std"]``.
+        The student expects images (B, 3, H, W) of ``config["data"]["image_size"]`` pixels, scaled
+        to [0, 1] and normalised by ``config["data"]["mean"]`` and ``["std"]``.
 
         Args:
             trust: see `check_trusted`.
 
         Raises:
-            InputError: something is missing or damaged, or names code that is not trusted.
+            InputError: a file is missing or damaged, or refers to untrusted code.
         """
         config = self.read_config()
         check_trusted(config["student"]["model"], "student.model", trust)

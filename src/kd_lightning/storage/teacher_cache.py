@@ -1,18 +1,19 @@
-"""Remembered teachers: what a frozen teacher says of a view never changes, so it is kept on disk.
+"""The teacher-output cache: the output of a frozen teacher on a view is constant, so it is stored
+on disk.
 
-A term's `remember` reduces the teacher's answer to one row of numbers for each view. The rows lie
-in memory-mapped files, one for each term and view number, one row for each image:
+A term's `remember` reduces the teacher's output to one row of numbers per view. The rows are stored
+in memory-mapped files, one per term and view number, with one row per image:
 
     <root>/<teacher>-<term>-<hash>/key.json
     <root>/<teacher>-<term>-<hash>/view-00007.rows
 
-The hash is that of everything the rows depend on: the teacher's weights, the images, the
-augmentation, the precision, what the term takes from the teacher. Nothing of the student, the seed
-or the rest of the method is in it, so all of these share what the teacher has said.
+The hash covers everything the rows depend on: the teacher's weights, the images, the augmentation,
+the precision, and the term's targets. It does not include the student, the seed or the rest of the
+method, so that all of these share the cached outputs.
 
-There are no locks and no markers of completeness. Every row carries a checksum of its numbers, its
-image and its view. A row that was never written, half written, overwritten by two processes at
-once, or lost with the end of a truncated file does not pass, and is computed again.
+There are no locks and no completeness markers. Every row has a checksum of its numbers, image and
+view. A row that was never written, partially written, overwritten concurrently or lost in a
+truncated file fails the check and is recomputed.
 """
 
 import hashlib
@@ -39,25 +40,25 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 GIGABYTE = 10**9
-ODD = np.uint64(0x9E3779B97F4A7C15)  # multiplying by an odd number modulo 2^64 loses nothing
+ODD = np.uint64(0x9E3779B97F4A7C15)  # multiplication by an odd number modulo 2^64 is invertible
 
 Words = npt.NDArray[np.uint32]
 Compute = Callable[[], Mapping[str, Tensor]]
-"""Computes what every term remembers of a batch, name to float32 (B, ...), where it is trained."""
+"""Computes the targets of every term for a batch, name to float32 (B, ...), on the device."""
 
 
 class Rows:
-    """The rows of one term: for every (image, view number), `width` numbers and a checksum.
+    """The rows of one term: the targets of every (image, view number), with a checksum.
 
     Args:
-        folder: where the files are; made with the first of them.
-        key: everything the rows depend on, for people to read; the folder's name has its hash.
-        images: how many images there are.
-        shape: of what the term remembers of one view.
-        dtype: what it is stored in.
+        folder: folder of the files; created with the first file.
+        key: everything the rows depend on, human-readable; its hash is in the folder name.
+        images: number of images.
+        shape: shape of the term's targets for one view.
+        dtype: storage dtype.
     """
 
-    OPEN_FILES = 4  # pages of a mapped file count as this process's memory
+    OPEN_FILES = 4  # pages of a mapped file count as memory of this process
 
     def __init__(
         self,
@@ -77,20 +78,20 @@ class Rows:
 
     @property
     def file_size(self) -> int:
-        """Bytes of the file of one view number."""
+        """Size of the file of one view number, in bytes."""
         return self.images * (self.words + 2) * 4
 
     def path(self, view: int) -> Path:
-        """The file of a view number."""
+        """Path of the file of a view number."""
         name = "plain" if view == PLAIN else f"{view:05d}"
         return self.folder / f"view-{name}.rows"
 
     def read(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor]:
-        """The numbers (B, *shape), in `dtype`, and which of the rows are there, (B,) bool.
+        """Read the targets (B, *shape), in `dtype`, and a mask of valid rows, (B,) bool.
 
         Args:
-            index: which images (B,), int64, on the CPU.
-            view: which view of each (B,), int64, on the CPU.
+            index: image indices (B,), int64, on the CPU.
+            view: view numbers (B,), int64, on the CPU.
         """
         rows = np.zeros((len(index), self.words + 2), np.uint32)
         for file, places in self._files_of(view):
@@ -103,9 +104,9 @@ class Rows:
         return values, torch.from_numpy(known)
 
     def write(self, index: Tensor, view: Tensor, values: Tensor) -> None:
-        """Keep numbers (B, *shape) in `dtype`, where there is a file for them.
+        """Write targets (B, *shape), in `dtype`, to the existing files.
 
-        A row that is not finite in `dtype` is not kept.
+        Rows that are not finite in `dtype` are skipped.
         """
         finite = values.flatten(1).isfinite().all(dim=1)
         index, view, values = index[finite], view[finite], values[finite]
@@ -118,10 +119,9 @@ class Rows:
             file[index.numpy()[places]] = rows[places]
 
     def reserve(self, view: int) -> None:
-        """Make the file of a view number, its whole size allocated on the disk.
+        """Create the file of a view number, or extend a truncated one, allocated on the disk.
 
-        Allocated, because a process that writes to a mapped page for which the disk has no room is
-        killed without a chance to say why. A file that has become too short is made whole.
+        Allocated, because writing to a mapped page without disk space kills the process (SIGBUS).
 
         Raises:
             OSError: the disk is full, or the folder cannot be written.
@@ -143,14 +143,14 @@ class Rows:
                 raise
 
     def missing(self, view: int) -> int:
-        """Bytes that the file of a view number still needs on the disk."""
+        """Number of bytes still to be allocated for the file of a view number."""
         try:
             return max(0, self.file_size - self.path(view).stat().st_size)
         except OSError:
             return self.file_size
 
     def _files_of(self, view: Tensor) -> Iterator[tuple[Words, npt.NDArray[np.int64]]]:
-        """Every file that holds some of these views, and the places of those in the batch."""
+        """Every file that contains some of these views, and their positions in the batch."""
         numbers = view.numpy()
         for number in np.unique(numbers):
             file = self._open(int(number))
@@ -162,7 +162,7 @@ class Rows:
             self._files.move_to_end(view)
             return self._files[view]
         if self.missing(view):
-            return None  # numpy would make it longer, which is for `reserve` to do
+            return None  # numpy would extend it without allocating; see `reserve`
         shape = (self.images, self.words + 2)
         try:
             file: Words = np.memmap(self.path(view), np.uint32, mode="r+", shape=shape)
@@ -176,48 +176,48 @@ class Rows:
     def _checksum(self, words: Words, index: Tensor, view: Tensor) -> Words:
         """Multilinear hash modulo 2^64 (Carter & Wegman 1979), (B, 2): two words of 32 bits."""
         total = words.astype(np.uint64) @ self._factors
-        # Another number for every (image, view), never 0: neither a row of zeros nor the same
-        # numbers in another place pass.
+        # Unique for every (image, view) and never 0, so that neither a row of zeros nor the same
+        # numbers at another position are valid.
         place = (view.numpy() + 2).astype(np.uint64) << np.uint64(32) | index.numpy().astype(
             np.uint64
         )
         total += place * ODD
-        # The low bits of a sum of products are the weakest: fold the high ones into them.
+        # The low bits of a sum of products are the weakest; fold the high ones into them.
         total ^= total >> np.uint64(29)
         return total.view(np.uint32).reshape(-1, 2)
 
 
 class TeacherCache:
-    """Everything a teacher is remembered by in one training.
+    """The cached teacher outputs used in one training.
 
     Args:
-        rows: those of every term that learns from the teacher.
-        limit: bytes that may be used below `root`, by whoever wrote them. Several processes at
-            once may overstep it by a file each.
-        root: the folder of all remembered teachers.
+        rows: the rows of every term that needs the teacher.
+        limit: maximum total size of all caches below `root`, in bytes. Each concurrent process may
+            exceed it by one file.
+        root: the folder of all caches.
     """
 
     def __init__(self, rows: Mapping[str, Rows], root: Path, limit: float) -> None:
         self.rows, self.root, self.limit = rows, root, limit
-        self._seen: set[int] = set()  # view numbers that have their files, or cannot have them
+        self._seen: set[int] = set()  # view numbers whose files exist or cannot be created
         self._full = False
         self._unwritten: deque[_Unwritten] = deque()
 
     def fetch(
         self, index: Tensor, view: Tensor, device: torch.device, ask: Compute
     ) -> dict[str, Tensor]:
-        """What each term remembers of a batch: name to float32 (B, ...), on the device.
+        """The targets of each term for a batch: name to float32 (B, ...), on the device.
 
-        What is stored is read. If anything is not there, the teacher is asked about the whole
-        batch, and that is stored too: about fewer images at once it would add in another order, and
-        a training that was interrupted could end up elsewhere. Either way the numbers are rounded
-        to what is stored, so that a result does not depend on who was here before.
+        Cached rows are read. If any row is missing, the teacher's output is computed for the whole
+        batch and stored: a smaller batch could change the order of floating-point additions, so
+        that a resumed training would differ. Computed rows are rounded to the storage dtype, so
+        that the result does not depend on the state of the cache.
 
         Args:
-            index: which images (B,), int64, on the CPU.
-            view: which view of each (B,), int64, on the CPU.
-            device: where the images are.
-            ask: computes what is not there, the whole batch of it.
+            index: image indices (B,), int64, on the CPU.
+            view: view numbers (B,), int64, on the CPU.
+            device: device of the images.
+            ask: computes the targets of the whole batch.
         """
         self._make_room(view)
         self._write_finished()
@@ -245,7 +245,7 @@ class TeacherCache:
         return result
 
     def flush(self) -> None:
-        """Write what is not written yet, waiting for the device if need be."""
+        """Write all pending rows, waiting for the device if necessary."""
         while self._unwritten:
             self._unwritten.popleft().write()
 
@@ -268,30 +268,30 @@ class TeacherCache:
             except OSError as error:
                 self._full = True
                 log.warning(
-                    "no more of the teacher's answers are stored in %s (%s): training goes on "
-                    "with the teacher computing. scripts/remembered.py shows and removes",
+                    "no further teacher outputs are cached in %s (%s); they are computed instead. "
+                    "scripts/remembered.py lists and removes caches",
                     self.root, error.strerror or error,
                 )  # fmt: skip
 
 
 class _Unwritten:
-    """Numbers on their way from the device to a file."""
+    """Rows that are being copied from the device and then written to a file."""
 
     def __init__(self, rows: Rows, index: Tensor, view: Tensor, values: Tensor) -> None:
         self.rows, self.index, self.view = rows, index, view
         self.values = ToHost(values)
 
     def ready(self) -> bool:
-        """Whether the numbers have arrived."""
+        """Whether the copy is complete."""
         return self.values.ready()
 
     def write(self) -> None:
-        """Write them, waiting for them if need be."""
+        """Write the rows, waiting for the copy if necessary."""
         self.rows.write(self.index, self.view, self.values.wait())
 
 
 class Stored(NamedTuple):
-    """What is remembered in one folder: its bytes, its view numbers, and its key."""
+    """One cache folder: its size in bytes, number of views, and key."""
 
     folder: Path
     bytes: int
@@ -300,7 +300,7 @@ class Stored(NamedTuple):
 
 
 def stored(root: Path) -> list[Stored]:
-    """All that is remembered below `root`, by name."""
+    """All caches below `root`, sorted by name."""
     found = []
     for folder in sorted(path for path in root.glob("*") if path.is_dir()):
         files = [file.stat().st_size for file in folder.glob("view-*.rows")]
@@ -309,12 +309,12 @@ def stored(root: Path) -> list[Stored]:
 
 
 def remove(folder: Path) -> None:
-    """Forget what one folder holds. Trainings that have it open go on, and compute."""
+    """Remove a cache. Trainings that use it continue and compute the outputs."""
     shutil.rmtree(folder)
 
 
 def used_bytes(root: Path) -> int:
-    """Bytes of everything remembered below `root`."""
+    """Total size of all caches below `root`, in bytes."""
     return sum(file.stat().st_size for file in root.glob("*/view-*.rows"))
 
 

@@ -1,7 +1,7 @@
-"""The teacher store: a teacher is trained once, under a lock, checked, and kept for ever.
+"""The teacher store: every teacher is trained once, under a lock, verified, and reused.
 
-A teacher is named by a hash of everything that changes its weights. It is trained into a folder of
-its own beside its place, and moved there in one step when it is complete.
+A teacher is identified by a hash of everything that determines its weights. It is trained in a
+temporary folder, which is renamed atomically when complete.
 """
 
 import hashlib
@@ -28,7 +28,7 @@ class StoredTeacher:
     Attributes:
         path: its folder.
         key: see `teacher_key`.
-        facts: accuracies on validation and test, parameters, epochs, seconds.
+        facts: validation and test accuracy, parameters, epochs, seconds.
     """
 
     path: Path
@@ -42,10 +42,10 @@ class StoredTeacher:
 
 
 def teacher_key(plan: TeacherPlan, images: str) -> str:
-    """SHA-256, in hex, of everything that changes the teacher's weights.
+    """SHA-256, in hex, of everything that determines the teacher's weights.
 
     Args:
-        plan: of the teacher.
+        plan: the plan of the teacher.
         images: fingerprint of the data set.
     """
     code = source_sha256(plan.model, plan.training.optimizer, plan.training.scheduler)
@@ -54,25 +54,25 @@ def teacher_key(plan: TeacherPlan, images: str) -> str:
 
 
 class TeacherStore:
-    """The folder that keeps teachers.
+    """The folder of trained teachers.
 
     Args:
-        root: the folder; made when the first teacher is.
+        root: the folder; created with the first teacher.
     """
 
     def __init__(self, root: str | Path) -> None:
         self.root = Path(root)
 
     def obtain(self, name: str, key: str, train: Callable[[Path], dict[str, Any]]) -> StoredTeacher:
-        """The teacher with this key: the stored one, or else the one that `train` makes.
+        """Return the stored teacher with this key, or train it.
 
-        Processes that ask for the same teacher at once wait for the first to train it.
+        Concurrent processes that need the same teacher wait for the first one to train it.
 
         Args:
-            name: for people, the beginning of the folder's name.
+            name: human-readable name, the prefix of the folder name.
             key: from `teacher_key`.
-            train: trains a teacher into a folder, empty or as an interrupted training of the same
-                teacher left it; leaves `teacher.safetensors` there and returns its facts.
+            train: trains a teacher in a folder, which is empty or contains an interrupted training
+                to resume; writes `teacher.safetensors` and returns the facts.
         """
         place = self.root / f"{name}-{key[:16]}"
         busy = f"another process is training the teacher {place.name}"
@@ -100,7 +100,7 @@ class TeacherStore:
             number += 1
         place.rename(aside)
         log.warning(
-            "the stored teacher %s is damaged; it was moved to %s and is trained again",
+            "the stored teacher %s is damaged; it was moved to %s and is being retrained",
             place, aside.name,
         )  # fmt: skip
         return None
@@ -108,7 +108,7 @@ class TeacherStore:
     def _train(
         self, place: Path, key: str, train: Callable[[Path], dict[str, Any]]
     ) -> StoredTeacher:
-        # What an interrupted training left is gone on with: the name says it is the same teacher.
+        # Reused, to resume an interrupted training: the same name means the same teacher.
         partial = place.with_name(f"{place.name}.partial")
         partial.mkdir(exist_ok=True)
         facts = train(partial)

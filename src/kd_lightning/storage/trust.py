@@ -1,4 +1,4 @@
-"""Which code a `_target_` in a file on disk may name."""
+"""Restricts which code a `_target_` in a file on disk may refer to."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 from kd_lightning.config.nodes import Node, find_target
 from kd_lightning.errors import InputError
 
-# A `_target_` in a file on disk is honoured only if it names a class or function defined in one of
-# these packages: what a stranger's file names must not be able to run anything else.
+# A `_target_` in a file on disk is accepted only if it is a class or function defined in one of
+# these packages, so that an untrusted file cannot run arbitrary code.
 TRUSTED = (
     "kd_lightning.models",
     "kd_lightning.data",
@@ -20,15 +20,15 @@ TRUSTED = (
 
 
 def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
-    """Check that a node read from a file may be built.
+    """Check that a node read from a file may be instantiated.
 
     Args:
-        node: with any nodes in it.
-        path: what to call it.
-        trust: packages and modules of one's own, whose classes and functions may be used too.
+        node: the node, possibly nested.
+        path: its path, for messages.
+        trust: your own packages and modules to trust in addition.
 
     Raises:
-        InputError: a target in it, wherever its name leads, is not defined in a trusted package.
+        InputError: a target, after resolving its name, is not defined in a trusted package.
     """
     packages = (*TRUSTED, *trust)
 
@@ -36,14 +36,14 @@ def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
         return name.startswith(tuple(f"{package}." for package in packages))
 
     for nested in _targets(node):
-        # Nothing else is even imported. But the name alone proves nothing:
-        # `kd_lightning.models.convnet.nn.Module` walks elsewhere.
+        # Untrusted names are not even imported. The name alone is not sufficient, as
+        # `kd_lightning.models.convnet.nn.Module` is defined elsewhere.
         if not trusted(nested) or not trusted(
             f"{getattr(find_target(nested, path), '__module__', '')}."
         ):
             raise InputError(
-                f"{path}._target_={nested} is not in {', '.join(packages)}: refused, because code "
-                "named in a file from elsewhere could do anything; if it is yours, say so (trust)"
+                f"{path}._target_={nested} is not in {', '.join(packages)}: rejected, because "
+                "untrusted files could run arbitrary code; if it is your own code, pass trust"
             )
 
 

@@ -14,7 +14,7 @@ from kd_lightning.storage.checkpoints import fit_state
 
 
 def save_weights(model: nn.Module, path: Path) -> None:
-    """Store a model's weights and buffers, atomically."""
+    """Write a model's weights and buffers atomically."""
     state = {key: value.contiguous() for key, value in model.state_dict().items()}
     with replacing(path) as partial:
         save_file(state, partial)
@@ -24,7 +24,7 @@ def load_weights(model: nn.Module, path: Path) -> None:
     """Load weights stored by `RunDirectory.save_weights`.
 
     Raises:
-        InputError: the file is missing, damaged, or of another architecture.
+        InputError: the file is missing, damaged, or does not match the architecture.
     """
     try:
         state = load_file(path)

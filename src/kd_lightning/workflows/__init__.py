@@ -1,1 +1,1 @@
-"""The stories: train a student, train a teacher, evaluate, tune, run a grid."""
+"""Workflows: train a student, train a teacher, evaluate, tune, run a grid."""

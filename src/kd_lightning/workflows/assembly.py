@@ -1,4 +1,4 @@
-"""From the plan of a run to its objects: data, teacher, module."""
+"""Construction of the objects of a run from its plan: data, teacher, module."""
 
 import torch
 from lightning.pytorch import seed_everything
@@ -14,13 +14,13 @@ from kd_lightning.storage.checkpoints import load_checkpoint
 
 
 def build_data(node: Node) -> ImageDataModule:
-    """The data module; nothing is loaded yet, but the classes are known."""
+    """Build the data module; images are not loaded yet, but the classes are known."""
     check_node(node, "data")
     return build(node, "data")
 
 
 def build_teacher(plan: TeacherPlan, data: DataPlan) -> FrozenTeacher:
-    """The teacher's network; with the user's weights if there is a checkpoint of them."""
+    """Build the teacher's network; loads the user-provided checkpoint, if any."""
     model = build(plan.model, "teacher.model")
     materialize(model, data.image_size, "teacher.model")
     if plan.checkpoint is not None:
@@ -35,7 +35,7 @@ def build_module(
     teacher: FrozenTeacher | None = None,
     train_size: int = 0,
 ) -> DistillationModule:
-    """A network, freshly initialised from its seed, and the terms that it is trained by."""
+    """Build the module of a network, initialised from its seed, and its loss terms."""
     seed_everything(plan.seed, verbose=False)
     return DistillationModule(
         student=plan.model,
@@ -51,7 +51,7 @@ def build_module(
 
 
 def try_optimizer(optimizer: Node, scheduler: Node | None, role: str = "") -> None:
-    """Build optimizer and scheduler for a single number, so that a bad value shows at once."""
+    """Build optimizer and scheduler for a dummy parameter, to detect invalid arguments early."""
     number = torch.nn.Parameter(torch.zeros(1))
     trial = build_partial(optimizer, f"{role}optimizer")([number])
     if scheduler is not None:

@@ -1,4 +1,4 @@
-"""A finished run, tested again from what it left behind."""
+"""Evaluation of a finished run from its files."""
 
 import logging
 from collections.abc import Iterable
@@ -24,35 +24,37 @@ log = logging.getLogger(__name__)
 def evaluate(
     run_dir: str | Path, data_root: str | None = None, trust: Iterable[str] = ()
 ) -> dict[str, float]:
-    """Rebuild the student of a run from its folder alone, and test it.
+    """Load the student of a run from its folder and test it.
 
     Args:
         run_dir: folder of the run.
-        data_root: where the images are now, if not where they were.
-        trust: packages of one's own that the run may name; see `runs.check_trusted`.
+        data_root: new location of the images, if they have moved.
+        trust: your own packages that the run may import; see `storage.trust.check_trusted`.
 
     Returns:
-        ``accuracy`` on the test set now, and ``recorded``, the one the run reported.
+        ``accuracy`` on the test set, and ``recorded``, the accuracy that the run reported.
 
     Raises:
-        InputError: the folder is not that of a finished run, or something in it is damaged or not
-            to be trusted, or the images are not there.
+        InputError: the folder does not contain a finished run, a file in it is damaged or refers to
+            untrusted code, or the images are missing.
     """
     directory = RunDirectory(run_dir)
     config, metrics = directory.read_config(), directory.read_metrics()
     if metrics.get("status") != "finished":
-        raise InputError(f"{run_dir} holds no finished run (status: {metrics.get('status')})")
+        raise InputError(f"{run_dir} contains no finished run (status: {metrics.get('status')})")
     recorded = metrics.get("test_accuracy")
     if not isinstance(recorded, float):
-        raise InputError(f"{run_dir} holds a run that was never tested, as those of a search are")
+        raise InputError(
+            f"{run_dir} contains a run that was never tested, such as those of a search"
+        )
     for path, node in (("student.model", config["student"]["model"]), ("data", config["data"])):
         check_trusted(node, path, trust)
     if data_root is not None:
         config["data"]["root"] = data_root
     settings = trainer_node(config)
     if not is_available(settings["accelerator"]):
-        settings["accelerator"] = "auto"  # it was trained on another machine
-    # The precision it was tested in then, unless this machine has other hardware.
+        settings["accelerator"] = "auto"  # trained on other hardware
+    # The original test precision, unless the hardware differs.
     plan = resolve_trainer(settings, config["student"]["model"])
     module = DistillationModule(
         student=config["student"]["model"],
@@ -69,7 +71,7 @@ def evaluate(
         accelerator=settings["accelerator"],
         devices=1,
         precision=plan.precision,  # type: ignore[arg-type]
-        plugins=[LightningEnvironment()],  # whatever a scheduler's variables say
+        plugins=[LightningEnvironment()],  # ignore a cluster's environment variables
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -77,7 +79,7 @@ def evaluate(
     )
     trainer.test(module, data, verbose=False)
     if metrics.get("images_sha256", data.fingerprint()) != data.fingerprint():
-        log.warning("the images are not those that the run was trained and tested on")
+        log.warning("the images differ from those that the run was trained and tested on")
     return {
         "accuracy": float(trainer.callback_metrics["test/accuracy"]),
         "recorded": recorded,

@@ -1,4 +1,4 @@
-"""What a grid does beside its runs: the results so far, and how long it will take."""
+"""Results and remaining time of a grid while it runs."""
 
 import json
 import logging
@@ -22,24 +22,24 @@ from kd_lightning.files import read_json, write_json
 log = logging.getLogger(__name__)
 
 exit_codes: list[int] = []
-"""Of the runs that failed: a grid goes on after a failure and reports it at the end."""
+"""Exit codes of failed runs: a grid continues after a failure and reports it at the end."""
 
 
 FOLDERS = "KD_GRID_FOLDERS"
-"""Environment variable: the file to which every run of a grid adds a line, a `Job`, in whichever
-process it is made. With several teachers the runs lie in several folders."""
+"""Environment variable with the path of a file to which every run of a grid, in any process,
+appends a `Job`. With several teachers the runs are in several folders."""
 
 
 MINUTE = 60.0  # seconds
 
 
 class Job(NamedTuple):
-    """A run of a grid that has ended.
+    """A completed run of a grid.
 
     Attributes:
-        folder: the setting's.
-        number: of the run in the grid, from 0.
-        seconds: that it took; 0 if it was finished before, or failed.
+        folder: folder of the setting.
+        number: index of the run in the grid, from 0.
+        seconds: duration; 0 if it had already been finished, or failed.
     """
 
     folder: str
@@ -48,10 +48,10 @@ class Job(NamedTuple):
 
 
 class Results(Callback):
-    """Keeps `results.csv`, `results.md` and pictures in the grid's folder up to date, and says how
-    many runs are done and how long the others will take.
+    """Hydra callback that updates `results.csv`, `results.md` and figures in the grid's folder, and
+    prints the progress of the grid and the estimated remaining time.
 
-    A Hydra callback: Hydra calls it in whichever process a run was made.
+    Hydra calls it in the process of each run, which may differ from the main process.
     """
 
     def __init__(self) -> None:
@@ -61,22 +61,22 @@ class Results(Callback):
         self._cells: list[str] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
-        """Know afterwards which runs are of now, and where they lie."""
+        """Record the start of the grid and create the file of its jobs."""
         self._began = time.time()
         self._cells = cells_of(config)
         own = Path(config.hydra.sweep.dir).absolute()
         names = own / f".folders-{os.getpid()}"
-        names.unlink(missing_ok=True)  # of a process of the same number that was killed
+        names.unlink(missing_ok=True)  # from a killed process with the same PID
         os.environ[FOLDERS] = str(names)
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
-        """A run begins, or is found."""
+        """Record the start of a run, and whether it is already finished."""
         self._started = time.time()
         metrics = read_json(Path(config.hydra.runtime.output_dir) / "metrics.json")
         self._finished_before = metrics.get("status") == "finished"
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **_: Any) -> None:
-        """A run has ended, well or badly."""
+        """Update the results and print the remaining time."""
         if config.hydra.mode != RunMode.MULTIRUN:
             return
         folder = Path(config.hydra.sweep.dir)
@@ -96,7 +96,7 @@ class Results(Callback):
             say(f"{len(jobs)} of {len(self._cells)} runs, about {about(left)} left", error=True)
 
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
-        """Show the results, and whether all went well, in whichever process it was."""
+        """Print the results and collect failures from all processes."""
         names = Path(os.environ.pop(FOLDERS))
         folders = sorted({Path(job.folder) for job in read_jobs(names)})
         names.unlink(missing_ok=True)
@@ -111,12 +111,12 @@ class Results(Callback):
 
 
 def cells_of(config: DictConfig) -> list[str]:
-    """For each run of a grid, in order, what it has in common with those of other seeds.
+    """The overrides of each run of a grid, in order, without the seed.
 
-    Empty if that is not known beforehand, as in a search.
+    Empty if the runs are not known in advance, as in a search.
 
     Args:
-        config: of the grid, as a callback is given it.
+        config: configuration of the grid, as passed to a Hydra callback.
     """
     from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
     from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -129,25 +129,26 @@ def cells_of(config: DictConfig) -> list[str]:
         axes = [f"{key}={value}" for key, value in (sweeper.get("params") or {}).items()]
         overrides = parser.parse_overrides([*axes, *config.hydra.overrides.task])
         (runs,) = BasicSweeper.split_arguments(overrides, None)
-    except Exception as error:  # of Hydra's internals; what is wrong in a command Hydra says itself
+    except Exception as error:  # Hydra reports errors in the command itself
         log.info("the number of runs is not known: %s", error)
         return []
     return [" ".join(part for part in run if not part.startswith("seed=")) for run in runs]
 
 
 def read_jobs(path: Path) -> list[Job]:
-    """What the runs of a grid have written so far."""
+    """Read the completed jobs of a grid."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     return [Job(*json.loads(line)) for line in lines]
 
 
 def time_left(cells: Sequence[str], jobs: Sequence[Job], elapsed: float) -> float:
-    """Seconds until a grid is done: a run takes what those of its cell took, else the median.
+    """Estimate the remaining seconds of a grid, from the mean of each cell, else the median.
 
     Args:
         cells: from `cells_of`.
-        jobs: that are done, one of them at least with work.
-        elapsed: seconds since the grid began; shorter than the work done if runs are parallel.
+        jobs: completed jobs, at least one of them with nonzero duration.
+        elapsed: seconds since the start of the grid; less than the sum of durations if runs are
+            parallel.
     """
     took: dict[str, list[float]] = defaultdict(list)
     for job in jobs:
@@ -164,7 +165,7 @@ def time_left(cells: Sequence[str], jobs: Sequence[Job], elapsed: float) -> floa
 
 
 def show(folders: Sequence[Path]) -> None:
-    """Print the results of folders of runs: methods by students, a table a setting."""
+    """Print the results of folders of runs: one table per setting, methods by students."""
     from kd_lightning.reports.documents import details, overview
     from kd_lightning.reports.runs import read_runs
     from kd_lightning.reports.statistics import groups, summarise
@@ -174,28 +175,27 @@ def show(folders: Sequence[Path]) -> None:
     for group in groups(read_runs(folders)):
         cells = summarise(group.runs)
         table = table_of(overview(cells, group.runs))
-        if watched() and not fits(table):  # many students: a line a cell
+        if watched() and not fits(table):  # many students: one row per cell
             table = table_of(details(cells)[["method", "student", "runs", "test", "gain"]])
         say(f"\n{group.title}")
         say(table)
     for folder in folders:
-        say(f"gains, intervals and pictures: {folder / 'results.md'}")
+        say(f"gains, confidence intervals and figures: {folder / 'results.md'}")
 
 
 def update(folder: Path, last: bool = True) -> None:
-    """Write the results of a folder of runs, if any run has changed since they were written.
+    """Write the results of a folder of runs, if any run has changed since the last update.
 
     Args:
-        folder: of a setting.
+        folder: folder of a setting.
         last: whether no further run is expected. Until then figures, which take seconds, are drawn
-            once a minute at most.
+            at most once a minute.
     """
     if not folder.is_dir():
         return  # all its runs are those of another setting
     try:
         with FileLock(folder / ".results.lock"):
-            # What the runs were like when the results were written; no clock is asked, since a run
-            # may end while another process writes.
+            # Compare the state of the runs, not times: a run may end while another process writes.
             state = {
                 str(run.relative_to(folder)): [run.stat().st_mtime_ns, run.stat().st_size]
                 for run in sorted(folder.glob("*/metrics.json"))
@@ -211,5 +211,5 @@ def update(folder: Path, last: bool = True) -> None:
             write_report([folder], folder, draw_figures=due)
             drawn = time.time() if due else written.get("drawn", 0)
             write_json(folder / ".results.json", {"runs": state, "drawn": drawn, "complete": due})
-    except Exception as error:  # a picture that cannot be drawn must not cost a night of training
-        log.warning("the results in %s could not be brought up to date: %s", folder, error)
+    except Exception as error:  # a failed report must not end the grid
+        log.warning("the results in %s could not be updated: %s", folder, error)

@@ -1,4 +1,4 @@
-"""A run from beginning to end, in three acts: prepare, launch, record."""
+"""A complete run in three phases: prepare, launch, record."""
 
 import hashlib
 import logging
@@ -60,24 +60,24 @@ def run(
     callbacks: Sequence[Callback] = (),
     test: bool = True,
 ) -> dict[str, Any]:
-    """Train and test one student; return what `metrics.json` then holds.
+    """Train and test one student; return the contents of `metrics.json`.
 
-    In a process that a launcher has started beside rank 0, return nothing: {}.
+    Under a launcher, ranks other than 0 return {}.
 
-    A finished run is left as it is, an interrupted one is resumed. If the images, the teacher or
-    the user's own code have changed since, the earlier run is moved to `output_dir/superseded`.
+    A finished run is not repeated, an interrupted one is resumed. If the images, the teacher or
+    user code have changed since, the earlier run is moved to `output_dir/superseded`.
 
     Args:
-        config: the complete configuration, plain (see `config.tree.plain`).
+        config: the complete configuration, as plain dictionaries (see `config.tree.plain`).
         run_dir: the folder of this run.
-        wait: for another process that is working on the same run.
-        callbacks: of Lightning's, for the student's training.
-        test: whether the test images are looked at; a search must not.
+        wait: whether to wait for another process that executes the same run.
+        callbacks: additional Lightning callbacks for the student's training.
+        test: whether to use the test images; a hyper-parameter search must not.
 
     Raises:
-        InputError: before any training, if the configuration, the data or a file is wrong.
-            Nothing is written then.
-        RunError: training could not go on.
+        InputError: the configuration, the data or a file is invalid; raised before any training
+            and before anything is written.
+        RunError: the training failed.
     """
     check_sections(config)
     directory = RunDirectory(run_dir)
@@ -88,7 +88,7 @@ def run(
     with ExitStack() as stack:
         alone = config["trainer"]["devices"] == 1 or not launched()
         if directory.path.joinpath("metrics.json").exists() and alone:
-            stack.enter_context(directory.lock(wait))  # before loading anything only to wait
+            stack.enter_context(directory.lock(wait))  # wait before loading anything
             job = prepare(config)
         else:
             job = prepare(config)
@@ -101,7 +101,7 @@ def run(
         if metrics and not job.contents.changes(metrics):
             directory.write_metrics({**metrics, "stamps": stamped})
             return metrics
-        if job.rank:  # a launcher has started this process to train, not to write
+        if job.rank:  # under a launcher, only rank 0 writes
             job = job.with_teacher(find_teacher(job.plan, job.data))
             launch(job.processes, train_student, job, directory.path, None, callbacks, test)
             return {}
@@ -112,7 +112,7 @@ def run(
             arguments = (job, directory.path, resume, callbacks, test)
             record |= launch(job.processes, train_student, *arguments)
         except Stopped:
-            raise  # it will be resumed
+            raise  # can be resumed
         except BaseException as error:
             directory.write_metrics({**record, "status": "failed", "error": str(error)})
             raise
@@ -126,18 +126,19 @@ def run(
 
 @dataclass(frozen=True)
 class Job:
-    """A run whose configuration, data and networks have been checked: it can begin.
+    """A validated run that is ready to train.
 
-    Pickled for another process it is its plan alone, from which the rest is built there.
+    Only the plan is pickled; other processes rebuild the rest from it.
 
     Attributes:
-        plan: of the run.
-        data: loaded.
+        plan: plan of the run.
+        data: the data module, set up.
         teacher: None if the method needs none.
         module: the student and the method's terms.
-        teacher_parameters: of the configured teacher, needed or not; None if it cannot be built.
-        contents: of the files and code that the configuration names.
-        stored: the teacher that was trained here; None before it is, or if it is not ours.
+        teacher_parameters: parameter count of the configured teacher, whether needed or not; None
+            if it cannot be built.
+        contents: hashes of the files and code that the configuration refers to.
+        stored: the teacher from the teacher store; None before training, or for a checkpoint.
     """
 
     plan: Plan
@@ -150,16 +151,16 @@ class Job:
 
     @property
     def processes(self) -> int:
-        """How many train together."""
+        """The number of training processes."""
         return self.plan.student.trainer.processes
 
     @property
     def rank(self) -> int:
-        """Of this process, if a launcher has started it and others."""
+        """The rank of this process under a launcher; otherwise 0."""
         return rank(self.processes)
 
     def with_teacher(self, stored: StoredTeacher | None) -> "Job":
-        """The job with the weights of a stored teacher."""
+        """Load the weights of a stored teacher."""
         if stored is None:
             return self
         assert self.teacher is not None
@@ -167,7 +168,7 @@ class Job:
         return replace(self, stored=stored)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For another process."""
+        """Pickle the plan only."""
         return _rebuild, (self.plan, self.teacher_parameters, self.contents, self.stored)
 
 
@@ -182,17 +183,17 @@ def _rebuild(
 
 
 def prepare(config: Node) -> Job:
-    """Check and build everything that a run needs but its teacher's weights and a trainer.
+    """Check and build everything except the teacher's weights and the trainer.
 
-    Whatever can be wrong shows here, in the order of what it costs.
+    Detects all invalid input, cheap checks first.
 
     Raises:
-        InputError: the configuration, the data or a file is wrong.
+        InputError: the configuration, the data or a file is invalid.
     """
     check_devices(config)
     if config["trainer"].get("num_nodes", 1) != 1 and not launched():
         raise InputError(
-            "trainer.num_nodes is above 1: start one process for each device on every node, with "
+            "trainer.num_nodes is above 1: start one process per device on every node, with "
             "torchrun or srun"
         )
     data = build_data(config["data"])
@@ -218,14 +219,16 @@ def prepare(config: Node) -> Job:
             *own_code,
             plan.student.optimizer,
             plan.student.scheduler,
-            [{"_target_": target} for target in targets(plan.data.node)],  # its files are images
+            [
+                {"_target_": target} for target in targets(plan.data.node)
+            ],  # without its files, which are images
         ),
     )
     return Job(plan, data, teacher, module, parameters, contents)
 
 
 def _teacher_sha256(plan: Plan, teacher: FrozenTeacher) -> str | None:
-    """Of what the teacher is, as far as the configuration and the images do not determine it."""
+    """Hash of the teacher's user code and checkpoint; None if there are neither."""
     assert plan.teacher is not None
     code = source_sha256(plan.teacher.model)
     if plan.teacher.checkpoint is None:
@@ -234,20 +237,20 @@ def _teacher_sha256(plan: Plan, teacher: FrozenTeacher) -> str | None:
 
 
 def _count_teacher(model: Node, data: DataPlan, teacher: FrozenTeacher | None) -> int | None:
-    """Parameters of the configured teacher, whether or not the method needs it."""
+    """Parameter count of the configured teacher, whether or not the method needs it."""
     if teacher is not None:
         return teacher.parameters
     try:
-        with torch.device("meta"):  # counted, never computed with
+        with torch.device("meta"):  # without allocating memory
             return count_parameters(build(model, "teacher.model"))
-    except Exception:  # its constructor needs numbers
+    except Exception:  # its constructor needs actual values
         pass
     try:
         network = build(model, "teacher.model")
         materialize(network, data.image_size, "teacher.model")
         return count_parameters(network)
-    except Exception as error:  # a missing package, a download: no reason to refuse the student
-        log.warning("the teacher's parameters are not counted: %s", error)
+    except Exception as error:  # a missing package or download must not prevent the run
+        log.warning("the teacher's parameters cannot be counted: %s", error)
         return None
 
 
@@ -261,14 +264,14 @@ def train_student(
     callbacks: Sequence[Callback],
     test: bool,
 ) -> dict[str, Any]:
-    """Fit, validate and test the student; return what comes of it.
+    """Fit, validate and test the student; return the results.
 
     Args:
-        job: with the teacher's weights.
-        folder: of the run.
-        resume: the checkpoint to resume from, as rank 0 knows it.
-        callbacks: further ones.
-        test: whether the test images are looked at.
+        job: the job, with the teacher's weights.
+        folder: folder of the run.
+        resume: checkpoint to resume from; rank 0 decides.
+        callbacks: additional callbacks.
+        test: whether to use the test images.
     """
     plan, module, data = job.plan.student, job.module, job.data
     directory = RunDirectory(folder)
@@ -276,7 +279,7 @@ def train_student(
     trainer = build_trainer(
         plan.trainer, folder, job.plan.name, resume, [*callbacks, *own], plan.pictures
     )
-    # A module that is tested is brought back to the CPU: ask before.
+    # Get the device now, as testing moves the module back to the CPU.
     device = trainer.strategy.root_device
     if job.teacher is not None:
         open_caches(module, job.plan, data, device)
@@ -288,7 +291,7 @@ def train_student(
         trainer.validate(module, data, verbose=False)
         known["teacher_val_accuracy"] = metric(trainer, "val/teacher_accuracy")
 
-    # Again: training a teacher must not change what the student draws.
+    # Seed again, so that the random numbers do not depend on whether a teacher was trained.
     seed_everything(plan.seed, verbose=False)
     results = fitting.fit(
         trainer, module, data, directory, "student", resume, plan.update_bn, revalidate=bool(own)
@@ -318,7 +321,7 @@ def _sizes(parameters: int, teacher_parameters: int | None) -> dict[str, Any]:
 
 
 def _teacher_results(job: Job, trainer: Trainer) -> dict[str, Any]:
-    """What is known of the teacher; None where the method has none."""
+    """Results of the teacher; None if the method has none."""
     found: dict[str, Any] = dict.fromkeys(
         ("teacher_val_accuracy", "teacher_test_accuracy", "agreement", "teacher_key")
     )
@@ -337,10 +340,10 @@ def _teacher_results(job: Job, trainer: Trainer) -> dict[str, Any]:
 
 
 def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[str, Any], bool]:
-    """Write what is known of a run before it is trained.
+    """Write the initial metrics and the configuration of a run.
 
     Returns:
-        The metrics so far, and whether an interrupted training is to be resumed.
+        The metrics, and whether to resume an interrupted training.
     """
     plan = job.plan
     earlier = directory.read_metrics()
@@ -348,7 +351,7 @@ def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[
         place = plan.output_dir / "superseded" / directory.path.parent.name
         aside = directory.set_aside(place)
         log.warning(
-            "changed since %s was run: %s; it is trained again, the earlier run is kept in %s",
+            "changed since %s was run: %s; retraining it, the earlier run is kept in %s",
             directory.path.name, ", ".join(changes), aside,
         )  # fmt: skip
         earlier = {}
@@ -381,7 +384,7 @@ def _identity(plan: Plan) -> dict[str, Any]:
 
 
 def record_failure(config: Node, run_dir: str | Path, error: Exception) -> None:
-    """Note that a cell of a grid could not begin, so that the grid's table shows it as failed."""
+    """Record a run of a grid that could not start, so that the grid's table shows it as failed."""
     directory = RunDirectory(run_dir)
     if directory.read_metrics().get("status") != "finished":
         directory.write_metrics(

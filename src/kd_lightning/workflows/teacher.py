@@ -21,11 +21,12 @@ from kd_lightning.workflows.assembly import build_module
 
 
 def find_teacher(plan: Plan, data: ImageDataModule) -> StoredTeacher | None:
-    """The stored teacher of a run, trained now if nobody has; None if it is not ours to train.
+    """Get the teacher of a run from the store, training it if necessary; None if the method has no
+    teacher or the user provides a checkpoint.
 
     Args:
-        plan: of the run.
-        data: loaded.
+        plan: plan of the run.
+        data: the data module, set up.
     """
     teacher = plan.teacher
     if teacher is None or teacher.checkpoint is not None:
@@ -52,36 +53,36 @@ def load_teacher(teacher: FrozenTeacher, stored: StoredTeacher) -> None:
 
 
 def check_weights(teacher: FrozenTeacher, origin: str) -> None:
-    """Check that a teacher's weights are numbers.
+    """Check that a teacher's weights are finite.
 
     Args:
-        teacher: with its weights.
-        origin: what to call the file that they come from.
+        teacher: the teacher, with its weights loaded.
+        origin: name of the weights' file, for the message.
 
     Raises:
-        InputError: one of them is NaN or infinite.
+        InputError: a weight is NaN or infinite.
     """
     name = first_not_finite(teacher.model.named_parameters())
     if name is not None:
         raise InputError(
             f"the teacher's weights are not finite ('{name}' in {origin}): "
-            "its training has diverged, or the file is damaged"
+            "its training diverged, or the file is damaged"
         )
 
 
 def train_teacher(
     plan: TeacherPlan, run: Plan, data: ImageDataModule, folder: Path
 ) -> dict[str, Any]:
-    """Train the teacher on the labels and leave `teacher.safetensors`.
+    """Train the teacher on the labels and write `teacher.safetensors`.
 
     Args:
-        plan: of the teacher.
-        run: whose teacher it is.
-        data: loaded.
-        folder: empty, or as an interrupted training of the same teacher left it.
+        plan: plan of the teacher.
+        run: plan of the run.
+        data: the data module, set up.
+        folder: empty, or with an interrupted training of the same teacher, which is resumed.
 
     Returns:
-        Accuracies, size and time.
+        Accuracies, parameter count and training time.
     """
     training, directory = plan.training, RunDirectory(folder)
     data = data.variant(

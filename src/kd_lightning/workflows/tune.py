@@ -1,4 +1,4 @@
-"""Hyper-parameters chosen on validation images by Optuna, resumable, by any number of workers."""
+"""Hyper-parameter search with Optuna on validation accuracy; resumable, with parallel workers."""
 
 import contextlib
 import re
@@ -21,14 +21,14 @@ from kd_lightning.workflows.student import run
 
 
 class Range(NamedTuple):
-    """Where a number is searched."""
+    """Search range of a number."""
 
     low: float
     high: float
     log: bool = False
 
 
-# What is searched unless something else is asked for: a pattern of keys to a range.
+# Default search space: key to range.
 SPACE = {
     "optimizer.lr": Range(0.02, 0.3, log=True),
     "method.terms.logit.temperature": Range(1.0, 20.0, log=True),
@@ -39,10 +39,10 @@ SPACE = {
 
 
 def parse_range(text: str) -> tuple[str, Range]:
-    """`optimizer.lr=0.01:0.3:log` or `...temperature=1:8`.
+    """Parse `KEY=LOW:HIGH`, such as `optimizer.lr=0.01:0.3:log` or `...temperature=1:8`.
 
     Raises:
-        InputError: it is neither.
+        InputError: it has another format.
     """
     found = re.fullmatch(r"([\w.]+)=([-+.\de]+):([-+.\de]+)(:log)?", text)
     with contextlib.suppress(ValueError):
@@ -54,7 +54,7 @@ def parse_range(text: str) -> tuple[str, Range]:
 
 
 def default_space(config: Node) -> dict[str, Range]:
-    """Of `SPACE`, what this configuration has; weights only where there are several to balance."""
+    """The part of `SPACE` that exists in this configuration; weights only with several terms."""
     space = {}
     for key, values in SPACE.items():
         with contextlib.suppress(KeyError):
@@ -66,13 +66,13 @@ def default_space(config: Node) -> dict[str, Range]:
 
 
 class Pruning(Callback):
-    """Ends a trial that has no prospects, by what it reaches on validation images so far."""
+    """Prunes unpromising trials by their validation accuracy so far."""
 
     def __init__(self, trial: optuna.Trial) -> None:
         self.trial = trial
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Report, and give up if the study says so."""
+        """Report the accuracy, and stop if the trial is pruned."""
         if trainer.state.fn == "fit":
             value = float(trainer.callback_metrics["val/accuracy"])
             self.trial.report(value, trainer.current_epoch + 1)
@@ -87,16 +87,16 @@ def tune(
     space: Mapping[str, Range] | None = None,
     name: str | None = None,
 ) -> optuna.Study:
-    """Search until the study has this many trials; go on with one that exists.
+    """Search until the study has this many trials; an existing study is resumed.
 
-    The first trial is the configuration as it is, so that the best is never worse than that.
+    The first trial is the unmodified configuration, so that the best trial is never worse.
 
     Args:
-        overrides: of the configuration, as on the command line of `train.py`.
-        trials: finished or pruned ones, those of earlier and other workers included.
-        storage: any URL that Optuna takes; by default an SQLite file below `output_dir`.
-        space: key to range; by default what of `SPACE` the configuration has.
-        name: of the study; by default from method, student and setting.
+        overrides: command-line overrides, as for `train.py`.
+        trials: number of finished or pruned trials, including those of earlier and other workers.
+        storage: any Optuna storage URL; by default an SQLite file below `output_dir`.
+        space: key to range; by default the applicable part of `SPACE`.
+        name: name of the study; by default from method, student and setting.
     """
     register()
     rules.install()
@@ -118,13 +118,13 @@ def tune(
         study_name=name,
         direction="maximize",
         load_if_exists=True,
-        # In the first half of its epochs a high learning rate is behind, and may lead in the end.
+        # High learning rates lag behind in the first half of the epochs, but may win in the end.
         pruner=optuna.pruners.MedianPruner(
             n_startup_trials=5, n_warmup_steps=config["trainer"]["max_epochs"] // 2
         ),
     )
 
-    if not study.trials:  # what is searched from: the configuration as it is
+    if not study.trials:  # start from the unmodified configuration
         start = {key: float(select(config, key)) for key in space}
         study.enqueue_trial({key: min(max(start[key], r.low), r.high) for key, r in space.items()})
 

@@ -1,1 +1,1 @@
-"""What happens beside the training steps, one idea per file."""
+"""Lightning callbacks, one concern per file."""

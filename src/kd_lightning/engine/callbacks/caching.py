@@ -1,4 +1,4 @@
-"""Writes the teacher's outputs that are on their way to the cache."""
+"""Flushing of the teacher-output caches."""
 
 from typing import cast
 
@@ -8,7 +8,7 @@ from kd_lightning.distill.module import DistillationModule
 
 
 class FlushCaches(Callback):
-    """Waits, once an epoch, for outputs that are still being copied from the device."""
+    """Waits, once per epoch, for outputs that are still being copied from the device."""
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Write the outputs on training views."""
@@ -16,6 +16,6 @@ class FlushCaches(Callback):
             cache.flush()
 
     def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Write the outputs on images as they are."""
+        """Write the outputs on unaugmented images."""
         if (cache := cast(DistillationModule, module).evaluation_cache) is not None:
             cache.flush()

@@ -1,4 +1,4 @@
-"""TensorBoard's curves of a training: losses and learning rate of single steps."""
+"""Logging of losses and learning rate per step."""
 
 from typing import Any, cast
 
@@ -10,15 +10,14 @@ from kd_lightning.data.transfer import ToHost
 
 
 class Curves(Callback):
-    """Logs the losses and the learning rate of every nth step, and of each epoch's last.
+    """Logs the losses and the learning rate of every nth step and of the last step of each epoch.
 
-    A value stands at the step that it was computed in, which `LightningModule.log` does not do: it
-    writes the values of one step when another one is due. If gradients are accumulated, a loss is
-    the mean over the batches of its step; if several processes train, over the processes, weighted
-    by their shares of the batch. On an accelerator the values are written when they have arrived on
-    the host, which never waits for them within an epoch.
+    Values are logged at the step in which they were computed; `LightningModule.log` writes them at
+    a later one. With gradient accumulation, a loss is the mean over the batches of its step; with
+    several processes, the mean over the processes, weighted by their parts of the batch. On an
+    accelerator, values are written once they have arrived on the host.
 
-    `log_every_n_steps` of the trainer is n. The training step returns its losses, detached, as
+    n is the trainer's `log_every_n_steps`. The training step returns its losses, detached, as
     ``losses``: name to scalar.
     """
 
@@ -33,7 +32,7 @@ class Curves(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Note the learning rate, before the scheduler changes it."""
+        """Record the learning rate before the scheduler changes it."""
         if trainer.global_step != self._step:
             self._step, self._sums, self._batches = trainer.global_step, {}, 0
             self._rates = _learning_rates(trainer)
@@ -41,7 +40,7 @@ class Curves(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Add up the losses; log them if the step is complete and due."""
+        """Accumulate the losses; log them if the step is complete and due."""
         losses: dict[str, Tensor] = (outputs or {}).get("losses", {})
         if trainer.world_size > 1:
             losses = {name: value * batch["share"] for name, value in losses.items()}
@@ -54,7 +53,7 @@ class Curves(Callback):
             self._write(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Log the last step, of which nothing is known before: any epoch may be the last one."""
+        """Log the last step of the epoch: any epoch may be the last one."""
         self._log(trainer)
         self._write(trainer)
 
@@ -87,14 +86,14 @@ class Curves(Callback):
 
 
 def _learning_rates(trainer: Trainer) -> dict[str, float | Tensor]:
-    """`lr-SGD` to its value; with several groups of parameters `lr-SGD/pg1` and so on."""
+    """`lr-SGD` to its value; with several parameter groups `lr-SGD/pg1` etc."""
     rates: dict[str, float | Tensor] = {}
     for optimizer in trainer.optimizers:
         groups = optimizer.param_groups
         for number, group in enumerate(groups, start=1):
             suffix = f"/pg{number}" if len(groups) > 1 else ""
             rate = group["lr"]
-            # A tensor is changed in place, and may be where looking at it means waiting.
+            # A tensor is modified in place, and reading it may synchronise with the device.
             rates[f"lr-{type(optimizer).__name__}{suffix}"] = (
                 rate.clone() if isinstance(rate, Tensor) else rate
             )

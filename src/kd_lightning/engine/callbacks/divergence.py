@@ -1,4 +1,4 @@
-"""Ends a training that has diverged, before a checkpoint of it is written."""
+"""Stops a diverged training before a checkpoint is written."""
 
 from collections.abc import Sequence
 from typing import Any, cast
@@ -15,9 +15,10 @@ from kd_lightning.errors import RunError
 class StopWhenDiverged(Callback):
     """Raises an error if a loss or a weight is not finite.
 
-    On an accelerator, where looking at a number means waiting for it, losses are looked at every
-    `log_every_n_steps` steps; everywhere at the end of every epoch and before every checkpoint.
-    What is not finite in one of several processes is so in all a step later; rank 0 reports it.
+    On a CPU the losses are checked at every step, on an accelerator, where a check synchronises,
+    every `log_every_n_steps` steps; in addition at the end of every epoch and before every
+    checkpoint. A non-finite value in one process reaches all of them a step later; rank 0 reports
+    it.
     """
 
     def __init__(self) -> None:
@@ -25,18 +26,18 @@ class StopWhenDiverged(Callback):
         self._batch: Any = None
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Begin anew."""
+        """Reset."""
         self._watch = LossWatch(scaled=str(trainer.precision) == "16-mixed")
         self._look_every_step = module.device.type == "cpu"
 
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Keep the batch: whose fault a loss is, can be told by it."""
+        """Keep the batch, to determine the cause of a non-finite loss."""
         self._batch = batch
 
     def on_before_backward(self, trainer: Trainer, module: LightningModule, loss: Tensor) -> None:
-        """Look at the losses before they change the weights, if it is due."""
+        """Check the losses before they change the weights, if due."""
         if not trainer.is_global_zero:
             return
         losses = cast(DistillationModule, module).step_losses
@@ -83,7 +84,7 @@ class StopWhenDiverged(Callback):
                 tensors = [values] if isinstance(values, Tensor) else values.values()
                 if not all(tensor.isfinite().all() for tensor in tensors):
                     raise RunError(
-                        f"the teacher's answers are not finite {place} (term: {name}): check "
+                        f"the teacher's outputs are not finite {place} (term: {name}): check "
                         "teacher.checkpoint, teacher.mean and teacher.std"
                     )
         raise RunError(

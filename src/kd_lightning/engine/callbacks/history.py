@@ -1,4 +1,4 @@
-"""The rows of `history.csv`: what every epoch has reached."""
+"""Per-epoch results, the rows of `history.csv`."""
 
 from typing import Any, cast
 
@@ -10,11 +10,11 @@ VALIDATION = ("val_accuracy", "val_loss")
 
 
 class History(Callback):
-    """Collects accuracy on training views, validation results and speed, epoch by epoch.
+    """Collects training accuracy, validation results and speed of every epoch.
 
     Attributes:
-        rows: one for each epoch.
-        validated_at: the step of the last validation in this process; -1: there was none.
+        rows: one per epoch.
+        validated_at: step of the last validation in this process; -1: none.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class History(Callback):
         self.validated_at = -1
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Note which weights are validated."""
+        """Record the step of the validated weights."""
         self.validated_at = trainer.global_step
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -40,5 +40,5 @@ class History(Callback):
         return {"rows": self.rows}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue after these rows."""
+        """Restore the rows."""
         self.rows = state_dict["rows"]

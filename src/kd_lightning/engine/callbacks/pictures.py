@@ -1,4 +1,4 @@
-"""Pictures for TensorBoard: what goes into a training, and what it confuses in the end."""
+"""TensorBoard figures: training views and the confusion matrix."""
 
 from typing import cast
 
@@ -14,28 +14,28 @@ from kd_lightning.distill.module import DistillationModule
 from kd_lightning.reports import plots
 
 LARGEST_VIEW = 128
-"""Pixels that a view on the page has at most; larger ones are reduced."""
+"""Maximum size of a displayed view, in pixels; larger ones are downscaled."""
 
 
 class Pictures(Callback):
-    """A page of augmented training images at the start, a confusion matrix at the end.
+    """Logs a grid of augmented training images at the start, a confusion matrix at the end.
 
-    A picture that cannot be drawn costs a warning, never the run.
+    A figure that cannot be drawn causes a warning, not a failed run.
     """
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Draw eight training images, eight views of each."""
+        """Draw eight views of each of eight training images."""
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
-            with plots.optional("the page of training views"):
+            with plots.optional("the grid of training views"):
                 page = page_of_views(_data(trainer))
                 trainer.logger.experiment.add_image("training views", page)
 
     def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw the confusion matrix."""
-        # By all processes: each has counted some of the images.
+        # In all processes: each has counted a part of the images.
         counts = cast(DistillationModule, module).confusion.compute()
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
-            with plots.optional("the picture of the confusion matrix"):
+            with plots.optional("the figure of the confusion matrix"):
                 figure = plots.confusion_matrix(counts.cpu().numpy(), _data(trainer).classes)
                 trainer.logger.experiment.add_image(
                     "test/confusion", plots.pixels(figure), trainer.current_epoch, dataformats="HWC"
@@ -43,7 +43,7 @@ class Pictures(Callback):
 
 
 def page_of_views(data: ImageDataModule, rows: int = 8, columns: int = 8) -> Tensor:
-    """Training images as a model sees them: one image a row, one of its views a column.
+    """A grid of training views: one row per image, one column per view.
 
     Returns:
         (3, height, width) in [0, 1], with views of at most `LARGEST_VIEW` pixels.
@@ -52,7 +52,7 @@ def page_of_views(data: ImageDataModule, rows: int = 8, columns: int = 8) -> Ten
     view = torch.arange(columns)
     mean, std = torch.tensor((data.mean, data.std)).view(2, 1, -1, 1, 1)
     parts = []
-    for image in index:  # a row at a time: no more memory than a training batch
+    for image in index:  # row by row, to limit memory
         images = data.render(image.repeat(columns), view)["images"].cpu() * std + mean
         longest = max(images.shape[2:])
         if longest > LARGEST_VIEW:

@@ -9,16 +9,16 @@ from kd_lightning.distill.module import DistillationModule
 
 
 class StepOnPlateau(Callback):
-    """Gives the scheduler the validation's loss, or its accuracy if the mode is ``max``.
+    """Steps the scheduler with the validation loss, or accuracy if the mode is ``max``.
 
-    Lightning would do so after the checkpoint, and a resumed training would miss that step.
+    Lightning steps it after the checkpoint, so that a resumed training would miss the step.
     """
 
     def __init__(self) -> None:
         self._results: dict[str, float] = {}  # of the last validation, and its epoch
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Keep the results."""
+        """Record the validation results."""
         results = cast(DistillationModule, module).val_metrics.compute()
         self._results = {name: float(value) for name, value in results.items()}
         self._results["epoch"] = trainer.current_epoch
@@ -34,9 +34,9 @@ class StepOnPlateau(Callback):
             scheduler.step(self._results[name])
 
     def state_dict(self) -> dict[str, Any]:
-        """The last validation's results: it may be in the middle of an epoch."""
+        """The results of the last validation, which may be in the middle of an epoch."""
         return dict(self._results)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Continue with these results."""
+        """Restore the results."""
         self._results = state_dict

@@ -1,4 +1,4 @@
-"""How far a training is: a bar on a terminal, a line an epoch elsewhere."""
+"""Progress display: a bar on a terminal, one line per epoch elsewhere."""
 
 import logging
 import time
@@ -14,17 +14,17 @@ from kd_lightning.terminal import console, printable, say, watched
 log = logging.getLogger(__name__)
 
 SECONDS = 5.0
-"""Lines come no faster than this, however short the epochs; the last epoch always has one."""
+"""Minimum interval between lines, in seconds; the last epoch is always printed."""
 
 
 class ProgressBar(Callback):
-    """Epoch, validation accuracy, speed and the time that is left, on standard error.
+    """Shows epoch, validation accuracy, speed and remaining time on standard error.
 
-    On a terminal beside a bar over all training steps; into a file or a pipe a line an epoch.
-    Every epoch leaves a line in the log file as well.
+    On a terminal next to a progress bar over all training steps, otherwise one line per epoch.
+    Every epoch is also logged to the log file.
 
     Args:
-        title: what is trained.
+        title: human-readable name of the training.
     """
 
     def __init__(self, title: str) -> None:
@@ -37,7 +37,7 @@ class ProgressBar(Callback):
         self._first_step = 0
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Show the bar, or get ready to print."""
+        """Start the bar, if on a terminal."""
         self._began = self._printed = time.monotonic()
         self._first_step = trainer.global_step
         self._prints = trainer.is_global_zero and not watched(error=True)
@@ -50,7 +50,7 @@ class ProgressBar(Callback):
             TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
             console=console(error=True),
             transient=True,
-            # Drawing takes a core away from training; twice a second is enough to look alive.
+            # Drawing competes with training for CPU time.
             refresh_per_second=2,
         )
         total = trainer.estimated_stepping_batches
@@ -63,17 +63,17 @@ class ProgressBar(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Move on by a step."""
+        """Advance the bar."""
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Say how the epoch went."""
+        """Log and show the results of the epoch."""
         metrics = trainer.callback_metrics
         epochs = trainer.max_epochs
         known = epochs is not None and epochs > 0
         parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{epochs}" if known else "")]
-        if "val/accuracy" in metrics:  # not every epoch need end with a validation
+        if "val/accuracy" in metrics:  # not every epoch ends with a validation
             parts.append(f"val {100 * float(metrics['val/accuracy']):.2f} %")
         if "images_per_second" in metrics:
             parts.append(f"{float(metrics['images_per_second']):,.0f} images/s")
@@ -87,14 +87,14 @@ class ProgressBar(Callback):
                 self._print(self._time_left(trainer))
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Take the bar away; print the last epoch."""
+        """Remove the bar; print the last epoch."""
         self._stop()
         self._print()
 
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException
     ) -> None:
-        """Leave the terminal as it was."""
+        """Remove the bar."""
         self._stop()
 
     def _print(self, more: str = "") -> None:

@@ -1,4 +1,4 @@
-"""What a resumed training needs besides what Lightning restores by itself."""
+"""State needed for an exact resume beyond what Lightning restores."""
 
 from typing import Any, cast
 
@@ -10,10 +10,10 @@ from kd_lightning.distill.module import DistillationModule
 
 
 class ExactResume(Callback):
-    """Random numbers go on as if the training had not stopped, and so does the epoch it was in.
+    """Restores the random state and the position within the epoch.
 
-    Views and the order of the images need no random state: they follow from their numbers. A
-    network may draw while it is trained, as dropout does.
+    Views and image order need no random state, as they are functions of index, seed and epoch; but
+    layers such as dropout draw random numbers during training.
     """
 
     def __init__(self) -> None:
@@ -22,7 +22,7 @@ class ExactResume(Callback):
         self._stopped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of torch's generators: the CPU's and that of every GPU."""
+        """The state of torch's generators, of the CPU and of every GPU."""
         gpus = {
             f"cuda:{number}": torch.cuda.get_rng_state(number)
             for number in range(torch.cuda.device_count())
@@ -30,25 +30,25 @@ class ExactResume(Callback):
         return {"cpu": torch.get_rng_state(), **gpus}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Keep them until training starts: what comes before may draw, too."""
+        """Defer restoring until training starts, as setup may draw random numbers, too."""
         self._generators = state_dict
 
     def on_save_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Save whether the training was told to stop, and the counts of the epoch so far."""
+        """Save `should_stop` and the training metrics of the epoch so far."""
         checkpoint["should_stop"] = trainer.should_stop
         metrics = cast(DistillationModule, module).train_metrics
         checkpoint["train_metrics"] = {name: m.metric_state for name, m in metrics.items()}
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """A training that was stopped early is finished."""
+        """Do not continue a training that early stopping has ended."""
         trainer.should_stop = trainer.should_stop or self._stopped
 
     def on_load_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the loader's place and whether training was told to stop; restore counts."""
+        """Restore the training metrics; keep the loader state and `should_stop` for later."""
         saved = checkpoint.get("train_metrics", {})
         for name, metric in cast(DistillationModule, module).train_metrics.items():
             for key, value in metric.metric_state.items():
@@ -59,13 +59,13 @@ class ExactResume(Callback):
         self._loader = loaders[0] if loaders else {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Go on drawing, and showing images, where it stopped."""
+        """Restore the random generators and the position in the data loader."""
         for device, state in self._generators.items():
             if device == "cpu":
                 torch.set_rng_state(state.cpu())
             elif torch.device(device).index < torch.cuda.device_count():
                 torch.cuda.set_rng_state(state.cpu(), device)
         if self._loader:
-            # Lightning has made the loader to count its batches, and does not restore it then.
+            # Lightning does not restore a loader that it has already created to count batches.
             loader: Any = trainer.train_dataloader
             loader.load_state_dict(self._loader)

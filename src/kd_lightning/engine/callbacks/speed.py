@@ -1,4 +1,4 @@
-"""How fast a training is: images per second, and seconds in all."""
+"""Training speed: images per second and total seconds."""
 
 import time
 from typing import Any
@@ -9,12 +9,13 @@ from kd_lightning.data.transfer import synchronize
 
 
 class Speed(Callback):
-    """Logs ``images_per_second`` of every epoch, without the time for validation and checkpoints.
+    """Logs ``images_per_second`` of every epoch, excluding validation and checkpoints.
 
     Attributes:
-        images: trained on so far, by all processes; repeated ones count again.
-        seconds: spent on training steps.
-        fit_seconds: until the last checkpoint, validation and all. An interrupted training counts.
+        images: number of training images processed so far, over all processes and epochs.
+        seconds: time spent on training steps.
+        fit_seconds: total time until the last checkpoint, including validation and interrupted
+            attempts.
     """
 
     def __init__(self) -> None:
@@ -25,16 +26,16 @@ class Speed(Callback):
 
     @property
     def images_per_second(self) -> float:
-        """Of the whole training."""
+        """Average over the whole training."""
         return self.images / self.seconds
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Start the clock of the training as a whole."""
+        """Start the clock of the whole training."""
         self._fit_began = time.perf_counter()
         self._processes = trainer.world_size
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Start the clock: a resumed epoch does not start."""
+        """Start the clock, as a resumed epoch has no `on_train_epoch_start`."""
         self._restart()
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
@@ -48,19 +49,19 @@ class Speed(Callback):
         self._clock_images += len(batch["labels"])
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """During training this comes right after a step: stop the clock."""
+        """Stop the clock: during training this follows a step."""
         self._stop(module)
 
     def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Start the clock again, should the epoch go on."""
+        """Restart the clock, as the epoch may continue."""
         self._clock_began = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Stop the clock, unless a validation has."""
+        """Stop the clock, unless a validation already has."""
         self._stop(module)
 
     def state_dict(self) -> dict[str, Any]:
-        """Count until now, for a checkpoint."""
+        """The totals up to now."""
         now = time.perf_counter()
         self.fit_seconds += now - self._fit_began
         self._fit_began = now
@@ -68,7 +69,7 @@ class Speed(Callback):
         return {name: getattr(self, name) for name in ("images", "seconds", "fit_seconds")}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on counting where the checkpoint was written."""
+        """Restore the totals."""
         for name in ("images", "seconds", "fit_seconds"):
             setattr(self, name, state_dict[name])
 
@@ -81,7 +82,7 @@ class Speed(Callback):
             module.log("images_per_second", self._count(), sync_dist=True)
 
     def _count(self) -> float:
-        """Add what was trained since the clock began; images per second since then."""
+        """Update the totals and return the images per second since the clock started."""
         now = time.perf_counter()
         images, seconds = self._clock_images * self._processes, now - self._clock_began
         self.images += images

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM end a training after the current step and say how to resume it."""
+"""Graceful stop after Ctrl-C or SIGTERM."""
 
 import os
 import signal
@@ -19,24 +19,24 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class StopWhenAsked(Callback):
     """Saves a checkpoint and raises `Stopped` after Ctrl-C or SIGTERM.
 
-    The current step is finished first, and so is a validation that is due after it; the same
-    command resumes with the next step and ends with the same weights as an uninterrupted training.
-    Several processes that train together resume from the last complete epoch instead, since each
-    has seen only its own part of the current one. A second signal ends the process at once.
+    The current step, and a validation due after it, are finished first; the same command resumes
+    at the next step and ends with the same weights as an uninterrupted training. Distributed
+    training resumes from the last complete epoch instead, because each process has only seen its
+    part of the current one. A second signal ends the process immediately.
 
     Args:
-        what: is trained, for messages.
-        path: of the checkpoint to resume from.
+        what: human-readable name of the training, for messages.
+        path: path of the checkpoint to resume from.
     """
 
     def __init__(self, what: str, path: Path) -> None:
         self._what, self._path = what, path
         self._asked: int | None = None
-        self._saved = 0  # batches of the epoch that are in the checkpoint
+        self._saved = 0  # number of batches of the epoch in the checkpoint
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Handle the signals, in rank 0."""
+        """Install the signal handlers, in rank 0."""
         if trainer.is_global_zero and threading.current_thread() is threading.main_thread():
             self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
 
@@ -64,19 +64,19 @@ class StopWhenAsked(Callback):
     def on_train_batch_start(
         self, trainer: Trainer, module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Stop if the previous step is saved; by now its metrics are logged."""
+        """Stop if the previous step is saved; its metrics are logged by now."""
         if self._saved:
             self._stop(trainer)
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Stop: the previous epoch is saved."""
+        """Stop if requested: the previous epoch is saved."""
         if self._asked is not None:
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Restore the signal handlers."""
         self._leave()
-        if self._asked is not None:  # in the last epoch's last step, or in its validation
+        if self._asked is not None:  # during the last step or validation
             self._stop(trainer)
 
     def _stop(self, trainer: Trainer) -> None:

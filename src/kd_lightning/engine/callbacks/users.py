@@ -1,4 +1,4 @@
-"""The user's callbacks: any of Lightning's or one's own, named in the configuration."""
+"""User callbacks: Lightning's or your own, given in the configuration."""
 
 from collections.abc import Mapping
 
@@ -9,7 +9,7 @@ from kd_lightning.config.nodes import Node, build
 from kd_lightning.errors import InputError
 
 METRICS = ("val/accuracy", "val/loss", "train/accuracy", "images_per_second")
-"""What a training logs once an epoch, for callbacks that monitor something."""
+"""Metrics logged once per epoch, for callbacks that monitor one."""
 
 
 def build_callbacks(nodes: Mapping[str, Node]) -> list[Callback]:
@@ -19,7 +19,7 @@ def build_callbacks(nodes: Mapping[str, Node]) -> list[Callback]:
         nodes: name to node. A callback's state is saved in checkpoints under its name.
 
     Raises:
-        InputError: one cannot be built, or is not a callback, or would change the configuration.
+        InputError: one cannot be built, is not a callback, or would change the configuration.
     """
     callbacks = []
     for name, node in nodes.items():
@@ -30,24 +30,24 @@ def build_callbacks(nodes: Mapping[str, Node]) -> list[Callback]:
             )
         if isinstance(callback, BatchSizeFinder | LearningRateFinder):
             raise InputError(
-                f"callbacks.{name}: {type(callback).__name__} changes settings that a run is named "
-                "by; search for them with scripts/tune.py"
+                f"callbacks.{name}: {type(callback).__name__} changes settings that identify the "
+                "run; tune them with scripts/tune.py instead"
             )
         callbacks.append(_named(callback, name))
-    # A callback of the user's own may log more.
+    # A user-defined callback may log further metrics.
     if all(type(callback).__module__.startswith("lightning.") for callback in callbacks):
         for name, callback in zip(nodes, callbacks, strict=True):
             monitor = getattr(callback, "monitor", None)
             if monitor not in (None, *METRICS):
                 raise InputError(
-                    f"callbacks.{name}.monitor: nothing is logged as {monitor}; choose from "
+                    f"callbacks.{name}.monitor: there is no metric {monitor}; choose from "
                     f"{', '.join(METRICS)}"
                 )
     return callbacks
 
 
 def _named(callback: Callback, name: str) -> Callback:
-    """The callback with a state key of its own: by default two of one class may share theirs."""
+    """Give the callback a unique state key; by default two of one class may share theirs."""
     own = type(callback)
     key = property(lambda self: f"callbacks.{name}")
     callback.__class__ = type(
