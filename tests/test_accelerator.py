@@ -95,7 +95,7 @@ def needless_waits(device):
 
 
 @pytest.mark.parametrize("job", [COMBINED, RESNET], ids=["combined", "batchnorm"])
-def test_training_on_an_accelerator_matches_the_cpu(tmp_path, images, on_cpu, device, job):
+def test_training_on_a_device_gives_the_cpu_student(tmp_path, images, on_cpu, device, job):
     expected = on_cpu(*job)
     for outputs in ("absent", "stored", "half lost") if job == COMBINED else ("not needed",):
         if outputs == "half lost":
@@ -121,7 +121,7 @@ def test_training_on_an_accelerator_matches_the_cpu(tmp_path, images, on_cpu, de
 
 @pytest.mark.parametrize("device", [{"apple": True}], indirect=True)
 @pytest.mark.parametrize("job", [COMBINED, RESNET], ids=["combined", "batchnorm"])
-def test_apple_gpu_without_float64_and_asynchronous_copies(tmp_path, images, on_cpu, device, job):
+def test_no_float64_or_unpinned_copies_on_apple_gpus(tmp_path, images, on_cpu, device, job):
     for _ in range(2 if job == COMBINED else 1):
         assert run(tmp_path, images, "emulated", *job) == on_cpu(*job)
     assert not device.background
@@ -135,7 +135,7 @@ class Fail(Callback):
             raise InterruptedError("a test")
 
 
-def test_resume_on_an_accelerator_is_bit_identical(tmp_path, images, on_cpu, device):
+def test_resume_on_a_device_gives_the_same_student(tmp_path, images, on_cpu, device):
     with pytest.raises(InterruptedError):
         run(tmp_path, images, "emulated", *COMBINED, callbacks=[Fail()])
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
@@ -146,7 +146,9 @@ def test_resume_on_an_accelerator_is_bit_identical(tmp_path, images, on_cpu, dev
 # --- mistakes are detected ------------------------------------------------------------------------
 
 
-def test_writing_outputs_before_arrival_is_detected(tmp_path, images, on_cpu, device, monkeypatch):
+def test_storing_outputs_before_they_arrive_is_detected(
+    tmp_path, images, on_cpu, device, monkeypatch
+):
     with monkeypatch.context() as broken:
         broken.setattr(ToHost, "ready", lambda self: True)
         broken.setattr(ToHost, "wait", lambda self: self._values.cpu())
@@ -154,7 +156,7 @@ def test_writing_outputs_before_arrival_is_detected(tmp_path, images, on_cpu, de
     assert run(tmp_path, images, "emulated", *COMBINED) != on_cpu(*COMBINED)
 
 
-def test_unnecessary_synchronisation_is_located(tmp_path, images, device, monkeypatch):
+def test_synchronisation_is_reported_with_its_place(tmp_path, images, device, monkeypatch):
     monkeypatch.setattr(data_module, "to_device", lambda values, there: values.to(there))
     run(tmp_path, images, "emulated", *RESNET, callbacks=[CountSteps(device)])
     assert "step 1, a copy to the device: kd_lightning/data/module.py" in needless_waits(device)
@@ -175,7 +177,7 @@ def test_asynchronous_copy_arrives_late(device):
         there.cpu()
 
 
-def test_devices_do_not_mix(device):
+def test_mixed_devices_raise(device):
     there, here = to_device(torch.ones(3), DEVICE), torch.ones(3)
     for mix in (
         lambda: there + here,
@@ -223,6 +225,6 @@ def test_synchronisations_are_counted(device, what, wait):
         lambda: torch.zeros(2).pin_memory(),
     ],
 )
-def test_unsupported_operations_of_an_apple_gpu_are_rejected(device, what):
+def test_unsupported_on_apple_gpus_raises(device, what):
     with pytest.raises((RuntimeError, TypeError), match=r"Apple|asynchronous"):
         what()

@@ -190,7 +190,7 @@ def settings_of_torch(monkeypatch):
 
 
 @pytest.mark.parametrize("override", ["deterministic=true", "deterministic=warn", "benchmark=true"])
-def test_kernel_switches_have_no_effect_on_a_cpu(train, settings_of_torch, override):
+def test_kernel_options_change_nothing_on_a_cpu(train, settings_of_torch, override):
     plain, switched = train("method=combined"), train("method=combined", f"+trainer.{override}")
     assert switched.code == 0, switched.err
     assert torch.are_deterministic_algorithms_enabled() == override.startswith("deterministic")

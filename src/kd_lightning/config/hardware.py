@@ -103,7 +103,7 @@ def _cpu_has_bf16() -> bool:
 
 
 def choose_memory_format(precision: str, accelerator: str = "auto") -> torch.memory_format:
-    """Channels-last where convolutions support it natively: on CPUs, and 16-bit tensor cores.
+    """Channels-last where convolutions support it natively: CPUs, and tensor cores in 16 bits.
 
     Args:
         precision: Lightning's name, see `choose_precision`.

@@ -15,7 +15,7 @@ class Curves(Callback):
     Values are logged at the step in which they were computed; `LightningModule.log` writes them at
     a later one. With gradient accumulation, a loss is the mean over the batches of its step; with
     several processes, the mean over the processes, weighted by their parts of the batch. On an
-    accelerator the values are copied to the host asynchronously and written once they have arrived.
+    accelerator, values are written once they have arrived on the host.
 
     n is the trainer's `log_every_n_steps`. The training step returns its losses, detached, as
     ``losses``: name to scalar.
