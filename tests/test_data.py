@@ -320,5 +320,5 @@ def test_read_only_folder_without_archive_is_reported(archive, tmp_path, monkeyp
 
 def test_missing_archive_without_network_is_reported(archive, tmp_path):
     archive.unlink()
-    with pytest.raises(InputError, match="is not there and could not be downloaded"):
+    with pytest.raises(InputError, match="could not be downloaded"):
         cifar10(tmp_path / "data").setup()

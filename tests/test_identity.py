@@ -396,7 +396,7 @@ def test_outputs_that_depend_on_the_batch_are_not_cached(train, tmp_path, own, l
     )
     done = train("method=combined", "teacher.model._target_=mine.Net", *SETTING)
     assert done.code == 0, done.err
-    assert "not stored" in done.err
+    assert "not cached" in done.err
     assert not list((tmp_path / "outputs" / "teachers").glob("remembered/*"))
 
 
