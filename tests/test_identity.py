@@ -14,6 +14,8 @@ import torch
 from conftest import in_a_new_process
 
 from kd_lightning.config import naming
+from kd_lightning.config.nodes import build
+from kd_lightning.data.views import PLAIN
 from kd_lightning.models import ConvNet, count_parameters
 from kd_lightning.storage import identity as contents
 from kd_lightning.storage.run_directory import RunDirectory
@@ -471,3 +473,52 @@ def test_parameters_of_a_teacher_not_buildable_on_meta_device(train):
     assert done.code == 0, done.err
     expected = regnet_y_400mf(num_classes=3)
     assert done.metrics["teacher_parameters"] == count_parameters(expected)
+
+
+AUGMENTATION = """
+    import torch
+    from kd_lightning.data.views import PLAIN
+    class Darker:
+        def __init__(self, by=2):
+            self.by = by
+        def render(self, images, index, view):
+            pixels = images[index].permute(0, 3, 1, 2)
+            changed = (view != PLAIN).view(-1, 1, 1, 1)
+            return torch.where(changed, pixels // self.by {}, pixels)
+"""
+
+
+def test_user_defined_augmentation_is_used_and_cached_under_its_own_key(train, tmp_path, own):
+    write_module(own / "mine.py", AUGMENTATION.format(""))
+    stored = tmp_path / "outputs" / "teachers" / "remembered"
+
+    def caches():
+        return {p.name for p in stored.glob("*") if "evaluation" not in p.name}
+
+    command = ("method=logit", "+data.augmentation={_target_: mine.Darker, by: 2}", "setting=darker")
+    train("method=logit", "setting=plain")
+    before = caches()
+    done = train(*command)
+    assert done.code == 0, done.err
+    views = Views(done.runs[0])
+    pixels = views.render(torch.tensor([3]), torch.tensor([5]))
+    plain = views.render(torch.tensor([3]), torch.tensor([PLAIN]))
+    assert torch.equal(pixels, plain // 2)
+    one = caches() - before
+    assert len(one) == 1
+    # Its settings and its code are part of the key.
+    train("method=logit", "+data.augmentation={_target_: mine.Darker, by: 3}", "setting=dark")
+    write_module(own / "mine.py", AUGMENTATION.format("+ 1"))
+    train(*command)
+    assert len(caches() - before) == 3
+
+
+class Views:
+    """The data module of a run."""
+
+    def __init__(self, run):
+        self.data = build(RunDirectory(run).read_config()["data"], "data")
+        self.data.setup()
+
+    def render(self, index, view):
+        return self.data._cut(index, view)

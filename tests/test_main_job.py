@@ -14,6 +14,7 @@ from conftest import in_a_new_process
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from kd_lightning.config.nodes import build
+from kd_lightning.results import FIGURE
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows.evaluate import evaluate
 
@@ -33,6 +34,7 @@ def test_complete_run_with_one_command(train, tmp_path):
     assert first.code == 0, first.err
     metrics = first.metrics
     assert set(metrics) == KEYS
+    assert set(metrics) <= FIGURE.keys()  # declared once
     assert metrics["status"] == "finished"
     assert metrics["epochs"] == 2
     assert 0 <= metrics["agreement"] <= 1
