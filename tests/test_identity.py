@@ -495,7 +495,11 @@ def test_user_defined_augmentation_is_used_and_cached_under_its_own_key(train, t
     def caches():
         return {p.name for p in stored.glob("*") if "evaluation" not in p.name}
 
-    command = ("method=logit", "+data.augmentation={_target_: mine.Darker, by: 2}", "setting=darker")
+    command = (
+        "method=logit",
+        "+data.augmentation={_target_: mine.Darker, by: 2}",
+        "setting=darker",
+    )
     train("method=logit", "setting=plain")
     before = caches()
     done = train(*command)
