@@ -124,6 +124,8 @@ def _baselines(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, An
         for path in sorted(Path(folder).parent.parent.glob(f"*/{name}*/metrics.json")):
             metrics = read_json(path)
             same = all(metrics.get(k) == row.get(k) for k in ("baseline_key", "images_sha256"))
+            # User code of the student must be the same; code of a term is the row's alone.
+            same = same and metrics.get("code_sha256") in (None, row.get("code_sha256"))
             if same and metrics.get("status") == "finished" and not wrong_figure(metrics):
                 yield {**metrics, **_of_teacher(row, metrics)}, path.parent
                 break
