@@ -140,3 +140,12 @@ def test_every_image_has_equal_weight_in_an_epoch(images):
     assert sorted(seen) == list(range(images))
     assert set(weights) == set(range(images))
     assert all(weight == pytest.approx(1) for weight in weights.values())
+
+
+@pytest.mark.slow  # a launcher and two fresh interpreters
+def test_torchrun_trains_the_same_student_as_own_processes(tmp_path):
+    train(tmp_path / "own", *TWO)
+    command = [*COMMAND, *TWO, f"output_dir={tmp_path / 'torchrun'}", f"data_dir={tmp_path}/data"]
+    done = in_a_new_process("-m", "torch.distributed.run", "--nproc-per-node=2", *command)
+    assert done.code == 0, done.err
+    assert results(tmp_path / "torchrun")[1] == results(tmp_path / "own")[1]
