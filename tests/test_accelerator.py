@@ -10,6 +10,7 @@ from emulated_device import DEVICE, GARBAGE, EmulatedDevice
 from lightning.pytorch import Callback
 
 from kd_lightning import api
+from kd_lightning.data import loading
 from kd_lightning.data import module as data_module
 from kd_lightning.data.transfer import ToHost, to_device
 from kd_lightning.workflows import student
@@ -158,6 +159,7 @@ def test_storing_outputs_before_they_arrive_is_detected(
 
 def test_synchronisation_is_reported_with_its_place(tmp_path, images, device, monkeypatch):
     monkeypatch.setattr(data_module, "to_device", lambda values, there: values.to(there))
+    monkeypatch.setattr(loading, "AHEAD", 1)  # render in every step
     run(tmp_path, images, "emulated", *RESNET, callbacks=[CountSteps(device)])
     assert "step 1, a copy to the device: kd_lightning/data/module.py" in needless_waits(device)
 

@@ -525,4 +525,4 @@ class Views:
         self.data.setup()
 
     def render(self, index, view):
-        return self.data._cut(index, view)
+        return self.data._cut(index, view)["images"]

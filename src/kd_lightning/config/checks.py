@@ -27,7 +27,7 @@ KEYS: dict[str, set[str]] = {
 }  # fmt: skip
 OPTIONAL: dict[str, set[str]] = {
     "": {"callbacks", "pictures", "update_bn"},
-    "teacher": {"checkpoint_key", "ignore_keys"},
+    "teacher": {"checkpoint_key", "ignore_keys", "augmentation", "mixing"},
 }
 """Optional keys: older runs lack them, and some are not in the configuration tree."""
 
@@ -86,6 +86,9 @@ def check(config: Node) -> None:
         check_node(without(term, "weight"), f"method.terms.{name}")
     for path in ("student.model", "teacher.model"):
         check_node(select(config, path), path)
+    for key in ("augmentation", "mixing"):
+        if (node := config["teacher"].get(key)) is not None:
+            check_node(node, f"teacher.{key}")
     if not isinstance(config.get("update_bn", False), bool):
         raise InputError(f"update_bn must be true or false, not {config['update_bn']}")
     callbacks = config.get("callbacks") or {}

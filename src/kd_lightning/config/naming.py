@@ -28,6 +28,10 @@ ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures")
 SINCE: dict[str, Any] = {
     "update_bn": (False, None),
     "callbacks": ({}, None),
+    "data.augmentation": (None,),
+    "data.mixing": (None,),
+    "teacher.augmentation": (None,),
+    "teacher.mixing": (None,),
     "teacher.ignore_keys": ([], None),
     "teacher.checkpoint_key": (None,),
 }

@@ -80,7 +80,11 @@ class TeacherPlan:
     Attributes:
         normalization: of its input images.
         training: how it is trained, unless there is a checkpoint.
-        cutout: side of the grey square in its training views, in pixels.
+        cutout: side of the grey square in its training views, in pixels, unless `augmentation` is
+            given.
+        augmentation: `_target_` node that renders its training views; None: crops and flips as the
+            data's, with its own cutout.
+        mixing: `_target_` node that mixes its training views, or None.
         checkpoint: user-provided weights, if any.
         recipe: the parts of the configuration that determine its weights.
     """
@@ -88,6 +92,8 @@ class TeacherPlan:
     normalization: Normalization
     training: TrainingPlan
     cutout: int
+    augmentation: Node | None
+    mixing: Node | None
     checkpoint: CheckpointPlan | None
     recipe: Node
 

@@ -41,7 +41,9 @@ SUPERVISED: dict[str, Node] = {
 TEACHER_FORMAT = 1  # increment when the same configuration starts to give different weights
 # Keys that do not affect a teacher's weights: paths, logging, hardware, and the student's own.
 _NOT_OF_THE_TEACHER = {
-    "data": ("name", "root", "cache_dir", "eval_batch_size", "seed", "views"),
+    "data": (
+        "name", "root", "cache_dir", "eval_batch_size", "seed", "views", "augmentation", "mixing",
+    ),
     "trainer": ("accelerator", "log_every_n_steps", "memory_format"),
 }
 
@@ -142,6 +144,8 @@ def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
             pictures=config.get("pictures", True),
         ),
         cutout=teacher["cutout"],
+        augmentation=teacher.get("augmentation"),
+        mixing=teacher.get("mixing"),
         checkpoint=checkpoint,
         recipe=teacher_recipe(config, trainer.precision),
     )
@@ -156,6 +160,7 @@ def teacher_recipe(config: Node, precision: str) -> Node:
     """
     teacher = config["teacher"]
     trainer = without(trainer_node(config, teacher=True), *_NOT_OF_THE_TEACHER["trainer"])
+    own = {key: teacher[key] for key in ("augmentation", "mixing") if teacher.get(key) is not None}
     return {
         "format": TEACHER_FORMAT,
         **{part: teacher[part] for part in ("model", "seed", "cutout", "optimizer", "scheduler")},
@@ -167,6 +172,7 @@ def teacher_recipe(config: Node, precision: str) -> Node:
             "cutout": teacher["cutout"],
             "view_seed": teacher["seed"],
         },
+        **own,
     }
 
 

@@ -3,15 +3,23 @@
 from kd_lightning.data.cifar10 import CIFAR10DataModule
 from kd_lightning.data.digits import DigitsDataModule
 from kd_lightning.data.folder import FolderDataModule
+from kd_lightning.data.mixing import CutMix, Mixing, Mixup
 from kd_lightning.data.module import ImageDataModule, Images
+from kd_lightning.data.operations import RandomOperations
+from kd_lightning.data.resized_crop import ResizedCrop
 from kd_lightning.data.views import Augmentation, Views
 
 __all__ = [
     "Augmentation",
     "CIFAR10DataModule",
+    "CutMix",
     "DigitsDataModule",
     "FolderDataModule",
     "ImageDataModule",
     "Images",
+    "Mixing",
+    "Mixup",
+    "RandomOperations",
+    "ResizedCrop",
     "Views",
 ]

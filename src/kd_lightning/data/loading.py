@@ -94,16 +94,16 @@ class ViewLoader:
 
     Args:
         sampler: yields the batches' indices and view numbers.
-        cut: renders indices (B,) and view numbers (B,) to uint8 views (B, 3, H, W), on the
-            training device.
-        finish: converts indices, view numbers and uint8 views to a complete batch.
+        cut: renders indices (B,) and view numbers (B,) to uint8 ``images`` (B, 3, H, W), with their
+            labels, on the training device.
+        finish: normalises the images of a batch.
     """
 
     def __init__(
         self,
         sampler: ViewSampler,
-        cut: Callable[[Tensor, Tensor], Tensor],
-        finish: Callable[[Tensor, Tensor, Tensor], Batch],
+        cut: Callable[[Tensor, Tensor], Batch],
+        finish: Callable[[Batch], Batch],
     ) -> None:
         self.sampler = sampler
         self.batch_sampler = None
@@ -132,7 +132,7 @@ class ViewLoader:
         while ahead := list(islice(batches, AHEAD)):
             index, view = (torch.cat([batch[key] for batch in ahead]) for key in ("index", "view"))
             sizes = [len(batch["index"]) for batch in ahead]
-            parts = [part.split(sizes) for part in (index, view, self.cut(index, view))]
-            for batch, *pixels in zip(ahead, *parts, strict=True):
+            parts = {key: value.split(sizes) for key, value in self.cut(index, view).items()}
+            for number, batch in enumerate(ahead):
                 self._given += 1
-                yield {**self.finish(*pixels), "share": batch["share"]}
+                yield self.finish({**batch, **{key: part[number] for key, part in parts.items()}})

@@ -12,8 +12,9 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from kd_lightning.data.loading import Batch, ViewLoader, ViewSampler
+from kd_lightning.data.mixing import Mixing, blend
 from kd_lightning.data.transfer import to_device
-from kd_lightning.data.views import Augmentation, Views, check_seed
+from kd_lightning.data.views import PLAIN, Augmentation, Views, check_seed
 from kd_lightning.errors import InputError
 
 
@@ -65,8 +66,9 @@ class ImageDataModule(LightningDataModule):
         seed: seed of the order of the training images, 0 to 2^32 - 1.
         image_size: height and width of the images, in pixels.
         num_classes: number of classes; None: as many as the source has.
-        augmentation: renders training views instead of padding, flip and cutout, for students and
-            teachers alike; see `Views`.
+        augmentation: renders the student's training views instead of padding, flip and cutout; see
+            `Views`.
+        mixing: mixes the student's training views; see `Mixing`.
 
     Raises:
         ValueError: an argument is out of range.
@@ -93,6 +95,7 @@ class ImageDataModule(LightningDataModule):
         image_size: int = 32,
         num_classes: int | None = None,
         augmentation: Views | None = None,
+        mixing: Mixing | None = None,
     ) -> None:
         super().__init__()
         for key, size in (("batch_size", batch_size), ("eval_batch_size", eval_batch_size)):
@@ -117,9 +120,11 @@ class ImageDataModule(LightningDataModule):
         self.split_seed = split_seed
         self.mean = tuple(mean)
         self.std = tuple(std)
+        self.padding, self.flip = padding, flip
         self.augmentation: Views = augmentation or Augmentation(
             padding, flip, cutout, seed=view_seed
         )
+        self.mixing = mixing
         self.views = views
         self.seed = seed
         self.image_size = image_size
@@ -258,18 +263,30 @@ class ImageDataModule(LightningDataModule):
 
         Returns:
             ``images`` (B, 3, H, W), float32, normalised, channels-last; ``labels``, ``index`` and
-            ``view`` (B,), int64, the last two on the CPU.
+            ``view`` (B,), int64, the last two on the CPU. If images are mixed, also
+            ``partner_labels`` (B,), int64, and ``ratio`` (B,), float32: the share of ``labels``.
         """
-        return self._finish(index, view, self._cut(index, view))
+        return self._finish({"index": index, "view": view, **self._cut(index, view)})
 
-    def _cut(self, index: Tensor, view: Tensor) -> Tensor:
+    def _cut(self, index: Tensor, view: Tensor) -> Batch:
         device = self._pixels.device
-        index, view = to_device(index, device), to_device(view, device)
-        return self.augmentation.render(self._pixels, index, view)
+        mixed = self.mixing is not None and bool((view != PLAIN).any())
+        images = self.augmentation.render(self._pixels, index, view)
+        batch = {"labels": self.labels[to_device(index, device)]}
+        if mixed:
+            assert self.mixing is not None
+            size = (images.shape[2], images.shape[3])
+            mixture = self.mixing.mixture(index, view, self.splits["train"], size)
+            others = self.augmentation.render(self._pixels, mixture.partner, view)
+            images = blend(images, others, mixture)
+            batch |= {
+                "partner_labels": self.labels[to_device(mixture.partner, device)],
+                "ratio": to_device(mixture.ratio, device),
+            }
+        return {"images": images, **batch}
 
-    def _finish(self, index: Tensor, view: Tensor, views: Tensor) -> Batch:
-        labels = self.labels[to_device(index, views.device)]
-        return {"images": self._normalize(views), "labels": labels, "index": index, "view": view}
+    def _finish(self, batch: Batch) -> Batch:
+        return {**batch, "images": self._normalize(batch["images"])}
 
     def transfer_batch_to_device(self, batch: Batch, device: Any, dataloader_idx: int) -> Batch:
         """No-op: pixels and labels are created on the device, and view numbers stay on the CPU,

@@ -14,6 +14,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kd_lightning.data.transfer import to_device
+
 PLAIN = -1
 """View number of the original image: neither cropped nor flipped."""
 
@@ -79,8 +81,8 @@ class Views(Protocol):
 
         Args:
             images: all images (N, H, W, 3), uint8, on the training device.
-            index: image indices (B,), int64.
-            view: view numbers (B,), int64; see `counter_random`.
+            index: image indices (B,), int64, on the CPU.
+            view: view numbers (B,), int64, on the CPU; see `counter_random`.
 
         Returns:
             (B, 3, H, W), uint8, channels-last in memory.
@@ -141,6 +143,7 @@ class Augmentation:
             (B, C, H, W), channels-last in memory, with the dtype of the images.
         """
         count, height, width, channels = images.shape
+        index, view = to_device(index, images.device), to_device(view, images.device)
         top, left, flip = self.parameters(index, view)
         row = torch.arange(height, device=index.device)
         column = torch.arange(width, device=index.device)

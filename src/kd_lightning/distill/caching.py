@@ -84,6 +84,7 @@ def open_caches(
             if isinstance(data.augmentation, Augmentation)
             else plan.data.node["augmentation"]
         ),
+        **({"mixing": plan.data.node["mixing"]} if data.mixing is not None else {}),
         **({"code": code} if code else {}),
     }
     outputs = module.ask_teacher(images)

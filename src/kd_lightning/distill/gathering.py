@@ -47,5 +47,12 @@ def gather(
     return (
         whole,
         {name: every(value) for name, value in targets.items()},
-        TermBatch(labels, index.cpu(), view.cpu(), batch.progress),
+        TermBatch(
+            labels,
+            index.cpu(),
+            view.cpu(),
+            batch.progress,
+            None if batch.partner_labels is None else rows(batch.partner_labels),
+            None if batch.ratio is None else rows(batch.ratio),
+        ),
     )

@@ -190,7 +190,14 @@ class DistillationModule(LightningModule):
         images = batch["images"].contiguous(memory_format=self.memory_format)
         targets = self.targets(batch) if self.teacher is not None else {}
         output = self._read_student(images)
-        own = TermBatch(batch["labels"], batch["index"], batch["view"], progress)
+        own = TermBatch(
+            batch["labels"],
+            batch["index"],
+            batch["view"],
+            progress,
+            batch.get("partner_labels"),
+            batch.get("ratio"),
+        )
         losses = {
             name: term(output, targets.get(name), own)
             for name, term in self._terms.items()
@@ -251,7 +258,7 @@ class DistillationModule(LightningModule):
         weighted = {name: self.weights[name] * value for name, value in losses.items()}
         loss = torch.stack([*weighted.values()]).sum()
         if batch["share"]:
-            self.train_metrics.update(logits, batch["labels"])
+            self.train_metrics.update(logits, _largest_labels(batch))
         self.step_losses = {name: value.detach() for name, value in losses.items()}
         shown = {"loss/total": loss.detach()}
         for name in losses:
@@ -363,3 +370,10 @@ class DistillationModule(LightningModule):
         # Bypass the check of MixedPrecision, which only matters for scaled gradients.
         plugin = self.trainer.precision_plugin
         Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+
+
+def _largest_labels(batch: Batch) -> Tensor:
+    """The labels (B,), int64, with the larger share in each image."""
+    if "ratio" not in batch:
+        return batch["labels"]
+    return torch.where(batch["ratio"] >= 0.5, batch["labels"], batch["partner_labels"])

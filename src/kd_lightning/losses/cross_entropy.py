@@ -2,6 +2,7 @@
 
 from typing import ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -25,7 +26,16 @@ class CrossEntropy(Term):
         self.label_smoothing = label_smoothing
 
     def forward(self, student: Output, remembered: None, batch: TermBatch) -> Tensor:
-        """Cross-entropy of logits (B, C) with labels (B,); a scalar."""
-        return F.cross_entropy(
-            student.logits.float(), batch.labels, label_smoothing=self.label_smoothing
+        """Cross-entropy of logits (B, C) with labels (B,); a scalar.
+
+        For mixed images, the average over both labels, weighted with their shares (Zhang et al. 2018,
+        "mixup: Beyond Empirical Risk Minimization").
+        """
+        logits, smoothing = student.logits.float(), self.label_smoothing
+        if batch.partner_labels is None or batch.ratio is None:
+            return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
+        own, other = (
+            F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
+            for labels in (batch.labels, batch.partner_labels)
         )
+        return torch.lerp(other, own, batch.ratio).mean()

@@ -56,12 +56,16 @@ class TermBatch:
         index: image indices (B,), int64, on the CPU.
         view: view numbers (B,), int64, on the CPU.
         progress: completed fraction of the training, in [0, 1].
+        partner_labels: labels of the images that are mixed in (B,), int64; None: no image is mixed.
+        ratio: share of `labels` in a mixed image (B,), float32, in [0, 1]; None: no image is mixed.
     """
 
     labels: Tensor
     index: Tensor
     view: Tensor
     progress: float = 0.0
+    partner_labels: Tensor | None = None
+    ratio: Tensor | None = None
 
 
 class Term(nn.Module):

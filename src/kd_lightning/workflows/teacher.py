@@ -1,9 +1,9 @@
 """Find or train the teacher of a run."""
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.config.nodes import build
 from kd_lightning.config.plan import Plan, TeacherPlan
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Augmentation, Views
@@ -39,11 +39,10 @@ def find_teacher(plan: Plan, data: ImageDataModule) -> StoredTeacher | None:
 
 
 def _views(data: ImageDataModule, plan: TeacherPlan) -> Views:
-    """The teacher's training views: with its own cutout and seed, unless they are user-defined."""
-    views = data.augmentation
-    if isinstance(views, Augmentation):
-        return replace(views, cutout=plan.cutout, seed=plan.training.seed)
-    return views
+    """The teacher's training views, independent of the student's."""
+    if plan.augmentation is not None:
+        return build(plan.augmentation, "teacher.augmentation")
+    return Augmentation(data.padding, data.flip, plan.cutout, seed=plan.training.seed)
 
 
 def load_teacher(teacher: FrozenTeacher, stored: StoredTeacher) -> None:
@@ -91,6 +90,7 @@ def train_teacher(
         mean=plan.normalization.mean,
         std=plan.normalization.std,
         augmentation=_views(data, plan),
+        mixing=build(plan.mixing, "teacher.mixing") if plan.mixing is not None else None,
     )
     module = build_module(training, run.data)
     directory.write_config(run.config)
