@@ -294,6 +294,28 @@ def test_baseline_of_all_teachers_with_the_same_images(tmp_path):
     assert gains == pytest.approx({0.6: 0.1, 0.7: 0.2, 0.9: math.nan}, nan_ok=True)
 
 
+@pytest.mark.parametrize(
+    ("baseline", "found"),
+    [
+        ({}, True),
+        ({"code": "x"}, True),
+        ({"code": "y"}, False),  # the student's own code has changed
+        ({"images": "b"}, False),
+        ({"status": "running"}, False),
+        ({"baseline_key": "other"}, False),
+    ],
+)
+def test_baseline_of_another_setting_must_be_the_same_student(tmp_path, baseline, found):
+    given = {"images": "a", "baseline_key": "k", "setting": "one", **baseline}
+    contents(tmp_path / "one", "none", 0, 0.5, **given)
+    contents(
+        tmp_path / "two", "logit", 0, 0.6, images="a", code="x", baseline_key="k", setting="two"
+    )
+    runs = read_runs([tmp_path / "two"])
+    assert list(runs["method"]) == (["none", "logit"] if found else ["logit"])
+    assert list(summarise(runs)["pairs"])[-1] == int(found)
+
+
 def test_old_runs_without_hashes_join_a_unique_group(tmp_path):
     write_run(tmp_path / "1", "none", "small", 0, 0.5)
     write_run(tmp_path / "2", "logit", "small", 0, 0.6)

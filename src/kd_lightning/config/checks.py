@@ -26,7 +26,7 @@ KEYS: dict[str, set[str]] = {
     "remember": {"disk_gb", "dtype"},
 }  # fmt: skip
 OPTIONAL: dict[str, set[str]] = {
-    "": {"callbacks", "pictures", "update_bn"},
+    "": {"callbacks", "pictures", "update_bn", "ema"},
     "teacher": {"checkpoint_key", "ignore_keys", "augmentation", "mixing"},
 }
 """Optional keys: older runs lack them, and some are not in the configuration tree."""
@@ -91,6 +91,9 @@ def check(config: Node) -> None:
             check_node(node, f"teacher.{key}")
     if not isinstance(config.get("update_bn", False), bool):
         raise InputError(f"update_bn must be true or false, not {config['update_bn']}")
+    ema: Any = config.get("ema")
+    if ema is not None and not (_is_number(ema) and 0 < ema < 1):
+        raise InputError(f"ema must be null or a decay above 0 and below 1, as 0.999, not {ema}")
     callbacks = config.get("callbacks") or {}
     if not isinstance(callbacks, dict):
         raise InputError(f"callbacks must be names with a _target_ node each, not {callbacks!r}")

@@ -27,6 +27,7 @@ ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures")
 # a key is left out of every hash, so that a new feature does not rename existing runs.
 SINCE: dict[str, Any] = {
     "update_bn": (False, None),
+    "ema": (None,),
     "callbacks": ({}, None),
     "data.augmentation": (None,),
     "data.mixing": (None,),

@@ -94,9 +94,10 @@ def build_trainer(
             Curves(),
             *([Pictures()] if pictures else []),
             *([] if own_bar else [ProgressBar(name)]),
-            ExactResume(),
-            StopWhenAsked(name, checkpoints / LAST),
             *callbacks,
+            ExactResume(),
+            # Last: the checkpoint that it saves within an epoch contains the step of all others.
+            StopWhenAsked(name, checkpoints / LAST),
         ],
         "enable_progress_bar": own_bar,
         "enable_model_summary": False,

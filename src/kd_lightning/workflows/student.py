@@ -21,6 +21,7 @@ from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.engine import fitting
+from kd_lightning.engine.callbacks.averaging import AverageWeights
 from kd_lightning.engine.callbacks.users import build_callbacks
 from kd_lightning.engine.fitting import metric
 from kd_lightning.engine.launch import launch, launched, rank
@@ -276,8 +277,9 @@ def train_student(
     plan, module, data = job.plan.student, job.module, job.data
     directory = RunDirectory(folder)
     own = build_callbacks(plan.callbacks)
+    average = [AverageWeights(plan.ema)] if plan.ema is not None else []
     trainer = build_trainer(
-        plan.trainer, folder, job.plan.name, resume, [*callbacks, *own], plan.pictures
+        plan.trainer, folder, job.plan.name, resume, [*average, *callbacks, *own], plan.pictures
     )
     # Get the device now, as testing moves the module back to the CPU.
     device = trainer.strategy.root_device
