@@ -22,7 +22,8 @@ from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.teacher import FrozenTeacher, Normalization
 from kd_lightning.models import ConvNet, ResNet9
 from kd_lightning.storage import teacher_cache as memory
-from kd_lightning.storage.teacher_cache import DTYPES, Rows, TeacherCache, stored
+from kd_lightning.storage.rows import DTYPES, Rows
+from kd_lightning.storage.teacher_cache import TeacherCache, stored
 
 IMAGES = 20
 CPU = torch.device("cpu")
@@ -108,7 +109,7 @@ def test_row_at_the_wrong_position_is_invalid(tmp_path):
 WRITER = """
 import sys, torch
 from pathlib import Path
-from kd_lightning.storage.teacher_cache import Rows
+from kd_lightning.storage.rows import Rows
 rows = Rows(Path(sys.argv[1]), {}, 50, (512,), torch.float32)
 rows.reserve(0)
 generator = torch.Generator().manual_seed(int(sys.argv[2]))
@@ -261,6 +262,55 @@ def test_overflowing_outputs_are_returned_but_not_cached(tmp_path):
         got = cache_.fetch(index, index * 0, CPU, lambda: {"a": big})
         assert torch.equal(got["a"], big)
     assert rows["a"].read(index, index * 0)[1].tolist() == [True, False]
+
+
+@settings(max_examples=50, deadline=None)
+@given(data=st.data())
+def test_whole_view_gives_the_same_targets_as_single_rows(tmp_path_factory, data):
+    """Also with damaged files, and rows that other processes add meanwhile."""
+    results = []
+    damage = data.draw(st.lists(st.integers(0, 10**6), max_size=4))
+    order = data.draw(st.permutations(range(IMAGES)))
+    written = data.draw(st.integers(0, IMAGES))
+    for largest in (0, memory.LARGEST_VIEW):
+        root = tmp_path_factory.mktemp("rows")
+        recall(make_memory(root), list(range(written)) or [0], [0] * (written or 1))
+        for path in root.glob("*/*.rows"):
+            content = bytearray(path.read_bytes())
+            for place in damage:
+                content[place % len(content)] ^= 1 + place % 255
+            path.write_bytes(content)
+        cache_, found = make_memory(root), []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(memory, "LARGEST_VIEW", largest)
+            for part in (order[:7], order[7:14], order[:7], order[14:]):
+                values, teacher = recall(cache_, part, [0] * len(part))
+                found.append((values["a"].tolist(), values["b"].tolist(), teacher.asked))
+        results.append(found)
+    assert results[0] == results[1]
+
+
+def test_rows_of_a_complete_view_are_read_once(tmp_path, monkeypatch):
+    recall(make_memory(tmp_path), range(IMAGES), [0] * IMAGES)
+    recall(make_memory(tmp_path), range(IMAGES), [1] * IMAGES)
+    cache_, calls = make_memory(tmp_path), Counter()
+    for name in ("read", "load"):
+        original = getattr(Rows, name)
+
+        def counting(self, *arguments, name=name, original=original):
+            calls[name] += 1
+            return original(self, *arguments)
+
+        monkeypatch.setattr(Rows, name, counting)
+    for view in (0, 1):
+        for part in ([3, 1, 4], [5, 9, 2]):
+            values, teacher = recall(cache_, part, [view] * 3)
+            assert not teacher.asked
+            assert torch.equal(values["a"][:, 0], expected(part, view))
+    assert calls == {"load": 4}  # two terms, two views
+    mixed, _ = recall(cache_, [3, 1], [0, 1])
+    assert torch.equal(mixed["a"][:, 0], expected([3, 1], [0, 1]))
+    assert calls["read"] == 2
 
 
 def test_removing_a_cache_in_use_has_no_effect(tmp_path):

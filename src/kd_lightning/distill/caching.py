@@ -15,7 +15,8 @@ from kd_lightning.distill.teacher import CHECKED_IMAGES
 from kd_lightning.losses import Logit, Term
 from kd_lightning.models import Output
 from kd_lightning.storage.identity import source_sha256, targets
-from kd_lightning.storage.teacher_cache import DTYPES, Rows, TeacherCache, folder_name
+from kd_lightning.storage.rows import DTYPES, Rows
+from kd_lightning.storage.teacher_cache import TeacherCache, folder_name
 
 log = logging.getLogger(__name__)
 
