@@ -218,6 +218,36 @@ def test_disk_limit_causes_one_warning(tmp_path, caplog):
     assert not teacher.asked  # existing rows are still used
 
 
+def test_terms_that_do_not_fit_are_computed_and_the_others_stay_cached(tmp_path):
+    rows = make_memory(tmp_path).rows
+    sizes = {name: part.file_size for name, part in rows.items()}
+    views = range(3)
+    assert memory.too_large(rows, views, tmp_path, 3 * sum(sizes.values())) == {}
+    limit = 3 * sum(sizes.values()) - 1
+    assert memory.too_large(rows, views, tmp_path, limit) == {"b": 3 * sizes["b"]}
+    assert set(memory.too_large(rows, views, tmp_path, 1)) == {"a", "b"}
+    cache_ = TeacherCache(rows, tmp_path, limit, live=("b",))
+    for again in range(2):
+        values, teacher = recall(cache_, [1, 2], [0, 0])
+        assert len(teacher.asked) == 2  # for b
+        assert torch.equal(values["a"][:, 0], expected([1, 2], 0))
+        assert torch.equal(values["b"][:, 0], -expected([1, 2], 0))  # rounded as if stored
+    assert memory.used_bytes(tmp_path) == sizes["a"]
+    values, teacher = recall(make_memory(tmp_path, terms=("a",)), [1, 2], [0, 0])
+    assert not teacher.asked
+    # What is stored already needs no more space.
+    assert "a" not in memory.too_large(rows, range(1), tmp_path, sizes["a"])
+
+
+def test_whole_view_with_a_live_term(tmp_path):
+    recall(make_memory(tmp_path, terms=("a",)), range(IMAGES), [0] * IMAGES)
+    cache_ = TeacherCache(make_memory(tmp_path).rows, tmp_path, 1e9, live=("b",))
+    values, teacher = recall(cache_, [3, 1], [0, 0])
+    assert len(teacher.asked) == 2
+    assert torch.equal(values["a"][:, 0], expected([3, 1], 0))
+    assert torch.equal(values["b"][:, 1], -expected([3, 1], 0))
+
+
 def test_full_disk_causes_a_warning(tmp_path, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
@@ -417,6 +447,24 @@ def test_memory_does_not_grow_with_the_number_of_views(tmp_path):
     maps = Path("/proc/self/maps").read_text().splitlines()
     mapped = sum(str(tmp_path) in line for line in maps)
     assert 0 < mapped <= Rows.OPEN_FILES
+
+
+def test_cache_decides_before_training_what_fits(train, tmp_path, asked):
+    """36 + 12 images of 3 logits or 8 x 8 attention maps: 700 bytes and 5 kB per view."""
+    done = train("method=combined", "remember.disk_gb=8e-6", "trainer.max_epochs=2")
+    assert done.code == 0, done.err
+    sentences = [line for line in done.err.splitlines() if "are not cached" in line]
+    assert len(sentences) == 1
+    assert "attention" in sentences[0]
+    assert asked["training"] == 2 * 33 + SHAPES
+    assert {name.split("-")[1] for name in remembered(tmp_path)} == {"logit", "evaluation"}
+    asked.clear()
+    assert train("method=logit").code == 0
+    assert asked["training"] == SHAPES
+    # The same student as with a complete cache.
+    whole = train("method=combined")
+    weights = [(r.runs[0] / "student.safetensors").read_bytes() for r in (done, whole)]
+    assert weights[0] == weights[1]
 
 
 def test_k_views_are_repeated_cyclically(train, tmp_path, asked):

@@ -16,7 +16,7 @@ from kd_lightning.losses import Logit, Term
 from kd_lightning.models import Output
 from kd_lightning.storage.identity import source_sha256, targets
 from kd_lightning.storage.rows import DTYPES, Rows
-from kd_lightning.storage.teacher_cache import TeacherCache, folder_name
+from kd_lightning.storage.teacher_cache import GIGABYTE, TeacherCache, folder_name, too_large
 
 log = logging.getLogger(__name__)
 
@@ -95,7 +95,16 @@ def open_caches(
         what = key["class"].rpartition(".")[2].lower()
         shape = tuple(outputs[name].shape[1:])
         kept[name] = rows(what, {**views, "term": key}, data.train_size, shape, plan.cache.dtype)
-    module.cache = TeacherCache(kept, root, limit)
+    epochs = plan.student.trainer.arguments["max_epochs"]
+    used = range(min(epochs, data.views or epochs))
+    large = too_large(kept, used, root, limit)
+    for name, size in large.items():
+        log.warning(
+            "the targets of %s are not cached: those of %d views need %.3g GB, more than is left of "
+            "remember.disk_gb=%g and of the disk; data.views=K uses K views",
+            name, len(used), size / GIGABYTE, limit / GIGABYTE,
+        )  # fmt: skip
+    module.cache = TeacherCache(kept, root, limit, live=tuple(large))
 
 
 def _term_key(term: Term, classes: int) -> dict[str, Any] | None:

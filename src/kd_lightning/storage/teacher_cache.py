@@ -19,7 +19,7 @@ import json
 import logging
 import shutil
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,10 +51,16 @@ class TeacherCache:
         limit: maximum total size of all caches below `root`, in bytes. Each concurrent process may
             exceed it by one file.
         root: the folder of all caches.
+        live: names of terms that are not stored, but computed for every batch and rounded as if
+            they were; see `too_large`.
     """
 
-    def __init__(self, rows: Mapping[str, Rows], root: Path, limit: float) -> None:
+    def __init__(
+        self, rows: Mapping[str, Rows], root: Path, limit: float, live: Collection[str] = ()
+    ) -> None:
         self.rows, self.root, self.limit = rows, root, limit
+        self.live = live
+        self._cached = {name: part for name, part in rows.items() if name not in live}
         self._seen: set[int] = set()  # view numbers whose files exist or cannot be created
         self._full = False
         self._loaded: tuple[int, dict[str, LoadedView]] = (NO_VIEW, {})
@@ -76,21 +82,27 @@ class TeacherCache:
             device: device of the images.
             ask: computes the targets of the whole batch.
         """
+        result = {}
         if loaded := self._load(index, view, device):
             there = to_device(index, device)
-            return {name: part.values(there).float() for name, part in loaded.items()}
+            result = {name: part.values(there).float() for name, part in loaded.items()}
+            if not self.live:
+                return result
         self._make_room(view)
         self._write_finished()
         stored, known = {}, {}
-        for name, rows in self.rows.items():
-            stored[name], known[name] = rows.read(index, view)
-        if all(valid.all() for valid in known.values()):
+        for name, rows in self._cached.items():
+            if name not in result:
+                stored[name], known[name] = rows.read(index, view)
+        if not self.live and all(valid.all() for valid in known.values()):
             return {name: to_device(values, device).float() for name, values in stored.items()}
         computed = ask()
-        result = {}
-        for name, rows in self.rows.items():
+        for name in (*self.live, *known):
+            rows = self.rows[name]
             rounded = computed[name].to(rows.dtype)
             result[name] = torch.where(rounded.isfinite(), rounded.float(), computed[name])
+            if name in self.live:
+                continue
             valid = known[name]
             if valid.any():
                 where = valid.nonzero().flatten()
@@ -113,12 +125,13 @@ class TeacherCache:
         number = int(view[0])
         if number != self._loaded[0]:
             self._loaded = (number, {})  # release the previous rows first
-            size = sum(rows.file_size for rows in self.rows.values())
-            if size <= LARGEST_VIEW and not any(rows.missing(number) for rows in self.rows.values()):
-                parts = {name: rows.load(number, device) for name, rows in self.rows.items()}
+            cached = self._cached
+            size = sum(rows.file_size for rows in cached.values())
+            if size <= LARGEST_VIEW and not any(rows.missing(number) for rows in cached.values()):
+                parts = {name: rows.load(number, device) for name, rows in cached.items()}
                 self._loaded = (number, {name: part for name, part in parts.items() if part})
         loaded = self._loaded[1]
-        complete = loaded.keys() == self.rows.keys() and bool((view == number).all())
+        complete = loaded.keys() == self._cached.keys() and bool((view == number).all())
         return loaded if complete and all(part.has(index) for part in loaded.values()) else {}
 
     def flush(self) -> None:
@@ -137,7 +150,7 @@ class TeacherCache:
     def _make_room(self, view: Tensor) -> None:
         for number in set(view.unique().tolist()) - self._seen:
             self._seen.add(number)
-            missing = [rows for rows in self.rows.values() if rows.missing(number)]
+            missing = [rows for rows in self._cached.values() if rows.missing(number)]
             if not missing or self._full:
                 continue
             try:
@@ -153,6 +166,36 @@ class TeacherCache:
                     "scripts/remembered.py lists and removes caches",
                     self.root, error.strerror or error,
                 )  # fmt: skip
+
+
+def too_large(
+    rows: Mapping[str, Rows], views: Collection[int], root: Path, limit: float
+) -> dict[str, int]:
+    """The terms whose rows do not fit on the disk, and the sizes that they would need.
+
+    Smaller rows take precedence.
+
+    Args:
+        rows: the rows of every term.
+        views: the view numbers that will be used.
+        root: the folder of all caches.
+        limit: maximum total size of all caches below `root`, in bytes.
+
+    Returns:
+        Name to size, in bytes.
+    """
+    place = root
+    while not place.exists():
+        place = place.parent
+    free = min(limit - used_bytes(root), shutil.disk_usage(place).free)
+    large = {}
+    for name, part in sorted(rows.items(), key=lambda item: item[1].file_size):
+        needed = sum(part.missing(view) for view in views)
+        if needed > free:
+            large[name] = part.file_size * len(views)
+        else:
+            free -= needed
+    return large
 
 
 class _Unwritten:
