@@ -5,12 +5,12 @@ import torch
 from conftest import TINY, write_folder
 from lightning.pytorch import Callback
 from safetensors.torch import load_file
+from test_resume import Ask
 
 from kd_lightning import api
 from kd_lightning.errors import InputError, Stopped
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student
-from test_resume import Ask
 
 DECAY = 0.8
 
@@ -70,7 +70,7 @@ def test_saved_student_is_the_average(whole):
 
 
 def test_best_checkpoint_contains_what_was_validated(whole):
-    root, metrics, average = whole
+    root, metrics, _ = whole
     best = torch.load(root / "run" / "checkpoints" / "best.ckpt", weights_only=True)
     assert metrics["best_val_accuracy"] >= metrics["val_accuracy"]
     module, data = api_module(root, best["state_dict"])

@@ -130,7 +130,9 @@ def test_training_batches_are_mixed_and_others_are_not(data):
     assert torch.equal(batch["ratio"], mixture.ratio)
     assert torch.equal(batch["labels"], module.labels[batch["index"]])
     assert torch.equal(batch["partner_labels"], module.labels[mixture.partner])
-    own, other = (plain.render(i, batch["view"])["images"] for i in (batch["index"], mixture.partner))
+    own, other = (
+        plain.render(i, batch["view"])["images"] for i in (batch["index"], mixture.partner)
+    )
     weight = mixture.ratio.view(-1, 1, 1, 1)
     torch.testing.assert_close(
         batch["images"], weight * own + (1 - weight) * other, atol=1 / 255 + 1e-5, rtol=0

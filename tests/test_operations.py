@@ -155,7 +155,9 @@ def test_resized_crop_agrees_with_torchvision(size):
 
 def test_resized_crops_have_the_given_areas_and_ratios():
     index = torch.arange(5000)
-    boxes = ResizedCrop(scale=(0.3, 0.9), ratio=(0.8, 1.25)).boxes(index, index, (100, 100)).double()
+    boxes = (
+        ResizedCrop(scale=(0.3, 0.9), ratio=(0.8, 1.25)).boxes(index, index, (100, 100)).double()
+    )
     top, left, height, width = boxes.unbind(dim=1)
     area, ratio = height * width / 1e4, width / height
     assert area.min() > 0.29

@@ -3,9 +3,7 @@
 import logging
 import os
 import resource
-import runpy
 import signal
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -13,7 +11,6 @@ from pathlib import Path
 import processes
 import pytest
 import torch
-from conftest import REPOSITORY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -227,7 +224,7 @@ def test_terms_that_do_not_fit_are_computed_and_the_others_stay_cached(tmp_path)
     assert memory.too_large(rows, views, tmp_path, limit) == {"b": 3 * sizes["b"]}
     assert set(memory.too_large(rows, views, tmp_path, 1)) == {"a", "b"}
     cache_ = TeacherCache(rows, tmp_path, limit, live=("b",))
-    for again in range(2):
+    for _ in range(2):
         values, teacher = recall(cache_, [1, 2], [0, 0])
         assert len(teacher.asked) == 2  # for b
         assert torch.equal(values["a"][:, 0], expected([1, 2], 0))
@@ -535,26 +532,6 @@ def test_invalid_cache_settings_are_rejected(train, override, words):
     assert done.code == 2
     assert all(word in done.err for word in words), done.err
     assert len(done.err.splitlines()) == 1
-
-
-def test_script_lists_and_removes_caches(train, tmp_path, monkeypatch, capsys):
-    def script(*arguments):
-        command = ["remembered.py", "--output-dir", str(tmp_path / "outputs"), *arguments]
-        monkeypatch.setattr(sys, "argv", command)
-        runpy.run_path(str(REPOSITORY / "scripts" / "remembered.py"), run_name="__main__")
-        return capsys.readouterr().out
-
-    assert train("method=combined").code == 0
-    names = remembered(tmp_path)
-    assert all(name in script() for name in names)
-    with pytest.raises(SystemExit, match="2"):
-        script("--remove", "nothing")
-    assert "there is no cache nothing" in capsys.readouterr().err
-    assert remembered(tmp_path) == names
-    script("--remove", min(names))
-    assert remembered(tmp_path) == names - {min(names)}
-    script("--remove", "all")
-    assert not remembered(tmp_path)
 
 
 def test_row_of_zeros_is_invalid(tmp_path):

@@ -41,8 +41,8 @@ class TrainingPlan:
         trainer: device, precision and duration.
         callbacks: name to `_target_` node.
         update_bn: whether BatchNorm's running statistics are re-estimated at the end.
-        ema: decay of the moving average of the weights that is validated and kept; None: the weights
-            themselves.
+        ema: decay of the moving average of the weights that is validated and kept; None: the
+            weights themselves.
         pictures: whether figures are written to TensorBoard.
     """
 

@@ -42,7 +42,14 @@ TEACHER_FORMAT = 1  # increment when the same configuration starts to give diffe
 # Keys that do not affect a teacher's weights: paths, logging, hardware, and the student's own.
 _NOT_OF_THE_TEACHER = {
     "data": (
-        "name", "root", "cache_dir", "eval_batch_size", "seed", "views", "augmentation", "mixing",
+        "name",
+        "root",
+        "cache_dir",
+        "eval_batch_size",
+        "seed",
+        "views",
+        "augmentation",
+        "mixing",
     ),
     "trainer": ("accelerator", "log_every_n_steps", "memory_format"),
 }

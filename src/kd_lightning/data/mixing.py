@@ -1,8 +1,8 @@
 """Mixtures of two training images: mixup and CutMix.
 
-The partner of a view, and the ratio or the box, follow from the image index and the view number like
-its crop, so that the teacher's output on a mixture can be cached too. Pixels are mixed in integers:
-the result is the same on every device.
+The partner of a view, and the ratio or the box, follow from the image index and the view number
+like its crop, so that the teacher's output on a mixture can be cached too. Pixels are mixed in
+integers: the result is the same on every device.
 """
 
 import functools
@@ -27,8 +27,8 @@ class Mixture(NamedTuple):
     Attributes:
         partner: index of the image that is mixed in (B,), int64.
         ratio: share of the own image (B,), float32, in [0, 1]; 1: not mixed.
-        box: top, left, bottom, right of the rectangle that is taken from the partner, (B, 4), int64,
-            or None: the images are averaged with the ratio, a multiple of 1 / `LEVELS`.
+        box: top, left, bottom, right of the rectangle that is taken from the partner, (B, 4),
+            int64, or None: the images are averaged with the ratio, a multiple of 1 / `LEVELS`.
     """
 
     partner: Tensor
@@ -103,7 +103,9 @@ class _Mixing:
 
     def _kept(self, index: Tensor, view: Tensor) -> Tensor:
         """Share of the own image in multiples of 1 / `LEVELS`, (B,), int64."""
-        kept = torch.searchsorted(_beta_thresholds(self.alpha), self._draw(index, view, 1), right=True)
+        kept = torch.searchsorted(
+            _beta_thresholds(self.alpha), self._draw(index, view, 1), right=True
+        )
         mixed = self._draw(index, view, 2) < self.probability * _RANGE
         return torch.where(mixed & (view != PLAIN), kept, LEVELS)
 
@@ -130,8 +132,8 @@ class CutMix(_Mixing):
     """A rectangle of one image pasted into another: Yun et al. (2019), "CutMix: Regularization
     Strategy to Train Strong Classifiers with Localizable Features", section 3.1.
 
-    The rectangle has the aspect ratio of the image and a uniformly distributed centre, so that a part
-    of it may lie outside; the ratio is the actual share of the own pixels.
+    The rectangle has the aspect ratio of the image and a uniformly distributed centre, so that a
+    part of it may lie outside; the ratio is the actual share of the own pixels.
 
     Args:
         alpha: the ratio before clipping is distributed as Beta(alpha, alpha).

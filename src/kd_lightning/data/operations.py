@@ -1,7 +1,7 @@
 """Random geometric and colour operations on whole batches: strong augmentation.
 
-All arithmetic is in integers, so that a view is the same on every device. The operation of each image
-is known on the CPU: an operation is applied to its part of the batch without waiting for the device.
+All arithmetic is in integers, so that a view is the same on every device. The operation of each
+image is known on the CPU: it is applied to a part of the batch without waiting for the device.
 """
 
 import functools
@@ -163,13 +163,17 @@ class RandomOperations:
         """The nth operation of each view, -1 for none, and its strength from 1 - `LEVELS` to
         `LEVELS` - 1, both (B,), int64.
         """
-        bits = counter_random(index, view, (self.seed ^ 0x1B873593) + 0x85EBCA77 * number & 0xFFFFFFFF)
+        bits = counter_random(
+            index, view, (self.seed ^ 0x1B873593) + 0x85EBCA77 * number & 0xFFFFFFFF
+        )
         names = self.operations or tuple(OPERATIONS)
         largest = max(1, round(self.strength * (LEVELS - 1)))
         chosen = (bits >> 1) % len(names)
         step = (bits >> 1).div(len(names), rounding_mode="floor") % (largest + 1)
         strength = torch.where(bits & 1 == 1, step, -step)
-        again = counter_random(index, view, (self.seed ^ 0x2545F491) + 0x9E3779B1 * number & 0xFFFFFFFF)
+        again = counter_random(
+            index, view, (self.seed ^ 0x2545F491) + 0x9E3779B1 * number & 0xFFFFFFFF
+        )
         applied = (again < self.probability * 2**32) & (view != PLAIN)
         return torch.where(applied, chosen, -1), strength
 
@@ -197,7 +201,7 @@ def _grey(images: Tensor) -> Tensor:
 
 
 def _towards(images: Tensor, other: Tensor, strength: Tensor) -> Tensor:
-    """images + 0.9 s (images - other), clipped to 0 to 255."""
+    """Images + 0.9 s (images - other), clipped to 0 to 255."""
     amount = (strength * round(0.9 * 2**BITS)).div(LEVELS - 1, rounding_mode="trunc")
     values, other = images.to(torch.int32), other.to(torch.int32)
     change = (values - other).mul_(amount.to(torch.int32)[:, None, None, None])

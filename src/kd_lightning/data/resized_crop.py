@@ -14,8 +14,8 @@ _BITS = 8  # fractional bits of positions
 
 @dataclass(frozen=True)
 class ResizedCrop:
-    """A random part of the image, resized to the whole, and horizontal flips: Szegedy et al. (2015),
-    "Going Deeper with Convolutions", section 6.
+    """A random part of the image, resized to the whole, and horizontal flips: Szegedy et al.
+    (2015), "Going Deeper with Convolutions", section 6.
 
     Interpolation is bilinear, in integers.
 
@@ -63,7 +63,7 @@ class ResizedCrop:
 
     def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
         """Render a batch of views; see `Views.render`."""
-        count, height, width, channels = images.shape
+        height, width, channels = images.shape[1:]
         flip = (counter_random(index, view, self.seed ^ 0x1F83D9AB) & 1 == 1) & (view != PLAIN)
         top, left, tall, wide = to_device(
             self.boxes(index, view, (height, width)), images.device
@@ -92,8 +92,8 @@ class ResizedCrop:
 
 
 def _positions(start: Tensor, length: Tensor, size: int) -> tuple[list[Tensor], Tensor]:
-    """Source positions on both sides of each target position, (B, `size`) each, int64, and the weight
-    of the second in units of 2^-`_BITS`, int32.
+    """Source positions on both sides of each target position, (B, `size`) each, int64, and the
+    weight of the second in units of 2^-`_BITS`, int32.
 
     Args:
         start: first position of the source part (B,), int64.

@@ -100,8 +100,8 @@ def open_caches(
     large = too_large(kept, used, root, limit)
     for name, size in large.items():
         log.warning(
-            "the targets of %s are not cached: those of %d views need %.3g GB, more than is left of "
-            "remember.disk_gb=%g and of the disk; data.views=K uses K views",
+            "the targets of %s are not cached: those of %d views need %.3g GB, more than is left "
+            "of remember.disk_gb=%g and of the disk; data.views=K uses K views",
             name, len(used), size / GIGABYTE, limit / GIGABYTE,
         )  # fmt: skip
     module.cache = TeacherCache(kept, root, limit, live=tuple(large))

@@ -28,8 +28,8 @@ class CrossEntropy(Term):
     def forward(self, student: Output, remembered: None, batch: TermBatch) -> Tensor:
         """Cross-entropy of logits (B, C) with labels (B,); a scalar.
 
-        For mixed images, the average over both labels, weighted with their shares (Zhang et al. 2018,
-        "mixup: Beyond Empirical Risk Minimization").
+        For mixed images, the average over both labels, weighted with their shares (Zhang et al.
+        2018, "mixup: Beyond Empirical Risk Minimization").
         """
         logits, smoothing = student.logits.float(), self.label_smoothing
         if batch.partner_labels is None or batch.ratio is None:

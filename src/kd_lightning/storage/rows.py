@@ -128,6 +128,19 @@ class Rows:
         for file, places in self._files_of(view):
             file[index.numpy()[places]] = written[places]
 
+    def create(self) -> None:
+        """Create the folder, with the key and the geometry of the rows.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (dtype,) = [name for name, dtype in DTYPES.items() if dtype == self.dtype]
+        geometry = {"images": self.images, "shape": list(self.shape), "dtype": dtype}
+        for name, content in (("key", self.key), ("rows", geometry)):
+            if not (self.folder / f"{name}.json").exists():
+                write_json(self.folder / f"{name}.json", content)
+
     def reserve(self, view: int) -> None:
         """Create the file of a view number, or extend a truncated one, allocated on the disk.
 
@@ -136,9 +149,7 @@ class Rows:
         Raises:
             OSError: the disk is full, or the folder cannot be written.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        if not (self.folder / "key.json").exists():
-            write_json(self.folder / "key.json", self.key)
+        self.create()
         with self.path(view).open("ab") as file:
             before = file.tell()
             if before >= self.file_size:

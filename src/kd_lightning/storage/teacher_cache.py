@@ -29,7 +29,7 @@ from torch import Tensor
 from kd_lightning.data.transfer import ToHost, to_device
 from kd_lightning.data.views import PLAIN
 from kd_lightning.files import read_json
-from kd_lightning.storage.rows import LoadedView, Rows
+from kd_lightning.storage.rows import DTYPES, LoadedView, Rows
 
 log = logging.getLogger(__name__)
 
@@ -65,6 +65,35 @@ class TeacherCache:
         self._full = False
         self._loaded: tuple[int, dict[str, LoadedView]] = (NO_VIEW, {})
         self._unwritten: deque[_Unwritten] = deque()
+
+    @classmethod
+    def of(
+        cls,
+        root: str | Path,
+        key: Mapping[str, Any],
+        images: int,
+        shapes: Mapping[str, tuple[int, ...]],
+        dtype: str = "float16",
+        limit: float = 5 * GIGABYTE,
+    ) -> "TeacherCache":
+        """A cache for any training loop.
+
+        Args:
+            root: the folder of all caches.
+            key: everything that the outputs depend on, as plain values: a hash of the teacher's
+                weights, of the images, the settings of the augmentation, the precision.
+            images: number of images; upper bound of the indices.
+            shapes: name of an output to its shape for one image.
+            dtype: storage dtype: float16, bfloat16 or float32.
+            limit: maximum total size, in bytes.
+        """
+        root = Path(root)
+        rows = {}
+        for name, shape in shapes.items():
+            whole = {**key, "output": name, "shape": list(shape), "images": images, "dtype": dtype}
+            folder = root / folder_name("teacher", name, whole)
+            rows[name] = Rows(folder, whole, images, tuple(shape), DTYPES[dtype])
+        return cls(rows, root, limit)
 
     def fetch(
         self, index: Tensor, view: Tensor, device: torch.device, ask: Compute
@@ -163,7 +192,7 @@ class TeacherCache:
                 self._full = True
                 log.warning(
                     "no further teacher outputs are cached in %s (%s); they are computed instead. "
-                    "scripts/remembered.py lists and removes caches",
+                    "scripts/cache.py lists and removes caches",
                     self.root, error.strerror or error,
                 )  # fmt: skip
 
@@ -215,20 +244,22 @@ class _Unwritten:
 
 
 class Stored(NamedTuple):
-    """One cache folder: its size in bytes, number of views, and key."""
+    """One cache folder: its size in bytes, number of views, key, and geometry of its rows."""
 
     folder: Path
     bytes: int
     views: int
     key: dict[str, Any]
+    geometry: dict[str, Any]
 
 
 def stored(root: Path) -> list[Stored]:
     """All caches below `root`, sorted by name."""
     found = []
-    for folder in sorted(path for path in root.glob("*") if path.is_dir()):
+    for folder in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
         files = [file.stat().st_size for file in folder.glob("view-*.rows")]
-        found.append(Stored(folder, sum(files), len(files), read_json(folder / "key.json")))
+        key, geometry = (read_json(folder / f"{name}.json") for name in ("key", "rows"))
+        found.append(Stored(folder, sum(files), len(files), key, geometry))
     return found
 
 

@@ -12,8 +12,8 @@ from kd_lightning.distill.module import DistillationModule
 
 
 class AverageWeights(Callback):
-    """Validates, and keeps at the end, an exponential moving average of the student's weights and of
-    BatchNorm's running statistics (Polyak & Juditsky 1992).
+    """Validates, and keeps at the end, an exponential moving average of the student's weights and
+    of BatchNorm's running statistics (Polyak & Juditsky 1992).
 
     Lightning's `EMAWeightAveraging` would copy the whole module, with the teacher, and its
     weights-only checkpoints contain the weights that were not validated.
@@ -53,7 +53,7 @@ class AverageWeights(Callback):
             self._steps = trainer.global_step
 
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Use the averages, until the next step: the best epoch's checkpoint is saved in between."""
+        """Use the averages until the next step: the best epoch is saved in between."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._use(module, averages=True)
 

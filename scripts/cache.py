@@ -1,0 +1,122 @@
+"""List, check, pack, unpack and remove teacher-output caches.
+
+    python scripts/cache.py list
+    python scripts/cache.py check outputs/runs/SETTING/RUN 1000      # recompute 1,000 rows each
+    python scripts/cache.py pack resnet9-logit-0123456789abcdef resnet9.zip
+    python scripts/cache.py unpack resnet9.zip                       # verified before it is used
+    python scripts/cache.py remove resnet9-logit-0123456789abcdef    # or: remove all
+
+A training that uses a removed cache continues and computes the outputs.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from kd_lightning.errors import InputError
+from kd_lightning.files import home
+from kd_lightning.storage.packing import pack, unpack
+from kd_lightning.storage.teacher_cache import GIGABYTE, Stored, remove, stored
+
+
+def main() -> None:
+    """Read the command line and run the subcommand."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--output-dir", type=home, default="outputs", help="output_dir of the trainings"
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("list", help="list all caches")
+    command = commands.add_parser("check", help="recompute rows of the caches of a run")
+    command.add_argument("run", type=home, help="folder of the run")
+    command.add_argument("rows", type=int, nargs="?", default=256, help="rows of each cache")
+    command = commands.add_parser("pack", help="write a cache to one file")
+    command.add_argument("name", help="name of the cache")
+    command.add_argument("file", type=home)
+    command = commands.add_parser("unpack", help="add a packed cache")
+    command.add_argument("file", type=home)
+    command = commands.add_parser("remove", help="remove caches")
+    command.add_argument("names", nargs="+", metavar="NAME", help="or: all")
+    arguments = parser.parse_args()
+    root = Path(arguments.output_dir) / "teachers" / "remembered"
+    try:
+        run(arguments, root)
+    except InputError as error:
+        _fail(str(error), 2)
+    except OSError as error:
+        _fail(f"{error.filename or root}: {error.strerror or error}", 1)
+
+
+def run(arguments: argparse.Namespace, root: Path) -> None:
+    """Run a subcommand."""
+    if arguments.command == "list":
+        show(stored(root), "stored", root)
+    elif arguments.command == "check":
+        check(arguments.run, arguments.rows)
+    elif arguments.command == "pack":
+        (entry,) = find(root, [arguments.name])
+        views = pack(entry.folder, Path(arguments.file))
+        print(f"{views} views: {arguments.file}")
+    elif arguments.command == "unpack":
+        folder, views = unpack(Path(arguments.file), root)
+        print(f"{views} new views: {folder}")
+    elif arguments.command == "remove":
+        entries = find(root, arguments.names)
+        for entry in entries:
+            remove(entry.folder)
+        show(entries, "removed", root)
+
+
+def find(root: Path, names: Sequence[str]) -> list[Stored]:
+    """The caches with these names.
+
+    Raises:
+        InputError: there is no such cache.
+    """
+    entries = {entry.folder.name: entry for entry in stored(root)}
+    if names == ["all"]:
+        return list(entries.values())
+    if unknown := [name for name in names if name not in entries]:
+        raise InputError(f"there is no cache {unknown[0]} in {root}")
+    return [entries[name] for name in names]
+
+
+def show(entries: Sequence[Stored], what: str, root: Path) -> None:
+    """Print caches, and their total size."""
+    width = max([len(entry.folder.name) for entry in entries], default=0)
+    for entry in entries:
+        print(
+            f"{entry.folder.name:{width}}  {entry.views:5} views  "
+            f"{entry.bytes / GIGABYTE:8.3f} GB  {entry.key.get('dtype', '?')}"
+        )
+    total = sum(entry.bytes for entry in entries) / GIGABYTE
+    print(f"{what} in {root}: {total:.3f} GB")
+
+
+def check(run: str, rows: int) -> None:
+    """Recompute rows, print the differences; exit with 1 if one is too large."""
+    if rows < 1:
+        raise InputError(f"the number of rows must be at least 1, not {rows}")
+    from kd_lightning.workflows.check_cache import check_cache
+
+    found = check_cache(run, rows)
+    for cache in found:
+        good = cache.difference <= cache.tolerance
+        print(
+            f"{cache.name}: {cache.rows} rows, largest difference {cache.difference:.2g} of the "
+            f"largest value, {'as expected' if good else 'WRONG'} (at most {cache.tolerance:g})"
+        )
+    if any(cache.difference > cache.tolerance for cache in found):
+        sys.exit(1)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Check cached teacher outputs against the teacher."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from kd_lightning.config.plan import Plan
+from kd_lightning.data.views import PLAIN
+from kd_lightning.distill.caching import open_caches
+from kd_lightning.distill.module import AUTOCAST, DistillationModule
+from kd_lightning.engine.launch import quiet_lightning
+from kd_lightning.errors import InputError
+from kd_lightning.storage.rows import Rows
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.storage.teacher_store import TeacherStore, teacher_key
+from kd_lightning.workflows.student import Job, prepare
+
+TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-3}
+"""Largest accepted difference, relative to the largest value: storage and other batches round."""
+
+
+class Checked(NamedTuple):
+    """How many rows of a cache were recomputed, and the largest relative difference found."""
+
+    name: str
+    rows: int
+    difference: float
+    tolerance: float
+
+
+def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]:
+    """Recompute random rows of the caches that a run uses, and compare.
+
+    Args:
+        run_dir: folder of the run; its images and its teacher must still exist.
+        count: number of rows of each cache.
+        seed: seed of the choice.
+
+    Raises:
+        InputError: the run has no teacher, or nothing is cached for it.
+    """
+    quiet_lightning()
+    config = RunDirectory(run_dir).read_config()
+    config["trainer"]["accelerator"] = "cpu"
+    job = _with_weights(prepare(config))
+    module, plan = job.module, job.plan
+    open_caches(module, plan, job.data, torch.device("cpu"))
+    generator = torch.Generator().manual_seed(seed)
+    found = []
+    for cache in (module.cache, module.evaluation_cache):
+        for name, rows in cache.rows.items() if cache is not None else ():
+            if (checked := _check(rows, name, job, count, generator)) is not None:
+                found.append(checked)
+    if not found:
+        raise InputError(f"nothing is cached for {run_dir}")
+    return found
+
+
+def _with_weights(job: Job) -> Job:
+    """The job with its teacher's weights, without training a teacher."""
+    plan = job.plan
+    if plan.teacher is None:
+        raise InputError(f"the method {plan.method} has no teacher")
+    if plan.teacher.checkpoint is not None:
+        return job
+    store = TeacherStore(plan.output_dir / "teachers")
+
+    def missing(folder: Path) -> dict[str, float]:
+        raise InputError(f"the teacher {plan.teacher_name} is not stored in {store.root}")
+
+    key = teacher_key(plan.teacher, job.data.fingerprint())
+    return job.with_teacher(store.obtain(plan.teacher.name, key, missing))
+
+
+def _check(
+    rows: Rows, name: str, job: Job, count: int, generator: torch.Generator
+) -> Checked | None:
+    views = [
+        PLAIN if path.stem == "view-plain" else int(path.stem.removeprefix("view-"))
+        for path in sorted(rows.folder.glob("view-*.rows"))
+    ]
+    places = []
+    for number in views:
+        index = torch.arange(rows.images)
+        valid = rows.read(index, torch.full_like(index, number))[1]
+        places += [(int(image), number) for image in index[valid]]
+    if not places:
+        return None
+    chosen = torch.randperm(len(places), generator=generator)[:count].tolist()
+    index, view = torch.tensor([places[number] for number in chosen]).unbind(dim=1)
+    difference = 0.0
+    for part, numbers in zip(index.split(256), view.split(256), strict=True):
+        cached = rows.read(part, numbers)[0].float()
+        computed = _recompute(job.module, job.plan, job.data.render(part, numbers)["images"], name)
+        scale = float(computed.abs().max().clamp(min=1e-12))
+        difference = max(difference, float((cached - computed).abs().max()) / scale)
+    return Checked(rows.folder.name, len(chosen), difference, TOLERANCE[rows.dtype])
+
+
+def _recompute(
+    module: DistillationModule, plan: Plan, images: torch.Tensor, name: str
+) -> torch.Tensor:
+    assert module.teacher is not None
+    dtype = AUTOCAST.get(plan.student.trainer.precision)
+    module.teacher.prepare(torch.device("cpu"), module.memory_format, dtype)
+    images = images.contiguous(memory_format=module.memory_format)
+    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
+        if name == "logits":
+            return module.teacher(images).float()
+        return module.ask_teacher(images)[name]

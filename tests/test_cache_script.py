@@ -1,0 +1,172 @@
+"""The teacher-output cache as a component: the script, packed files, and other training loops."""
+
+import json
+import re
+import runpy
+import sys
+import zipfile
+
+import pytest
+import torch
+from conftest import REPOSITORY
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kd_lightning.errors import InputError
+from kd_lightning.storage.packing import pack, unpack
+from kd_lightning.storage.teacher_cache import TeacherCache, stored
+
+CPU = torch.device("cpu")
+INDEX = torch.arange(20)
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        command = ["cache.py", "--output-dir", str(tmp_path / "outputs"), *map(str, arguments)]
+        monkeypatch.setattr(sys, "argv", command)
+        code = 0
+        try:
+            runpy.run_path(str(REPOSITORY / "scripts" / "cache.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+def names(tmp_path):
+    return {entry.folder.name for entry in stored(tmp_path / "outputs" / "teachers" / "remembered")}
+
+
+def test_list_and_remove(train, tmp_path, script):
+    assert train("method=combined").code == 0
+    before = names(tmp_path)
+    assert all(name in script("list")[1] for name in before)
+    code, _, said = script("remove", "nothing")
+    assert code == 2
+    assert "there is no cache nothing" in said
+    assert names(tmp_path) == before
+    script("remove", min(before))
+    assert names(tmp_path) == before - {min(before)}
+    script("remove", "all")
+    assert not names(tmp_path)
+
+
+def test_check_recomputes_rows(train, tmp_path, script):
+    (run,) = train("method=combined", "data.mixing={_target_: kd_lightning.data.Mixup}").runs
+    code, said, _ = script("check", run, 50)
+    assert code == 0, said
+    assert said.count("as expected") == 3  # logits, attention maps, evaluation
+    # A valid row with other numbers: the outputs of another teacher.
+    (entry,) = [e for e in stored(run.parents[2] / "teachers" / "remembered") if "-logit-" in
+                e.folder.name]  # fmt: skip
+    spoilt(entry)
+    code, said, _ = script("check", run, 1000)
+    assert code == 1
+    assert "WRONG" in next(line for line in said.splitlines() if "-logit-" in line)
+    assert script("check", run, 0)[0] == 2
+    (none,) = train("method=none").runs
+    code, _, said = script("check", none)
+    assert code == 2
+    assert "no teacher" in said
+
+
+def spoilt(entry):
+    from kd_lightning.storage.rows import DTYPES, Rows
+
+    shape, dtype = tuple(entry.geometry["shape"]), DTYPES[entry.geometry["dtype"]]
+    rows = Rows(entry.folder, entry.key, entry.geometry["images"], shape, dtype)
+    index, view = torch.arange(10), torch.zeros(10, dtype=torch.long)
+    rows.write(index, view, rows.read(index, view)[0] + 1)
+
+
+def test_packed_cache_is_used_elsewhere(train, tmp_path, script):
+    assert train("method=logit").code == 0
+    (name,) = [name for name in names(tmp_path) if "-logit-" in name]
+    code, said, _ = script("pack", name, tmp_path / "packed.zip")
+    assert (code, said) == (0, f"2 views: {tmp_path / 'packed.zip'}\n")
+    place = tmp_path / "outputs" / "teachers" / "remembered" / name
+    before = {path.name: path.read_bytes() for path in place.iterdir()}
+    script("remove", name)
+    assert script("unpack", tmp_path / "packed.zip")[0] == 0
+    assert {path.name: path.read_bytes() for path in place.iterdir()} == before
+    assert "0 new views" in script("unpack", tmp_path / "packed.zip")[1]
+    assert not [path for path in place.parent.iterdir() if path.name.startswith(".")]
+
+
+@pytest.fixture
+def packed(tmp_path):
+    cache = TeacherCache.of(tmp_path / "one", {"for": "a test"}, 20, {"logits": (3,)})
+    for view in (0, 1):
+        cache.fetch(INDEX, INDEX * 0 + view, CPU, lambda: {"logits": torch.randn(20, 3)})
+    (entry,) = stored(tmp_path / "one")
+    pack(entry.folder, tmp_path / "packed.zip")
+    return tmp_path / "packed.zip"
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_damaged_file_adds_nothing(tmp_path_factory, data):
+    root = tmp_path_factory.mktemp("packed")
+    cache = TeacherCache.of(root / "one", {"for": "a test"}, 20, {"logits": (3,)})
+    cache.fetch(INDEX, INDEX * 0, CPU, lambda: {"logits": torch.arange(60.0).view(20, 3)})
+    (entry,) = stored(root / "one")
+    pack(entry.folder, root / "packed.zip")
+    content = bytearray((root / "packed.zip").read_bytes())
+    place = data.draw(st.integers(0, len(content) - 1))
+    content[place] ^= data.draw(st.integers(1, 255))
+    content = content[: data.draw(st.integers(len(content) // 2, len(content)))]
+    (root / "packed.zip").write_bytes(content)
+    try:
+        unpack(root / "packed.zip", root / "two")
+    except InputError:
+        assert not stored(root / "two")
+        return
+    rows = next((root / "two").rglob("view-00000.rows"))
+    assert rows.read_bytes() == (entry.folder / "view-00000.rows").read_bytes()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../../x-logits-0123456789abcdef"},
+        {"name": "other-logits-0123456789abcdef"},
+        {"key": {"for": "another teacher"}},
+        {"files": {"../view-00000.rows": "0" * 64}},
+        {"files": {"view-00000.rows": "0" * 64}},
+        {"files": {"key.json": "0" * 64}},
+        {"rows": {"images": 19, "shape": [3], "dtype": "float16"}},
+        {"rows": {"images": 20, "shape": [3], "dtype": "int8"}},
+        {"format": 2},
+        {"files": None},
+    ],
+)
+def test_forged_manifest_is_rejected(tmp_path, packed, change):
+    with zipfile.ZipFile(packed) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    manifest = {**json.loads(parts.pop("manifest.json")), **change}
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+        archive.writestr("manifest.json", json.dumps(manifest))
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match="damaged, or not a packed cache"):
+        unpack(packed, tmp_path / "two" / "deep")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_example_of_the_document_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (REPOSITORY / "docs/cache.md").read_text(), re.S
+    )
+    asked = []
+    counted = example.replace("teacher(images)}", "asked.append(len(images)) or teacher(images)}")
+    assert counted != example
+    for expected in (3 * 512, 0):
+        torch.manual_seed(0)
+        asked.clear()
+        exec(compile(counted, "docs/cache.md", "exec"), {"asked": asked})
+        assert sum(asked) == expected
