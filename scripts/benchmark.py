@@ -79,7 +79,7 @@ def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 
     """
     data = random_batches(steps, plan.data.node["batch_size"])
     torch.manual_seed(0)  # the same teacher every time, so that cached outputs are found
-    teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
+    teacher = build_teacher(plan.teachers[0], plan.data) if plan.teachers else None
     module = build_module(plan.student, plan.data, teacher)
     arguments = {**plan.student.trainer.arguments, "max_epochs": epochs}
     if cache is not None:
@@ -96,7 +96,7 @@ def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 
 def bare_loop(plan: Plan, steps: int) -> float:
     """Images per second of the bare computation, on prepared batches."""
     precision, batch_size = plan.student.trainer.precision, plan.data.node["batch_size"]
-    teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
+    teacher = build_teacher(plan.teachers[0], plan.data) if plan.teachers else None
     module = build_module(plan.student, plan.data, teacher)
     terms = plan.student.terms
     weights = {name: float(term["weight"]) for name, term in terms.items()}

@@ -27,7 +27,14 @@ KEYS: dict[str, set[str]] = {
 }  # fmt: skip
 OPTIONAL: dict[str, set[str]] = {
     "": {"callbacks", "pictures", "update_bn", "ema"},
-    "teacher": {"checkpoint_key", "ignore_keys", "augmentation", "mixing"},
+    "teacher": {
+        "checkpoint_key",
+        "ignore_keys",
+        "augmentation",
+        "mixing",
+        "members",
+        "average",
+    },
 }
 """Optional keys: older runs lack them, and some are not in the configuration tree."""
 
@@ -37,6 +44,7 @@ TOTAL_STEPS = ("total_steps", "num_training_steps")
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 ROUNDINGS = ("float16", "bfloat16", "float32")
 STRATEGIES = ("auto", "ddp")
+AVERAGES = ("probabilities", "logits")
 MEMORY_FORMATS = ("auto", "channels_last", "contiguous")
 
 
@@ -53,13 +61,8 @@ def check(config: Node) -> None:
         if not math.isfinite(number):
             raise InputError(f"{path} must be a finite number, not {number}")
     seeds = [f"data.{key}" for key in config["data"] if key == "seed" or key.endswith("_seed")]
-    for path in ("seed", "teacher.seed", *seeds):
-        seed = select(config, path)
-        if not _is_integer(seed) or not 0 <= seed < 2**32:
-            raise InputError(f"{path} must be a whole number from 0 to 2^32 - 1, not {seed}")
-    cutout = config["teacher"]["cutout"]
-    if not _is_integer(cutout) or cutout < 0:
-        raise InputError(f"teacher.cutout must be 0 or more pixels, not {cutout}")
+    for path in ("seed", *seeds):
+        _check_seed(select(config, path), path)
     remember = config["remember"]
     if not _is_number(remember["disk_gb"]) or remember["disk_gb"] < 0:
         raise InputError(
@@ -74,7 +77,6 @@ def check(config: Node) -> None:
     for path in ("output_dir", "data_dir"):
         if not isinstance(config[path], str) or not config[path]:
             raise InputError(f"{path} must be the path of a folder, not {config[path]!r}")
-    _check_teacher_keys(config["teacher"])
     if not config["method"]["terms"]:
         raise InputError("method.terms must name at least one term")
     for name, term in config["method"]["terms"].items():
@@ -84,11 +86,7 @@ def check(config: Node) -> None:
                 f"method.terms.{name}.weight must be a number of at least 0, not {weight}"
             )
         check_node(without(term, "weight"), f"method.terms.{name}")
-    for path in ("student.model", "teacher.model"):
-        check_node(select(config, path), path)
-    for key in ("augmentation", "mixing"):
-        if (node := config["teacher"].get(key)) is not None:
-            check_node(node, f"teacher.{key}")
+    check_node(config["student"]["model"], "student.model")
     if not isinstance(config.get("update_bn", False), bool):
         raise InputError(f"update_bn must be true or false, not {config['update_bn']}")
     ema: Any = config.get("ema")
@@ -99,27 +97,57 @@ def check(config: Node) -> None:
         raise InputError(f"callbacks must be names with a _target_ node each, not {callbacks!r}")
     for name, callback in callbacks.items():
         check_node(callback, f"callbacks.{name}")
-    for prefix in ("", "teacher."):
-        trainer = trainer_node(config, teacher=bool(prefix))
-        check_trainer(trainer, f"{prefix}trainer")
-        if prefix and trainer["devices"] != 1:
-            raise InputError("teacher.trainer.devices must be 1: one process trains a teacher")
-        check_node(select(config, f"{prefix}optimizer"), f"{prefix}optimizer", {"params"})
-        scheduler = select(config, f"{prefix}scheduler")
-        if scheduler is not None:
-            check_node(scheduler, f"{prefix}scheduler", {"optimizer", *TOTAL_STEPS})
+    check_trainer(trainer_node(config), "trainer")
+    _check_optimizer(config)
+    if config["teacher"].get("average", AVERAGES[0]) not in AVERAGES:
+        raise InputError(
+            f"teacher.average must be one of {', '.join(AVERAGES)}, not "
+            f"{config['teacher']['average']}"
+        )
+    several = config["teacher"].get("members") is not None
+    for number, part in enumerate(single_teachers(config)):
+        _check_teacher(part, f"teacher.members[{number}]" if several else "teacher")
 
 
-def _check_teacher_keys(teacher: Node) -> None:
+def _check_teacher(config: Node, path: str) -> None:
+    """Check the teacher section, or that of a member, at a path."""
+    teacher = config["teacher"]
+    _check_seed(teacher["seed"], f"{path}.seed")
+    if not _is_integer(teacher["cutout"]) or teacher["cutout"] < 0:
+        raise InputError(f"{path}.cutout must be 0 or more pixels, not {teacher['cutout']}")
+    _check_teacher_keys(teacher, path)
+    check_node(teacher["model"], f"{path}.model")
+    for key in ("augmentation", "mixing"):
+        if (node := teacher.get(key)) is not None:
+            check_node(node, f"{path}.{key}")
+    trainer = trainer_node(config, teacher=True)
+    check_trainer(trainer, f"{path}.trainer")
+    if trainer["devices"] != 1:
+        raise InputError(f"{path}.trainer.devices must be 1: one process trains a teacher")
+    _check_optimizer(teacher, f"{path}.")
+
+
+def _check_optimizer(section: Node, prefix: str = "") -> None:
+    check_node(section["optimizer"], f"{prefix}optimizer", {"params"})
+    if section["scheduler"] is not None:
+        check_node(section["scheduler"], f"{prefix}scheduler", {"optimizer", *TOTAL_STEPS})
+
+
+def _check_seed(seed: Any, path: str) -> None:
+    if not _is_integer(seed) or not 0 <= seed < 2**32:
+        raise InputError(f"{path} must be a whole number from 0 to 2^32 - 1, not {seed}")
+
+
+def _check_teacher_keys(teacher: Node, path: str) -> None:
     renamed, ignored = teacher["rename_keys"] or {}, teacher.get("ignore_keys") or []
     if not isinstance(renamed, dict) or not all(isinstance(new, str) for new in renamed.values()):
         raise InputError(
-            "teacher.rename_keys must be a dictionary from key prefixes to replacements, "
+            f"{path}.rename_keys must be a dictionary from key prefixes to replacements, "
             f"e.g. 'teacher.rename_keys={{model.: \"\"}}', not {renamed!r}"
         )
     if not isinstance(ignored, list) or not all(isinstance(part, str) for part in ignored):
         raise InputError(
-            f"teacher.ignore_keys must be a list of patterns, as [total_*,head.*], not {ignored!r}"
+            f"{path}.ignore_keys must be a list of patterns, as [total_*,head.*], not {ignored!r}"
         )
 
 
@@ -130,19 +158,25 @@ def check_sections(config: Node) -> None:
         InputError: a key is unknown or missing.
     """
     config.setdefault("pictures", True)
-    for node in (config, config.get("teacher")):
-        if isinstance(node, dict):
-            node.setdefault("scheduler", None)  # `scheduler=null`: a constant learning rate
     for section, required in KEYS.items():
         node = config[section] if section else config
-        if not isinstance(node, dict):
-            raise InputError(f"{section} must be a dictionary, not {node!r}")
-        known = required | OPTIONAL.get(section, set())
-        for key in node:
-            if key not in known:
-                raise InputError(unknown_key(f"{section}.{key}".lstrip("."), known, section))
-        for key in sorted(required - node.keys()):
-            raise InputError(f"{section}.{key} must be given".lstrip("."))
+        _check_section(node, section, required, OPTIONAL.get(section, set()))
+    for number, member in enumerate(config["teacher"].get("members") or ()):
+        path, optional = f"teacher.members[{number}]", OPTIONAL["teacher"] | {"terms"}
+        _check_section(member, path, KEYS["teacher"], optional)
+
+
+def _check_section(node: Any, section: str, required: set[str], optional: set[str]) -> None:
+    if not isinstance(node, dict):
+        raise InputError(f"{section} must be a dictionary, not {node!r}")
+    if "scheduler" in required:
+        node.setdefault("scheduler", None)  # `scheduler=null`: a constant learning rate
+    for key in node:
+        if key not in required | optional:
+            known = required | optional
+            raise InputError(unknown_key(f"{section}.{key}".lstrip("."), known, section))
+    for key in sorted(required - node.keys()):
+        raise InputError(f"{section}.{key} must be given".lstrip("."))
 
 
 def check_trainer(trainer: Node, path: str) -> None:
@@ -170,6 +204,23 @@ def check_trainer(trainer: Node, path: str) -> None:
     if not _is_integer(nodes) or nodes < 1:
         raise InputError(f"{path}.num_nodes must be a whole number of at least 1, not {nodes}")
     check_node(without(trainer, "memory_format", "precision"), path)
+
+
+def single_teachers(config: Node) -> list[Node]:
+    """The configuration, or for an ensemble one with each member as its only teacher."""
+    members = config["teacher"].get("members")
+    if members is None:
+        return [config]
+    return [
+        {
+            **config,
+            "teacher": without(member, "terms"),
+            "method": {
+                **config["method"], "terms": member.get("terms", config["method"]["terms"])
+            },
+        }
+        for member in members
+    ]  # fmt: skip
 
 
 def trainer_node(config: Node, teacher: bool = False) -> Node:

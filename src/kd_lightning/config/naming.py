@@ -33,6 +33,8 @@ SINCE: dict[str, Any] = {
     "data.mixing": (None,),
     "teacher.augmentation": (None,),
     "teacher.mixing": (None,),
+    "teacher.members": (None,),
+    "teacher.average": ("probabilities", None),
     "teacher.ignore_keys": ([], None),
     "teacher.checkpoint_key": (None,),
 }

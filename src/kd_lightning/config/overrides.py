@@ -84,7 +84,7 @@ def apply(overrides: list[Override], config: DictConfig) -> None:
             raise InputError(f"{key} already exists: omit the + in {override.input_line}")
         elif override.type == OverrideType.CHANGE and isinstance(value, dict):
             with open_dict(config):
-                _merge(config, key.split("."), value)
+                merge(config, key.split("."), value)
         elif override.type == OverrideType.CHANGE and _is_node(config, key):
             _change_node(config, override)
         else:
@@ -92,7 +92,8 @@ def apply(overrides: list[Override], config: DictConfig) -> None:
     _expand_home(config)
 
 
-def _merge(node: Any, path: list[str], value: dict[Any, Any]) -> None:
+def merge(node: Any, path: list[str], value: dict[Any, Any]) -> None:
+    """Merge a dictionary into the one at a path; a node with another `_target_` replaces it."""
     *parents, last = path
     for part in parents:
         node = node[part]
@@ -105,7 +106,7 @@ def _merge(node: Any, path: list[str], value: dict[Any, Any]) -> None:
         return
     for key, part in value.items():
         if isinstance(part, dict):
-            _merge(old, [key], part)
+            merge(old, [key], part)
         else:
             old[key] = part
 

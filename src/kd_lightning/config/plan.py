@@ -155,9 +155,11 @@ class Plan:
         output_dir: folder of all runs and teachers.
         method: name of the method.
         student: the student's training.
-        teacher: None if no term of the method needs one.
+        teachers: the teacher, or the members of an ensemble; empty if no term needs one.
+        member_terms: the method's terms for each of them, which may differ in their layers.
+        average: how the predictions of an ensemble are averaged; see `Ensemble`.
         teacher_name: name of the configured teacher, whether needed or not.
-        teacher_model: its `_target_` node.
+        teacher_models: its `_target_` node, or those of the members.
         data: the data set.
         cache: None if nothing is cached.
         key: hash of the parts of the configuration that determine the result.
@@ -171,9 +173,11 @@ class Plan:
     output_dir: Path
     method: str
     student: TrainingPlan
-    teacher: TeacherPlan | None
+    teachers: tuple[TeacherPlan, ...]
+    member_terms: tuple[dict[str, Node], ...]
+    average: str
     teacher_name: str
-    teacher_model: Node
+    teacher_models: tuple[Node, ...]
     data: DataPlan
     cache: CachePlan | None
     key: str

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from torch import nn
 
-from kd_lightning.config.checks import check, trainer_node
+from kd_lightning.config.checks import AVERAGES, check, single_teachers, trainer_node
 from kd_lightning.config.hardware import (
     check_accelerator,
     choose_memory_format,
@@ -93,9 +93,13 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
             ema=config.get("ema"),
             pictures=config.get("pictures", True),
         ),
-        teacher=_resolve_teacher(config, data_plan) if needs_teacher(config) else None,
+        teachers=tuple(_resolve_teacher(part, data_plan) for part in single_teachers(config))
+        if needs_teacher(config)
+        else (),
+        member_terms=tuple(part["method"]["terms"] for part in single_teachers(config)),
+        average=config["teacher"].get("average", AVERAGES[0]),
         teacher_name=config["teacher"]["name"],
-        teacher_model=config["teacher"]["model"],
+        teacher_models=tuple(part["teacher"]["model"] for part in single_teachers(config)),
         data=data_plan,
         cache=_resolve_cache(config),
         # Hash the configuration as written: filling in the classes must not rename a run.
@@ -113,6 +117,8 @@ def _fill_in(config: Node, data: ImageDataModule) -> Node:
     classes = len(data.classes)
 
     def fill(node: Any) -> Any:
+        if isinstance(node, list):
+            return [fill(value) for value in node]
         if not isinstance(node, dict):
             return node
         node = {key: fill(value) for key, value in node.items()}
@@ -207,9 +213,11 @@ def check_devices(config: Node) -> None:
     Raises:
         InputError: see `hardware.check_accelerator`.
     """
-    for teacher in (False, True) if needs_teacher(config) else (False,):
-        trainer = trainer_node(config, teacher)
-        path = "teacher.trainer" if teacher else "trainer"
+    teachers = single_teachers(config) if needs_teacher(config) else []
+    trainers = [trainer_node(config), *(trainer_node(part, teacher=True) for part in teachers)]
+    for trainer, path in zip(
+        trainers, ["trainer", *["teacher.trainer"] * len(teachers)], strict=True
+    ):
         check_accelerator(trainer["accelerator"], trainer["devices"], path)
 
 

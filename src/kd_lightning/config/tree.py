@@ -6,6 +6,7 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from kd_lightning.config.members import expand_members
 from kd_lightning.config.nodes import Node
 from kd_lightning.errors import InputError
 from kd_lightning.files import home
@@ -24,13 +25,16 @@ def tree_folder() -> str:
 
 
 def plain(config: DictConfig) -> Node:
-    """Convert a configuration to plain dictionaries, with interpolations resolved.
+    """Convert a configuration to plain dictionaries, with interpolations resolved and the members
+    of an ensemble completed.
 
     Raises:
         InputError: a value is missing (``???``), or an interpolation cannot be resolved.
     """
     try:
-        resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
+        resolved = OmegaConf.to_container(
+            expand_members(config), resolve=True, throw_on_missing=True
+        )
     except OmegaConfBaseException as error:
         key = error.full_key or "the configuration"
         reason = str(error).splitlines()[0]

@@ -7,9 +7,10 @@ from typing import Any, cast
 import torch
 
 from kd_lightning.config.nodes import Node
-from kd_lightning.config.plan import Plan
+from kd_lightning.config.plan import Plan, TeacherPlan
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Augmentation
+from kd_lightning.distill.ensemble import members_of
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import CHECKED_IMAGES
 from kd_lightning.losses import Logit, Term
@@ -35,66 +36,58 @@ def open_caches(
     if plan.cache is None:
         return
     assert module.teacher is not None
-    assert plan.teacher is not None
     index = data.splits["train"][:CHECKED_IMAGES]
     images = data.render(index, torch.zeros_like(index))["images"].cpu()
-    if len(images) > 1 and (why := module.teacher.why_not_stored(images)):
-        log.warning("the teacher's outputs are not cached: %s", why)
-        return
-    fingerprint = module.teacher.fingerprint()
-    if fingerprint is None:
-        log.warning("the teacher's outputs are not cached: the teacher has no fingerprint")
-        return
+    members = members_of(module.teacher)
+    keys = []
+    for member, settings in zip(members, plan.teachers, strict=True):
+        if len(images) > 1 and (why := member.why_not_stored(images)):
+            log.warning("the outputs of %s are not cached: %s", settings.name, why)
+            return
+        fingerprint = member.fingerprint()
+        if fingerprint is None:
+            log.warning("the outputs of %s are not cached: it has no fingerprint", settings.name)
+            return
+        keys.append(_teacher_key(settings, plan, fingerprint, data.fingerprint(), device))
     root, limit = plan.cache.root, plan.cache.limit
-    code = source_sha256(plan.teacher.model)
-    teacher: Node = {
-        "format": 1,
-        "teacher": {**plan.teacher.model, "weights": fingerprint},
-        "normalization": [*plan.teacher.normalization, *plan.data.normalization],
-        "images": data.fingerprint(),
-        "precision": plan.student.trainer.precision,
-        # Omitted if empty, so that caches of earlier versions stay valid.
-        **({"code": code} if code else {}),
-        **({"device": device.type} if device.type != "cpu" else {}),
-    }
-    owner = plan.teacher.name
 
-    def rows(what: str, key: Node, images: int, shape: tuple[int, ...], dtype: str) -> Rows:
-        key = {**teacher, **key, "dtype": dtype}
-        return Rows(root / folder_name(owner, what, key), key, images, shape, DTYPES[dtype])
+    def rows(
+        member: int, what: str, key: Node, images: int, shape: tuple[int, ...], dtype: str
+    ) -> Rows:
+        key = {**keys[member], **key, "dtype": dtype}
+        name = folder_name(plan.teachers[member].name, what, key)
+        return Rows(root / name, key, images, shape, DTYPES[dtype])
 
     # Stored exactly: reported accuracies must not depend on rounding.
     classes = plan.data.num_classes
-    kept = {"logits": rows("evaluation", {}, len(data.labels), (classes,), "float32")}
+    kept = {
+        str(number): rows(number, "evaluation", {}, len(data.labels), (classes,), "float32")
+        for number in range(len(members))
+    }
     module.evaluation_cache = TeacherCache(kept, root, limit)
 
-    terms = {name: cast(Term, term) for name, term in module.terms.items() if term.needs_teacher}
-    keys = {name: _term_key(term, classes) for name, term in terms.items()}
     why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
-    for name, key in keys.items():
+    parts = {
+        name: (number, _term_key(term, classes))
+        for name, (number, term) in module.target_parts().items()
+    }
+    for name, (_, key) in parts.items():
         if key is None:
-            why = f"the term {name} does not implement Term.depends_on"
+            why = f"the term {name.partition('/')[0]} does not implement Term.depends_on"
     if why:
         log.warning("the teacher's outputs on training views are not cached: %s", why)
         return
-    code = source_sha256([{"_target_": target} for target in targets(plan.data.node)])
-    views: Node = {
-        "split": [data.val_fraction, data.split_seed],
-        "augmentation": (
-            asdict(data.augmentation)
-            if isinstance(data.augmentation, Augmentation)
-            else plan.data.node["augmentation"]
-        ),
-        **({"mixing": plan.data.node["mixing"]} if data.mixing is not None else {}),
-        **({"code": code} if code else {}),
-    }
-    outputs = module.ask_teacher(images)
+    views = _views_key(plan, data)
     kept = {}
-    for name, key in keys.items():
+    for name, value in module.ask_teacher(images).items():
+        number, key = parts[max((part for part in parts if _is_part(name, part)), key=len)]
         assert key is not None
         what = key["class"].rpartition(".")[2].lower()
-        shape = tuple(outputs[name].shape[1:])
-        kept[name] = rows(what, {**views, "term": key}, data.train_size, shape, plan.cache.dtype)
+        own = name if name not in parts else ""
+        whole = {**views, "term": {**key, **({"part": own.rpartition("/")[2]} if own else {})}}
+        kept[name] = rows(
+            number, what, whole, data.train_size, tuple(value.shape[1:]), plan.cache.dtype
+        )
     epochs = plan.student.trainer.arguments["max_epochs"]
     used = range(min(epochs, data.views or epochs))
     large = too_large(kept, used, root, limit)
@@ -105,6 +98,41 @@ def open_caches(
             name, len(used), size / GIGABYTE, limit / GIGABYTE,
         )  # fmt: skip
     module.cache = TeacherCache(kept, root, limit, live=tuple(large))
+
+
+def _is_part(name: str, part: str) -> bool:
+    return name == part or name.startswith(f"{part}/")
+
+
+def _teacher_key(
+    teacher: TeacherPlan, plan: Plan, fingerprint: str, images: str, device: torch.device
+) -> Node:
+    """What the outputs of a teacher depend on, besides the views."""
+    code = source_sha256(teacher.model)
+    return {
+        "format": 1,
+        "teacher": {**teacher.model, "weights": fingerprint},
+        "normalization": [*teacher.normalization, *plan.data.normalization],
+        "images": images,
+        "precision": plan.student.trainer.precision,
+        # Omitted if empty, so that caches of earlier versions stay valid.
+        **({"code": code} if code else {}),
+        **({"device": device.type} if device.type != "cpu" else {}),
+    }
+
+
+def _views_key(plan: Plan, data: ImageDataModule) -> Node:
+    """What the training views depend on."""
+    code = source_sha256([{"_target_": target} for target in targets(plan.data.node)])
+    own = isinstance(data.augmentation, Augmentation)
+    return {
+        "split": [data.val_fraction, data.split_seed],
+        "augmentation": (
+            asdict(cast(Augmentation, data.augmentation)) if own else plan.data.node["augmentation"]
+        ),
+        **({"mixing": plan.data.node["mixing"]} if data.mixing is not None else {}),
+        **({"code": code} if code else {}),
+    }
 
 
 def _term_key(term: Term, classes: int) -> dict[str, Any] | None:

@@ -1,7 +1,7 @@
 """The Lightning module: a trainable student, a frozen teacher, and the loss terms."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -20,9 +20,11 @@ from kd_lightning.config.nodes import Node, build, without
 from kd_lightning.data.loading import Batch
 from kd_lightning.distill import metrics
 from kd_lightning.distill.batchnorm import images_needed
+from kd_lightning.distill.ensemble import Ensemble, PerMember, members_of
 from kd_lightning.distill.gathering import gather
 from kd_lightning.distill.optimizers import build_optimizer
 from kd_lightning.distill.schedulers import build_schedule
+from kd_lightning.distill.targets import TeacherTargets
 from kd_lightning.distill.teacher import Teacher
 from kd_lightning.errors import InputError
 from kd_lightning.losses import Context, Reads, Targets, Term, TermBatch
@@ -56,12 +58,14 @@ class DistillationModule(LightningModule):
         channels_last: memory format of student and teacher.
         train_size: number of training images, for terms that need it.
         teacher: required if a term needs one; neither a hyper-parameter nor saved.
+        member_terms: `terms` for each member of an ensemble, if they differ; not saved either.
 
     Attributes:
         step_losses: unweighted loss of every term in the current step, detached float32 scalars.
         images_needed: minimum batch size of a process.
         cache: cache of teacher outputs on training views, if any.
-        evaluation_cache: cache of teacher logits on unaugmented images, if any.
+        evaluation_cache: cache of teacher logits on unaugmented images, if any, by the number of
+            the member.
 
     Raises:
         InputError: a node cannot be built, or a term does not fit the two networks.
@@ -78,9 +82,10 @@ class DistillationModule(LightningModule):
         channels_last: bool = True,
         train_size: int = 0,
         teacher: Teacher | None = None,
+        member_terms: Sequence[dict[str, Node]] = (),
     ) -> None:
         super().__init__()
-        self.save_hyperparameters(ignore=["teacher"])
+        self.save_hyperparameters(ignore=["teacher", "member_terms"])
         self.memory_format = torch.channels_last if channels_last else torch.contiguous_format
         self.student = build(student, "student.model")
         materialize(self.student, image_size, "student.model")
@@ -90,11 +95,9 @@ class DistillationModule(LightningModule):
         self.weights = {name: float(node["weight"]) for name, node in terms.items()}
         # Registered as submodules, so that parameters of a term (e.g. a projector) are trained.
         self.terms = ModuleDict(
-            {
-                name: build(without(node, "weight"), f"method.terms.{name}")
-                for name, node in terms.items()
-            }
+            {name: self._build_term(name, node) for name, node in terms.items()}
         )
+        self._member_terms = member_terms or [terms] * len(members_of(teacher))
         self.teacher = teacher
         self.cache: TeacherCache | None = None
         self.evaluation_cache: TeacherCache | None = None
@@ -135,30 +138,46 @@ class DistillationModule(LightningModule):
         students = partial(layer_shapes, self.student, image_size)
         student = self._shapes(students, "student", num_classes, image_size)
         self.images_needed = images_needed(self.student, student)
-        teacher: Shapes = {}
+        members: list[Shapes] = []
         if any(term.needs_teacher for term in self._terms.values()):
             if self.teacher is None:
                 raise InputError("this method learns from a teacher, but none was given")
-            teachers = partial(self.teacher.shapes, image_size)
-            teacher = self._shapes(teachers, "teacher", num_classes, image_size)
-        context = Context(student, teacher, num_classes, train_size)
-        reads: list[Reads] = []
-        for name, term in self._terms.items():
+            members = [
+                self._shapes(partial(member.shapes, image_size), "teacher", num_classes, image_size)
+                for member in members_of(self.teacher)
+            ]
+        contexts = [Context(student, shapes, num_classes, train_size) for shapes in members or [{}]]
+        reads: dict[str, list[Reads]] = {}
+        for name, term in list(self._terms.items()):
             try:
-                reads.append(term.setup(context))
+                reads[name] = self._set_up(name, term, contexts)
             except ValueError as error:
                 raise InputError(f"method.terms.{name}: {error}") from error
-        layers = dict.fromkeys(layer for read in reads for layer in read.student)
+        every = [read for found in reads.values() for read in found]
+        layers = dict.fromkeys(layer for read in every for layer in read.student)
         self._read_student = FeatureReader(self.student, layers, num_classes=num_classes)
         if self.teacher is not None:
-            learning = [
-                read
-                for read, term in zip(reads, self._terms.values(), strict=True)
-                if term.needs_teacher
-            ]
-            layers = dict.fromkeys(layer for read in learning for layer in read.teacher)
-            logits = any(read.teacher_logits for read in learning)
-            self.teacher.read(layers, logits, num_classes)
+            learning = {name: t for name, t in self._terms.items() if t.needs_teacher}
+            self._targets = TeacherTargets(self.teacher, learning)
+            for number, member in enumerate(members_of(self.teacher)):
+                own = [reads[name][number % len(reads[name])] for name in learning]
+                layers = dict.fromkeys(layer for read in own for layer in read.teacher)
+                member.read(layers, any(read.teacher_logits for read in own), num_classes)
+
+    def _set_up(self, name: str, term: Term, contexts: Sequence[Context]) -> list[Reads]:
+        """Set up a term; what it reads, of each member of an ensemble if it reads features."""
+        if term.needs_teacher and isinstance(self.teacher, Ensemble):
+            copies = PerMember([self._build_term(name, node[name]) for node in self._member_terms])
+            found = copies.setup_members(contexts)
+            if any(read.teacher for read in found):
+                self.terms[name] = copies
+                return found
+        return [term.setup(contexts[0])]
+
+    @staticmethod
+    def _build_term(name: str, node: Node) -> Term:
+        term: Term = build(without(node, "weight"), f"method.terms.{name}")
+        return term
 
     @property
     def _terms(self) -> dict[str, Term]:
@@ -220,14 +239,7 @@ class DistillationModule(LightningModule):
         """The teacher's targets for every term, from the cache or computed."""
         images = batch["images"].contiguous(memory_format=self.memory_format)
         flat = self._fetch(self.cache, batch, lambda: self.ask_teacher(images))
-        targets: dict[str, Targets] = {}
-        for key, value in flat.items():
-            name, _, part = key.partition("/")
-            if part:
-                cast(dict[str, Tensor], targets.setdefault(name, {}))[part] = value
-            else:
-                targets[name] = value
-        return targets
+        return self._targets.of_terms(flat)
 
     @staticmethod
     def _fetch(
@@ -237,19 +249,18 @@ class DistillationModule(LightningModule):
             return compute()
         return cache.fetch(batch["index"], batch["view"], batch["images"].device, compute)
 
+    def target_parts(self) -> dict[str, tuple[int, Term]]:
+        """The targets that can be cached; see `TeacherTargets.parts`."""
+        return self._targets.parts()
+
     def ask_teacher(self, images: Tensor) -> dict[str, Tensor]:
-        """Compute every term's targets for images (B, 3, H, W): (B, ...) by the term's name, or by
-        ``term/part`` if they are a dictionary.
-        """
-        assert self.teacher is not None
-        answer = self.teacher.answer(images.contiguous(memory_format=self.memory_format))
-        flat: dict[str, Tensor] = {}
-        for name, term in self._terms.items():
-            if term.needs_teacher:
-                value = term.remember(answer)
-                parts = {"": value} if isinstance(value, Tensor) else value
-                flat |= {f"{name}/{part}".rstrip("/"): tensor for part, tensor in parts.items()}
-        return flat
+        """Compute the targets for images (B, 3, H, W); see `TeacherTargets.ask`."""
+        return self._targets.ask(images.contiguous(memory_format=self.memory_format))
+
+    def ask_logits(self, images: Tensor) -> dict[str, Tensor]:
+        """The logits (B, C), float32, of each member for images (B, 3, H, W), by its number."""
+        members = members_of(self.teacher)
+        return {str(number): member(images).float() for number, member in enumerate(members)}
 
     def training_step(self, batch: Batch, batch_idx: int) -> dict[str, Any]:
         """Return the weighted sum of all terms as ``loss``, and ``losses`` for `Curves`."""
@@ -312,15 +323,13 @@ class DistillationModule(LightningModule):
     def _score_teacher(self, batch: Batch, part: str) -> Tensor:
         images = batch["images"].contiguous(memory_format=self.memory_format)
 
-        def ask() -> dict[str, Tensor]:
-            assert self.teacher is not None
-            return {"logits": self.teacher(images).float()}
-
-        logits = self._fetch(self.evaluation_cache, batch, ask)["logits"]
+        parts = self._fetch(self.evaluation_cache, batch, lambda: self.ask_logits(images))
+        logits = [parts[str(number)] for number in range(len(parts))]
+        whole = self.teacher.combine(logits) if isinstance(self.teacher, Ensemble) else logits[0]
         if batch["share"]:
-            self.teacher_accuracy.update(logits, batch["labels"])
+            self.teacher_accuracy.update(whole, batch["labels"])
         self.log(f"{part}/teacher_accuracy", self.teacher_accuracy)
-        return logits
+        return whole
 
     def on_fit_start(self) -> None:
         """Move the teacher to the student's device."""

@@ -32,7 +32,7 @@ def log_hparams(
         "method": plan.method,
         "student": plan.student.name,
         "seed": plan.student.seed,
-        "teacher": plan.teacher.name if plan.teacher else "none",
+        "teacher": plan.teacher_name if plan.teachers else "none",
         "weights, temperature": describe_terms(plan.student.terms),
     }
     others = {

@@ -1,5 +1,7 @@
 """Construction of the objects of a run from its plan: data, teacher, module."""
 
+from collections.abc import Sequence
+
 import torch
 from lightning.pytorch import seed_everything
 
@@ -8,7 +10,7 @@ from kd_lightning.config.plan import DataPlan, TeacherPlan, TrainingPlan
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.schedulers import build_schedule
-from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.distill.teacher import FrozenTeacher, Teacher
 from kd_lightning.models.preparing import materialize
 from kd_lightning.storage.checkpoints import load_checkpoint
 
@@ -32,8 +34,9 @@ def build_teacher(plan: TeacherPlan, data: DataPlan) -> FrozenTeacher:
 def build_module(
     plan: TrainingPlan,
     data: DataPlan,
-    teacher: FrozenTeacher | None = None,
+    teacher: Teacher | None = None,
     train_size: int = 0,
+    member_terms: Sequence[dict[str, Node]] = (),
 ) -> DistillationModule:
     """Build the module of a network, initialised from its seed, and its loss terms."""
     seed_everything(plan.seed, verbose=False)
@@ -47,6 +50,7 @@ def build_module(
         channels_last=plan.trainer.channels_last,
         train_size=train_size,
         teacher=teacher,
+        member_terms=member_terms,
     )
 
 

@@ -1,11 +1,15 @@
 """Check cached teacher outputs against the teacher."""
 
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from kd_lightning.config.plan import Plan
+from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST, DistillationModule
@@ -48,9 +52,13 @@ def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]
     open_caches(module, plan, job.data, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     found = []
-    for cache in (module.cache, module.evaluation_cache):
+    for cache, ask in (
+        (module.cache, module.ask_teacher),
+        (module.evaluation_cache, module.ask_logits),
+    ):
         for name, rows in cache.rows.items() if cache is not None else ():
-            if (checked := _check(rows, name, job, count, generator)) is not None:
+            recompute = partial(_recompute, module, plan, ask, name)
+            if (checked := _check(rows, job.data, recompute, count, generator)) is not None:
                 found.append(checked)
     if not found:
         raise InputError(f"nothing is cached for {run_dir}")
@@ -58,23 +66,31 @@ def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]
 
 
 def _with_weights(job: Job) -> Job:
-    """The job with its teacher's weights, without training a teacher."""
+    """The job with its teachers' weights, without training a teacher."""
     plan = job.plan
-    if plan.teacher is None:
+    if not plan.teachers:
         raise InputError(f"the method {plan.method} has no teacher")
-    if plan.teacher.checkpoint is not None:
-        return job
     store = TeacherStore(plan.output_dir / "teachers")
 
     def missing(folder: Path) -> dict[str, float]:
         raise InputError(f"the teacher {plan.teacher_name} is not stored in {store.root}")
 
-    key = teacher_key(plan.teacher, job.data.fingerprint())
-    return job.with_teacher(store.obtain(plan.teacher.name, key, missing))
+    return job.with_teachers(
+        tuple(
+            None
+            if part.checkpoint is not None
+            else store.obtain(part.name, teacher_key(part, job.data.fingerprint()), missing)
+            for part in plan.teachers
+        )
+    )
 
 
 def _check(
-    rows: Rows, name: str, job: Job, count: int, generator: torch.Generator
+    rows: Rows,
+    data: ImageDataModule,
+    recompute: Callable[[Tensor], Tensor],
+    count: int,
+    generator: torch.Generator,
 ) -> Checked | None:
     views = [
         PLAIN if path.stem == "view-plain" else int(path.stem.removeprefix("view-"))
@@ -92,20 +108,21 @@ def _check(
     difference = 0.0
     for part, numbers in zip(index.split(256), view.split(256), strict=True):
         cached = rows.read(part, numbers)[0].float()
-        computed = _recompute(job.module, job.plan, job.data.render(part, numbers)["images"], name)
+        computed = recompute(data.render(part, numbers)["images"])
         scale = float(computed.abs().max().clamp(min=1e-12))
         difference = max(difference, float((cached - computed).abs().max()) / scale)
     return Checked(rows.folder.name, len(chosen), difference, TOLERANCE[rows.dtype])
 
 
 def _recompute(
-    module: DistillationModule, plan: Plan, images: torch.Tensor, name: str
-) -> torch.Tensor:
+    module: DistillationModule,
+    plan: Plan,
+    ask: Callable[[Tensor], dict[str, Tensor]],
+    name: str,
+    images: Tensor,
+) -> Tensor:
     assert module.teacher is not None
     dtype = AUTOCAST.get(plan.student.trainer.precision)
     module.teacher.prepare(torch.device("cpu"), module.memory_format, dtype)
-    images = images.contiguous(memory_format=module.memory_format)
     with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        if name == "logits":
-            return module.teacher(images).float()
-        return module.ask_teacher(images)[name]
+        return ask(images.contiguous(memory_format=module.memory_format))[name]

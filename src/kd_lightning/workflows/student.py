@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning.config.checks import check_sections
-from kd_lightning.config.nodes import Node, build
-from kd_lightning.config.plan import DataPlan, Plan
+from kd_lightning.config.nodes import Node
+from kd_lightning.config.plan import Plan
 from kd_lightning.config.resolve import check_devices, resolve
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.caching import open_caches
@@ -28,7 +27,6 @@ from kd_lightning.engine.launch import launch, launched, rank
 from kd_lightning.engine.trainer import build_trainer, try_trainer
 from kd_lightning.errors import InputError, Stopped
 from kd_lightning.models import count_parameters
-from kd_lightning.models.preparing import materialize
 from kd_lightning.reports.hparams import log_hparams
 from kd_lightning.storage.identity import (
     Contents,
@@ -42,14 +40,19 @@ from kd_lightning.storage.identity import (
 from kd_lightning.storage.provenance import device_name, versions
 from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
 from kd_lightning.storage.teacher_store import StoredTeacher
-from kd_lightning.storage.weights import weights_sha256
 from kd_lightning.workflows.assembly import (
     build_data,
     build_module,
-    build_teacher,
     try_optimizer,
 )
-from kd_lightning.workflows.teacher import check_weights, find_teacher, load_teacher
+from kd_lightning.workflows.teacher import (
+    build_teachers,
+    content_sha256,
+    count_teachers,
+    find_teachers,
+    load_teacher,
+    together,
+)
 
 log = logging.getLogger(__name__)
 
@@ -103,12 +106,12 @@ def run(
             directory.write_metrics({**metrics, "stamps": stamped})
             return metrics
         if job.rank:  # under a launcher, only rank 0 writes
-            job = job.with_teacher(find_teacher(job.plan, job.data))
+            job = job.with_teachers(find_teachers(job.plan, job.data))
             launch(job.processes, train_student, job, directory.path, None, callbacks, test)
             return {}
         record, resumes = begin_record(job, directory, stamped)
         try:
-            job = job.with_teacher(find_teacher(job.plan, job.data))
+            job = job.with_teachers(find_teachers(job.plan, job.data))
             resume = directory.checkpoint() if resumes else None
             arguments = (job, directory.path, resume, callbacks, test)
             record |= launch(job.processes, train_student, *arguments)
@@ -134,21 +137,21 @@ class Job:
     Attributes:
         plan: plan of the run.
         data: the data module, set up.
-        teacher: None if the method needs none.
+        teachers: the teacher, or the members of an ensemble; empty if the method needs none.
         module: the student and the method's terms.
         teacher_parameters: parameter count of the configured teacher, whether needed or not; None
             if it cannot be built.
         contents: hashes of the files and code that the configuration refers to.
-        stored: the teacher from the teacher store; None before training, or for a checkpoint.
+        stored: the teachers from the teacher store, None for checkpoints; empty before training.
     """
 
     plan: Plan
     data: ImageDataModule
-    teacher: FrozenTeacher | None
+    teachers: tuple[FrozenTeacher, ...]
     module: DistillationModule
     teacher_parameters: int | None
     contents: Contents
-    stored: StoredTeacher | None = None
+    stored: tuple[StoredTeacher | None, ...] = ()
 
     @property
     def processes(self) -> int:
@@ -156,16 +159,21 @@ class Job:
         return self.plan.student.trainer.processes
 
     @property
+    def teacher_facts(self) -> dict[str, Any] | None:
+        """What is stored about a single trained teacher; None for checkpoints and ensembles."""
+        alone = self.stored[0] if len(self.stored) == 1 else None
+        return alone.facts if alone is not None else None
+
+    @property
     def rank(self) -> int:
         """The rank of this process under a launcher; otherwise 0."""
         return rank(self.processes)
 
-    def with_teacher(self, stored: StoredTeacher | None) -> "Job":
-        """Load the weights of a stored teacher."""
-        if stored is None:
-            return self
-        assert self.teacher is not None
-        load_teacher(self.teacher, stored)
+    def with_teachers(self, stored: tuple[StoredTeacher | None, ...]) -> "Job":
+        """Load the weights of stored teachers."""
+        for teacher, part in zip(self.teachers, stored, strict=bool(stored)):
+            if part is not None:
+                load_teacher(teacher, part)
         return replace(self, stored=stored)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -174,13 +182,20 @@ class Job:
 
 
 def _rebuild(
-    plan: Plan, parameters: int | None, contents: Contents, stored: StoredTeacher | None
+    plan: Plan, parameters: int | None, contents: Contents, stored: tuple[StoredTeacher | None, ...]
 ) -> Job:
     data = build_data(plan.data.node)
     data.setup()
-    teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
-    module = build_module(plan.student, plan.data, teacher, data.count())
-    return Job(plan, data, teacher, module, parameters, contents).with_teacher(stored)
+    teachers = build_teachers(plan)
+    module = _build_module(plan, teachers, data)
+    return Job(plan, data, teachers, module, parameters, contents).with_teachers(stored)
+
+
+def _build_module(
+    plan: Plan, teachers: Sequence[FrozenTeacher], data: ImageDataModule
+) -> DistillationModule:
+    teacher = together(teachers, plan.average)
+    return build_module(plan.student, plan.data, teacher, data.count(), plan.member_terms)
 
 
 def prepare(config: Node) -> Job:
@@ -199,15 +214,12 @@ def prepare(config: Node) -> Job:
         )
     data = build_data(config["data"])
     plan = resolve(config, data)
-    teacher = build_teacher(plan.teacher, plan.data) if plan.teacher else None
-    if teacher is not None:
-        check_weights(teacher, f"teacher.checkpoint={config['teacher']['checkpoint']}")
-    parameters = _count_teacher(plan.teacher_model, plan.data, teacher)
-    module = build_module(plan.student, plan.data, teacher, data.count())
+    teachers = build_teachers(plan)
+    parameters = count_teachers(plan, teachers)
+    module = _build_module(plan, teachers, data)
     try_optimizer(plan.student.optimizer, plan.student.scheduler)
-    if plan.teacher is not None:
-        training = plan.teacher.training
-        try_optimizer(training.optimizer, training.scheduler, "teacher.")
+    for part in plan.teachers:
+        try_optimizer(part.training.optimizer, part.training.scheduler, "teacher.")
     build_callbacks(plan.student.callbacks)
     try_trainer(plan.student.trainer)
     data.check_batch_size(module.images_needed * plan.student.trainer.processes)
@@ -215,7 +227,7 @@ def prepare(config: Node) -> Job:
     own_code = [config.get(part) for part in ("student", "method", "callbacks")]
     contents = Contents(
         images=data.fingerprint(),
-        teacher=_teacher_sha256(plan, teacher) if teacher else None,
+        teacher=content_sha256(plan, teachers),
         code=source_sha256(
             *own_code,
             plan.student.optimizer,
@@ -225,34 +237,7 @@ def prepare(config: Node) -> Job:
             ],  # without its files, which are images
         ),
     )
-    return Job(plan, data, teacher, module, parameters, contents)
-
-
-def _teacher_sha256(plan: Plan, teacher: FrozenTeacher) -> str | None:
-    """Hash of the teacher's user code and checkpoint; None if there are neither."""
-    assert plan.teacher is not None
-    code = source_sha256(plan.teacher.model)
-    if plan.teacher.checkpoint is None:
-        return code
-    return hashlib.sha256(f"{weights_sha256(teacher.model)} {code}".encode()).hexdigest()
-
-
-def _count_teacher(model: Node, data: DataPlan, teacher: FrozenTeacher | None) -> int | None:
-    """Parameter count of the configured teacher, whether or not the method needs it."""
-    if teacher is not None:
-        return teacher.parameters
-    try:
-        with torch.device("meta"):  # without allocating memory
-            return count_parameters(build(model, "teacher.model"))
-    except Exception:  # its constructor needs actual values
-        pass
-    try:
-        network = build(model, "teacher.model")
-        materialize(network, data.image_size, "teacher.model")
-        return count_parameters(network)
-    except Exception as error:  # a missing package or download must not prevent the run
-        log.warning("the teacher's parameters cannot be counted: %s", error)
-        return None
+    return Job(plan, data, teachers, module, parameters, contents)
 
 
 # --- launch: all processes ------------------------------------------------------------------------
@@ -283,13 +268,13 @@ def train_student(
     )
     # Get the device now, as testing moves the module back to the CPU.
     device = trainer.strategy.root_device
-    if job.teacher is not None:
+    if job.teachers:
         open_caches(module, job.plan, data, device)
     if trainer.world_size > 1:
         trainer.strategy.setup_environment()
         resume = trainer.strategy.broadcast(resume)
     known = {}
-    if job.teacher is not None and job.stored is None:
+    if job.teachers and job.teacher_facts is None:
         trainer.validate(module, data, verbose=False)
         known["teacher_val_accuracy"] = metric(trainer, "val/teacher_accuracy")
 
@@ -314,6 +299,10 @@ def train_student(
     }
 
 
+def _digest(keys: Sequence[str]) -> str:
+    return hashlib.sha256(" ".join(keys).encode()).hexdigest()
+
+
 def _sizes(parameters: int, teacher_parameters: int | None) -> dict[str, Any]:
     return {
         "parameters": parameters,
@@ -327,10 +316,12 @@ def _teacher_results(job: Job, trainer: Trainer) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(
         ("teacher_val_accuracy", "teacher_test_accuracy", "agreement", "teacher_key")
     )
-    if job.stored is not None:
-        found["teacher_key"] = job.stored.key
+    if job.stored and None not in job.stored:
+        keys = [stored.key for stored in job.stored if stored is not None]
+        found["teacher_key"] = keys[0] if len(keys) == 1 else _digest(keys)
+    if job.teacher_facts is not None:
         for part in ("val", "test"):
-            found[f"teacher_{part}_accuracy"] = job.stored.facts[f"{part}_accuracy"]
+            found[f"teacher_{part}_accuracy"] = job.teacher_facts[f"{part}_accuracy"]
     measured = {"agreement": "test/agreement", "teacher_test_accuracy": "test/teacher_accuracy"}
     for key, name in measured.items():
         if name in trainer.callback_metrics:
@@ -365,7 +356,7 @@ def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[
         "stamps": stamped,
         "class_names": [str(name) for name in job.data.classes],
     }
-    if plan.teacher is None:
+    if not plan.teachers:
         record["key_without_teacher"] = plan.key_without_teacher
     directory.write_metrics(record)
     directory.write_config(plan.config)

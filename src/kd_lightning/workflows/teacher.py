@@ -1,41 +1,113 @@
-"""Find or train the teacher of a run."""
+"""Build, find or train the teachers of a run."""
 
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kd_lightning.config.nodes import build
-from kd_lightning.config.plan import Plan, TeacherPlan
+import torch
+
+from kd_lightning.config.nodes import Node, build
+from kd_lightning.config.plan import DataPlan, Plan, TeacherPlan
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Augmentation, Views
 from kd_lightning.distill.divergence import first_not_finite
-from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.distill.ensemble import Ensemble
+from kd_lightning.distill.teacher import FrozenTeacher, Teacher
 from kd_lightning.engine import fitting
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import InputError
 from kd_lightning.models import count_parameters
+from kd_lightning.models.preparing import materialize
+from kd_lightning.storage.identity import source_sha256
 from kd_lightning.storage.provenance import versions
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.teacher_store import StoredTeacher, TeacherStore, teacher_key
-from kd_lightning.storage.weights import load_weights
-from kd_lightning.workflows.assembly import build_module
+from kd_lightning.storage.weights import load_weights, weights_sha256
+from kd_lightning.workflows.assembly import build_module, build_teacher
+
+log = logging.getLogger(__name__)
 
 
-def find_teacher(plan: Plan, data: ImageDataModule) -> StoredTeacher | None:
-    """Get the teacher of a run from the store, training it if necessary; None if the method has no
-    teacher or the user provides a checkpoint.
+def build_teachers(plan: Plan) -> tuple[FrozenTeacher, ...]:
+    """The networks of the teacher or of an ensemble's members; loads user-provided checkpoints.
+
+    Raises:
+        InputError: a network cannot be built, or a checkpoint is damaged or not finite.
+    """
+    teachers = tuple(build_teacher(part, plan.data) for part in plan.teachers)
+    for teacher, part in zip(teachers, plan.teachers, strict=True):
+        if part.checkpoint is not None:
+            check_weights(teacher, f"teacher.checkpoint={part.checkpoint.path}")
+    return teachers
+
+
+def together(teachers: Sequence[FrozenTeacher], average: str) -> Teacher | None:
+    """A single teacher, an ensemble, or None."""
+    if len(teachers) > 1:
+        return Ensemble(teachers, average)
+    return teachers[0] if teachers else None
+
+
+def find_teachers(plan: Plan, data: ImageDataModule) -> tuple[StoredTeacher | None, ...]:
+    """Get the teachers of a run from the store, training them if necessary; None for those that
+    the user provides a checkpoint for.
 
     Args:
         plan: plan of the run.
         data: the data module, set up.
     """
-    teacher = plan.teacher
-    if teacher is None or teacher.checkpoint is not None:
+    return tuple(_find(teacher, plan, data) for teacher in plan.teachers)
+
+
+def _find(teacher: TeacherPlan, plan: Plan, data: ImageDataModule) -> StoredTeacher | None:
+    if teacher.checkpoint is not None:
         return None
     return TeacherStore(plan.output_dir / "teachers").obtain(
         teacher.name,
         teacher_key(teacher, data.fingerprint()),
         lambda folder: train_teacher(teacher, plan, data, folder),
     )
+
+
+def content_sha256(plan: Plan, teachers: Sequence[FrozenTeacher]) -> str | None:
+    """Hash of the teachers' user code and checkpoints; None if there are neither."""
+    parts = []
+    for part, teacher in zip(plan.teachers, teachers, strict=True):
+        code = source_sha256(part.model)
+        if part.checkpoint is None:
+            parts.append(code)
+        else:
+            text = f"{weights_sha256(teacher.model)} {code}"
+            parts.append(hashlib.sha256(text.encode()).hexdigest())
+    if len(parts) < 2:
+        return parts[0] if parts else None
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest() if any(parts) else None
+
+
+def count_teachers(plan: Plan, teachers: Sequence[FrozenTeacher]) -> int | None:
+    """Parameter count of the configured teachers, whether or not the method needs them."""
+    if teachers:
+        return sum(teacher.parameters for teacher in teachers)
+    counts = [_count(model, plan.data) for model in plan.teacher_models]
+    return None if None in counts else sum(filter(None, counts))
+
+
+def _count(model: Node, data: DataPlan) -> int | None:
+    try:
+        with torch.device("meta"):  # without allocating memory
+            return count_parameters(build(model, "teacher.model"))
+    except Exception:  # its constructor needs actual values
+        pass
+    try:
+        network = build(model, "teacher.model")
+        materialize(network, data.image_size, "teacher.model")
+        return count_parameters(network)
+    except Exception as error:  # a missing package or download must not prevent the run
+        log.warning("the teacher's parameters cannot be counted: %s", error)
+        return None
 
 
 def _views(data: ImageDataModule, plan: TeacherPlan) -> Views:
