@@ -2,6 +2,7 @@
 
     python scripts/benchmark.py
     python scripts/benchmark.py --students small --methods logit --repetitions 9
+    python scripts/benchmark.py --augmentations --students small
     python scripts/benchmark.py --grid      # total time of nine distilled students
 
 For each student and method, images per second of
@@ -14,6 +15,9 @@ For each student and method, images per second of
   without a teacher, measured in alternation;
 - plain (with --plain): a common implementation of distillation, `plain_distillation.py`.
 
+With --augmentations, images per second of `train.py` without a teacher for each choice of the group
+`augmentation`, and the time of a step relative to `standard`.
+
 They alternate in one process. Figures are medians; a ratio is the median of the ratios within a
 round. `of peak` is the fraction of this machine's measured matrix-product rate (4096 x 4096, in the
 training precision) that the remembered loop (for `none` the live one) reaches. Images and weights
@@ -21,11 +25,9 @@ are random, which does not affect the time.
 """
 
 import argparse
-import contextlib
 import gc
 import logging
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,16 +37,16 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from machine import Peak, forget_peak_memory, peak_memory
 from plain_distillation import plain_loop
 from random_images import RandomImages, random_batches
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
 from kd_lightning.api import compose
 from kd_lightning.config.hardware import device_type
-from kd_lightning.config.nodes import build_partial
+from kd_lightning.config.nodes import build, build_partial
 from kd_lightning.config.plan import CachePlan, Plan
-from kd_lightning.config.resolve import SUPERVISED, resolve
+from kd_lightning.config.resolve import resolve
 from kd_lightning.data.loading import Batch
 from kd_lightning.data.transfer import synchronize
 from kd_lightning.distill.caching import open_caches
@@ -59,6 +61,8 @@ from kd_lightning.workflows.assembly import build_module, build_teacher
 
 METHODS = ("none", "logit", "attention", "combined")
 STUDENTS = ("small", "medium", "large")
+AUGMENTATIONS = ("none", "standard", "cutout", "mixup", "cutmix", "strong")
+SCALARS = ("padding", "flip", "cutout")
 SECONDS = 3.0  # target duration of a measurement
 
 
@@ -77,7 +81,13 @@ def whole_loop(plan: Plan, steps: int, cache: Path | None = None, epochs: int = 
         cache: folder of the teacher-output cache; None: live teacher.
         epochs: number of epochs.
     """
-    data = random_batches(steps, plan.data.node["batch_size"])
+    node = plan.data.node
+    views = {
+        key: node[key] if key in SCALARS else build(node[key], f"data.{key}")
+        for key in (*SCALARS, "augmentation", "mixing")
+        if node[key] is not None
+    }
+    data = random_batches(steps, node["batch_size"], **views)
     torch.manual_seed(0)  # the same teacher every time, so that cached outputs are found
     teacher = build_teacher(plan.teachers[0], plan.data) if plan.teachers else None
     module = build_module(plan.student, plan.data, teacher)
@@ -159,30 +169,6 @@ def ready_made(count: int, batch_size: int, device: torch.device) -> list[Batch]
     ]
 
 
-class Peak:
-    """The machine's matrix-product rate, and the fraction of it that a training reaches."""
-
-    def __init__(self, device: torch.device, precision: str) -> None:
-        dtype = AUTOCAST.get(precision, torch.float32)
-        a, b = (torch.randn(4096, 4096, device=device).to(dtype) for _ in range(2))
-        rates = []
-        for _ in range(5):
-            synchronize(device)
-            began = time.perf_counter()
-            a @ b
-            synchronize(device)
-            rates.append(2 * 4096**3 / (time.perf_counter() - began))
-        self.rate = max(rates)
-
-    def share(self, plan: Plan, images_per_second: float) -> float:
-        """Fraction of the peak for the student's forward and backward pass at this speed."""
-        student = build_module(replace(plan.student, terms=SUPERVISED), plan.data).student
-        images = torch.randn(2, 3, 32, 32)
-        with FlopCounterMode(display=False) as counter:
-            student(images).sum().backward()
-        return counter.get_total_flops() / 2 * images_per_second / self.rate
-
-
 def configuration(method: str, student: str, overrides: list[str]) -> Plan:
     """The plan of the corresponding `train.py` command."""
     config = compose(f"method={method}", f"student={student}", *overrides)
@@ -252,6 +238,25 @@ def compare(student: str, arguments: argparse.Namespace, peak: Peak) -> None:
                 number(middle(method, "remembered", "plain"), 1),
             ]
         print(row(method, student, *cells), flush=True)
+
+
+def compare_augmentations(student: str, repetitions: int, overrides: list[str]) -> None:
+    """Measure one student with every augmentation, and print one row per augmentation."""
+    plans = {
+        name: configuration("none", student, [f"augmentation={name}", *overrides])
+        for name in AUGMENTATIONS
+    }
+    steps = round(
+        SECONDS * bare_loop(plans["standard"], 3) / plans["standard"].data.node["batch_size"]
+    )
+    rounds = []
+    for turn in range(repetitions):
+        order = list(plans) if turn % 2 else list(reversed(plans))
+        rounds.append({name: whole_loop(plans[name], max(5, steps)) for name in order})
+    for name in plans:
+        speed = statistics.median(found[name] for found in rounds)
+        cost = statistics.median(found["standard"] / found[name] for found in rounds)
+        print(row(name, student, number(speed), number(cost, 3)), flush=True)
 
 
 def measure_grid(overrides: list[str], epochs: int) -> None:
@@ -334,22 +339,6 @@ def number(value: float | None, digits: int = 0) -> str:
     return "-" if value is None else f"{value:,.{digits}f}"
 
 
-def forget_peak_memory() -> None:
-    """Reset this process's peak memory counter, where supported."""
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-
-
-def peak_memory() -> float:
-    """Peak resident memory of this process, in GB."""
-    try:
-        status = Path("/proc/self/status").read_text()
-        return int(status.split("VmHWM:")[1].split()[0]) * 1024 / 1e9
-    except (OSError, IndexError):
-        scale = 1 if sys.platform == "darwin" else 1024
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * scale / 1e9
-
-
 def main() -> None:
     """Read the command line, measure, print."""
     parser = argparse.ArgumentParser(
@@ -359,6 +348,7 @@ def main() -> None:
     parser.add_argument("--students", nargs="+", default=STUDENTS, choices=STUDENTS)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--plain", action="store_true", help="the common implementation, too")
+    parser.add_argument("--augmentations", action="store_true", help="the costs of augmentations")
     parser.add_argument("--grid", action="store_true", help="a small grid instead, end to end")
     parser.add_argument("--epochs", type=int, default=3, help="of the small grid")
     parser.add_argument("overrides", nargs="*", help="configuration overrides, after --")
@@ -376,6 +366,11 @@ def main() -> None:
         measure_grid(arguments.overrides, arguments.epochs)
         return
     print(f"images per second, medians of {arguments.repetitions} rounds")
+    if arguments.augmentations:
+        print(row("views", "student", "live", "step"))
+        for student in arguments.students:
+            compare_augmentations(student, arguments.repetitions, arguments.overrides)
+        return
     heads = ["bare", "live", "live/bare", "remembered", "rem./none", "of peak", "memory"]
     heads += ["plain", "live/plain", "rem./plain"] if arguments.plain else []
     print(row("method", "student", *heads))

@@ -31,7 +31,7 @@ class RandomImages(ImageDataModule):
         return Images(pixels, torch.arange(train + test) % 10, train_size=train)
 
 
-def random_batches(count: int, batch_size: int) -> RandomImages:
+def random_batches(count: int, batch_size: int, **views: Any) -> RandomImages:
     """Training batches with the same views in every epoch, and 1,000 validation images.
 
     Memory does not grow with the number of batches beyond `DISTINCT` images.
@@ -39,12 +39,13 @@ def random_batches(count: int, batch_size: int) -> RandomImages:
     Args:
         count: batches per epoch.
         batch_size: images per batch.
+        views: settings of the augmentation; see `ImageDataModule`.
     """
     shown = count * batch_size
     train = min(shown, DISTINCT) + 1000
     data = RandomImages(
         train=train, test=1000, name="random", batch_size=batch_size,
-        val_fraction=1000 / train, views=1,
+        val_fraction=1000 / train, views=1, **views,
     )  # fmt: skip
     data.setup()
     images = data.splits["train"]

@@ -26,6 +26,7 @@ KEYS: dict[str, set[str]] = {
     "remember": {"disk_gb", "dtype"},
 }  # fmt: skip
 OPTIONAL: dict[str, set[str]] = {
+    "remember": {"top_k"},
     "": {"callbacks", "pictures", "update_bn", "ema"},
     "teacher": {
         "checkpoint_key",
@@ -71,6 +72,11 @@ def check(config: Node) -> None:
     if remember["dtype"] not in ROUNDINGS:
         raise InputError(
             f"remember.dtype must be one of {', '.join(ROUNDINGS)}, not {remember['dtype']}"
+        )
+    top_k = remember.get("top_k", "auto")
+    if top_k not in ("auto", None) and not (_is_integer(top_k) and top_k >= 1):
+        raise InputError(
+            f"remember.top_k must be auto, null or a whole number of at least 1, not {top_k}"
         )
     if not isinstance(config["pictures"], bool):
         raise InputError(f"pictures must be true or false, not {config['pictures']}")

@@ -29,6 +29,7 @@ SINCE: dict[str, Any] = {
     "update_bn": (False, None),
     "ema": (None,),
     "callbacks": ({}, None),
+    "remember.top_k": ("auto", None),
     "data.augmentation": (None,),
     "data.mixing": (None,),
     "teacher.augmentation": (None,),
@@ -98,7 +99,7 @@ def config_key(config: Node, *without: str) -> str:
 def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
     """The parts of a configuration that determine its result, except some sections."""
     parts = {key: value for key, value in config.items() if key not in (*ELSEWHERE, *without)}
-    parts["remember"] = {"dtype": parts["remember"]["dtype"]}
+    parts["remember"] = {key: parts["remember"].get(key) for key in ("dtype", "top_k")}
     for path, defaults in SINCE.items():
         section, _, key = path.rpartition(".")
         if section in parts:

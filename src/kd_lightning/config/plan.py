@@ -138,11 +138,13 @@ class CachePlan:
         root: its folder.
         limit: maximum size, in bytes.
         dtype: storage dtype of outputs on training views.
+        top_k: number of logits that are stored; None: all; ``auto``: by the number of classes.
     """
 
     root: Path
     limit: float
     dtype: str
+    top_k: int | str | None = "auto"
 
 
 @dataclass(frozen=True)

@@ -196,7 +196,8 @@ def _resolve_cache(config: Node) -> CachePlan | None:
     if not settings["disk_gb"]:
         return None
     root = Path(config["output_dir"]) / "teachers" / "remembered"
-    return CachePlan(root, settings["disk_gb"] * GIGABYTE, settings["dtype"])
+    limit, top_k = settings["disk_gb"] * GIGABYTE, settings.get("top_k", "auto")
+    return CachePlan(root, limit, settings["dtype"], top_k)
 
 
 def needs_teacher(config: Node) -> bool:

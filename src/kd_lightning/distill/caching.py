@@ -12,9 +12,10 @@ from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Augmentation
 from kd_lightning.distill.ensemble import members_of
 from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.targets import remembers_logits
 from kd_lightning.distill.teacher import CHECKED_IMAGES
+from kd_lightning.distill.top_k import chosen_k
 from kd_lightning.losses import Logit, Term
-from kd_lightning.models import Output
 from kd_lightning.storage.identity import source_sha256, targets
 from kd_lightning.storage.rows import DTYPES, Rows
 from kd_lightning.storage.teacher_cache import GIGABYTE, TeacherCache, folder_name, too_large
@@ -67,6 +68,7 @@ def open_caches(
     module.evaluation_cache = TeacherCache(kept, root, limit)
 
     why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
+    module.reduce_logits(chosen_k(plan.cache.top_k, classes))
     parts = {
         name: (number, _term_key(term, classes))
         for name, (number, term) in module.target_parts().items()
@@ -82,6 +84,8 @@ def open_caches(
     for name, value in module.ask_teacher(images).items():
         number, key = parts[max((part for part in parts if _is_part(name, part)), key=len)]
         assert key is not None
+        if module.is_reduced(name):
+            key = {**key, "top_k": chosen_k(plan.cache.top_k, classes)}
         what = key["class"].rpartition(".")[2].lower()
         own = name if name not in parts else ""
         whole = {**views, "term": {**key, **({"part": own.rpartition("/")[2]} if own else {})}}
@@ -141,7 +145,7 @@ def _term_key(term: Term, classes: int) -> dict[str, Any] | None:
     Terms with identical targets share their rows: all that store the plain logits, and subclasses
     that do not override `remember`. The term's name in the configuration is not part of the key.
     """
-    if _remembers_logits(term, classes):
+    if remembers_logits(term, classes):
         return {"class": f"{Logit.__module__}.{Logit.__qualname__}"}
     depends_on = term.depends_on()
     if depends_on is None:
@@ -150,21 +154,3 @@ def _term_key(term: Term, classes: int) -> dict[str, Any] | None:
     name = f"{kind.__module__}.{kind.__qualname__}"
     code = source_sha256({"_target_": name})
     return {"class": name, **({"code": code} if code else {}), **depends_on}
-
-
-def _remembers_logits(term: Term, classes: int) -> bool:
-    """Whether `remember` returns the logits unchanged, including infinities and NaN."""
-    scale = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 10.0, 1e2, 1e4, 1e30, torch.inf, torch.nan])
-    logits = (
-        torch.linspace(-1.5, 2, len(scale) * classes).view(len(scale), classes) * scale[:, None]
-    )
-    try:
-        found = [term.remember(Output(logits.clone(), {})) for _ in range(2)]
-    except Exception:  # it reads features, or rejects such values
-        return False
-    return all(
-        isinstance(rows, torch.Tensor)
-        and rows.dtype == logits.dtype
-        and torch.equal(rows.view(torch.int32), logits.view(torch.int32))
-        for rows in found
-    )

@@ -158,7 +158,7 @@ class DistillationModule(LightningModule):
         self._read_student = FeatureReader(self.student, layers, num_classes=num_classes)
         if self.teacher is not None:
             learning = {name: t for name, t in self._terms.items() if t.needs_teacher}
-            self._targets = TeacherTargets(self.teacher, learning)
+            self._targets = TeacherTargets(self.teacher, learning, num_classes)
             for number, member in enumerate(members_of(self.teacher)):
                 own = [reads[name][number % len(reads[name])] for name in learning]
                 layers = dict.fromkeys(layer for read in own for layer in read.teacher)
@@ -252,6 +252,14 @@ class DistillationModule(LightningModule):
     def target_parts(self) -> dict[str, tuple[int, Term]]:
         """The targets that can be cached; see `TeacherTargets.parts`."""
         return self._targets.parts()
+
+    def reduce_logits(self, top_k: int | None) -> None:
+        """Keep only the largest logits of the teacher's output; see `distill.top_k`."""
+        self._targets.top_k = top_k
+
+    def is_reduced(self, name: str) -> bool:
+        """Whether a target consists of the largest logits only."""
+        return self._targets.is_reduced(name)
 
     def ask_teacher(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the targets for images (B, 3, H, W); see `TeacherTargets.ask`."""

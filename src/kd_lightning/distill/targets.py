@@ -3,10 +3,12 @@
 from collections.abc import Mapping
 from typing import cast
 
+import torch
 from torch import Tensor
 
 from kd_lightning.distill.ensemble import Ensemble, PerMember, members_of
 from kd_lightning.distill.teacher import Teacher
+from kd_lightning.distill.top_k import reduce, restore
 from kd_lightning.losses import Logit, Targets, Term
 from kd_lightning.models.features import Output
 
@@ -23,9 +25,15 @@ class TeacherTargets:
         teacher: a teacher or an ensemble.
         terms: the terms that need it, set up; those that read features are `PerMember` for an
             ensemble.
+        classes: number of classes.
+
+    Attributes:
+        top_k: number of logits that are kept; see `top_k`. None: all.
     """
 
-    def __init__(self, teacher: Teacher, terms: Mapping[str, Term]) -> None:
+    def __init__(self, teacher: Teacher, terms: Mapping[str, Term], classes: int) -> None:
+        self.classes = classes
+        self.top_k: int | None = None
         self.members = members_of(teacher)
         self._ensemble = teacher if isinstance(teacher, Ensemble) else None
         self._terms = terms
@@ -46,6 +54,11 @@ class TeacherTargets:
                     found[f"{name}/{number}"] = (number, term.of_member(number))
         return found
 
+    def is_reduced(self, name: str) -> bool:
+        """Whether only the largest logits are kept of a target, one of `parts`."""
+        term = self.parts().get(name, (0, None))[1]
+        return self.top_k is not None and term is not None and remembers_logits(term, self.classes)
+
     def ask(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the targets for images (B, 3, H, W): (B, ...) by the names of `parts`, or by
         ``name/part`` if they are a dictionary.
@@ -54,6 +67,8 @@ class TeacherTargets:
         answers = [member.answer(images) for member in self.members]
         for name, (number, term) in self.parts().items():
             value = term.remember(answers[number])
+            if self.top_k is not None and self.is_reduced(name):
+                value = reduce(cast(Tensor, value), self.top_k)
             parts = {"": value} if isinstance(value, Tensor) else value
             flat |= {f"{name}/{part}".rstrip("/"): tensor for part, tensor in parts.items()}
         return flat
@@ -63,13 +78,42 @@ class TeacherTargets:
         targets: dict[str, Targets] = {}
         for key, value in flat.items():
             name, _, part = key.partition("/")
-            if part:
+            if self._ensemble is None and self.is_reduced(key):
+                targets[name] = self._restored(value, self._terms[name])
+            elif part:
                 cast(dict[str, Tensor], targets.setdefault(name, {}))[part] = value
             else:
                 targets[name] = value
         if self._ensemble is not None and self._from_logits:
             logits = cast(dict[str, Tensor], targets.pop(LOGITS))
-            members = [logits[str(number)] for number in range(len(self.members))]
-            combined = Output(self._ensemble.combine(members), {})
-            targets |= {name: self._terms[name].remember(combined) for name in self._from_logits}
+            for name in self._from_logits:
+                term = self._terms[name]
+                members = [
+                    self._restored(logits[str(number)], term) for number in range(len(self.members))
+                ]
+                targets[name] = term.remember(Output(self._ensemble.combine(members), {}))
         return targets
+
+    def _restored(self, rows: Tensor, term: Term) -> Tensor:
+        """Dense logits (B, C) for a term."""
+        if self.top_k is None:
+            return rows
+        return restore(rows, self.classes, float(getattr(term, "temperature", 1.0)))
+
+
+def remembers_logits(term: Term, classes: int) -> bool:
+    """Whether `remember` returns the logits unchanged, including infinities and NaN."""
+    scale = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 10.0, 1e2, 1e4, 1e30, torch.inf, torch.nan])
+    logits = (
+        torch.linspace(-1.5, 2, len(scale) * classes).view(len(scale), classes) * scale[:, None]
+    )
+    try:
+        found = [term.remember(Output(logits.clone(), {})) for _ in range(2)]
+    except Exception:  # it reads features, or rejects such values
+        return False
+    return all(
+        isinstance(rows, torch.Tensor)
+        and rows.dtype == logits.dtype
+        and torch.equal(rows.view(torch.int32), logits.view(torch.int32))
+        for rows in found
+    )

@@ -1,0 +1,100 @@
+"""Reduced rows of logits: exact where they say so, bounded errors elsewhere."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from kd_lightning.distill.top_k import chosen_k, reduce, restore
+from kd_lightning.losses.logit import soft_target_loss
+from kd_lightning.storage.rows import DTYPES, Rows
+from kd_lightning.storage.teacher_cache import stored
+
+
+def logits(classes=1000, count=256, seed=0):
+    """Gaussian logits, skewed, with one likely class each."""
+    generator = torch.Generator().manual_seed(seed)
+    values = 1.5 * torch.randn(count, classes, generator=generator)
+    values += 0.3 * torch.randn(count, classes, generator=generator).exp()
+    likely = torch.randint(0, classes, (count, 1), generator=generator)
+    return values.scatter_add(1, likely, torch.full((count, 1), 6.0))
+
+
+def rest_mass(probabilities, dense, k):
+    return 1 - probabilities.gather(1, dense.topk(k, dim=1).indices).sum(dim=1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("classes", [200, 1000, 30_000])
+def test_largest_logits_and_their_classes_are_kept(classes, dtype):
+    dense = logits(classes, count=32).to(DTYPES[dtype]).float()
+    back = restore(reduce(dense, 10).to(DTYPES[dtype]), classes, 1.0)
+    index = dense.topk(10, dim=1).indices
+    assert torch.equal(back.gather(1, index), dense.gather(1, index))
+
+
+def test_probabilities_are_exact_at_temperature_1():
+    dense = logits()
+    back = restore(reduce(dense, 10), 1000, 1.0)
+    exact, found = dense.softmax(1), back.softmax(1)
+    index = dense.topk(10, dim=1).indices
+    torch.testing.assert_close(found.gather(1, index), exact.gather(1, index))
+    # The rest is uniform, with the right sum.
+    others = found.scatter(1, index, 0.0)
+    assert torch.allclose(others.max(1).values * 990, rest_mass(exact, dense, 10), atol=1e-5)
+
+
+@pytest.mark.parametrize(("temperature", "bound"), [(1.0, 1e-5), (2.0, 2e-3), (4.0, 2e-3)])
+def test_share_of_the_rest_at_any_temperature(temperature, bound):
+    dense = logits()
+    exact = (dense / temperature).softmax(1)
+    found = (restore(reduce(dense, 10), 1000, temperature) / temperature).softmax(1)
+    error = (rest_mass(found, dense, 10) - rest_mass(exact, dense, 10)).abs()
+    assert error.mean() < bound
+
+
+@pytest.mark.parametrize(("temperature", "cosine"), [(1.0, 0.998), (2.0, 0.99), (4.0, 0.85)])
+def test_direction_of_the_gradient(temperature, cosine):
+    dense = logits()
+    student = (0.5 * dense + torch.randn(dense.shape)).requires_grad_()
+    gradients = [
+        torch.autograd.grad(soft_target_loss(student, target, temperature), student)[0].flatten()
+        for target in (dense, restore(reduce(dense, 10).half(), 1000, temperature))
+    ]
+    assert F.cosine_similarity(*gradients, dim=0) > cosine
+
+
+def test_fifty_views_of_imagenet_fit_into_five_gigabytes(tmp_path):
+    width = reduce(torch.randn(1, 1000), 10).shape[1]
+    rows = Rows(tmp_path, {}, 1_281_167, (width,), torch.float16)
+    assert 50 * rows.file_size < 5e9
+
+
+@pytest.mark.parametrize(
+    ("setting", "classes", "k"),
+    [("auto", 128, None), ("auto", 129, 10), (None, 1000, None), (5, 10, 5), (10, 10, None)],
+)
+def test_number_of_stored_logits(setting, classes, k):
+    assert chosen_k(setting, classes) == k
+
+
+@pytest.mark.parametrize("members", [(), ("teacher.members=[{seed: 0},{seed: 1}]",)])
+def test_training_with_reduced_rows(train, tmp_path, members):
+    command = ("method=combined", "remember.top_k=1", *members)
+    first, second = train(*command), train(*command)
+    assert (first.code, second.code) == (0, 0), first.err + second.err
+    weights = [(done.runs[0] / "student.safetensors").read_bytes() for done in (first, second)]
+    assert weights[0] == weights[1]  # computed and cached targets are the same
+    entries = stored(tmp_path / "outputs" / "teachers" / "remembered")
+    shapes = {e.folder.name.split("-")[1]: e.geometry["shape"] for e in entries}
+    assert shapes["logit"] == [6]
+    assert shapes["evaluation"] == [3]  # accuracies are exact
+    dense = train("method=combined", *members)
+    assert (dense.runs[0] / "student.safetensors").read_bytes() != weights[0]
+    assert dense.metrics["config_key"] != first.metrics["config_key"]
+    assert dense.metrics["teacher_test_accuracy"] == first.metrics["teacher_test_accuracy"]
+
+
+def test_invalid_top_k_is_rejected(train):
+    done = train("method=logit", "remember.top_k=0")
+    assert done.code == 2
+    assert "remember.top_k must be auto, null or a whole number of at least 1, not 0" in done.err
