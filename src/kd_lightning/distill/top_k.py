@@ -4,9 +4,9 @@ A dense row of 1,000 classes takes 2,008 bytes in float16, a reduced one with k 
 
 At temperature T the probability of the k classes and of the rest as a whole is nearly that of the
 dense logits: exact at T = 1, and to second order in 1 / T above. Within the rest, the probability
-is spread evenly: what the teacher says about unlikely classes is lost. For skewed Gaussian logits of
-1,000 classes the gradient of the KL divergence has a cosine of at least 0.99 with the exact one at
-T <= 2, and of 0.85 at T = 4 (`test_top_k.py`); for higher temperatures use dense rows.
+is spread evenly: what the teacher says about unlikely classes is lost. For skewed Gaussian logits
+of 1,000 classes the gradient of the KL divergence has a cosine of at least 0.99 with the exact one
+at T <= 2, and of 0.85 at T = 4 (`test_top_k.py`); for higher temperatures use dense rows.
 """
 
 import math
