@@ -17,8 +17,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("sources", type=home, nargs="+", help="folders of runs, or a results.csv")
     parser.add_argument("--out", type=home, help="output folder; by default the first source")
+    parser.add_argument(
+        "--baseline",
+        type=home,
+        metavar="FOLDER",
+        help="runs without a teacher that all gains refer to, instead of those of each setting",
+    )
     arguments = parser.parse_args()
-    for source in arguments.sources:
+    for source in [*arguments.sources, *filter(None, [arguments.baseline])]:
         if not Path(source).exists():
             print(f"error: {source} does not exist", file=sys.stderr)
             sys.exit(2)
@@ -31,7 +37,7 @@ def main() -> None:
 
     out = Path(arguments.out or arguments.sources[0])
     try:
-        runs = write_report(arguments.sources, out, page=True)
+        runs = write_report(arguments.sources, out, page=True, baseline=arguments.baseline)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

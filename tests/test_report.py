@@ -316,6 +316,20 @@ def test_baseline_of_another_setting_must_be_the_same_student(tmp_path, baseline
     assert list(summarise(runs)["pairs"])[-1] == int(found)
 
 
+def test_given_baseline_replaces_those_of_the_settings(tmp_path):
+    for seed in (0, 1):
+        contents(tmp_path / "best", "none", seed, 0.7, images="a", setting="best")
+        for name, gain in (("one", 0.1), ("two", 0.2)):
+            contents(tmp_path / name, "none", seed, 0.5, images="a", setting=name)
+            contents(tmp_path / name, "logit", seed, 0.7 + gain, images="a", setting=name)
+    contents(tmp_path / "other", "logit", 0, 0.9, images="b", setting="other")
+    sources = [tmp_path / name for name in ("one", "two", "other")]
+    cells = summarise(read_runs(sources, baseline=tmp_path / "best"))
+    gains = cells[cells["method"] == "logit"].set_index("setting")["gain"].to_dict()
+    assert gains == pytest.approx({"one": 0.1, "two": 0.2, "other": math.nan}, nan_ok=True)
+    assert set(cells[cells["method"] == "none"]["test"]) == {0.7}
+
+
 def test_old_runs_without_hashes_join_a_unique_group(tmp_path):
     write_run(tmp_path / "1", "none", "small", 0, 0.5)
     write_run(tmp_path / "2", "logit", "small", 0, 0.6)

@@ -30,7 +30,11 @@ _GAIN = (
 
 
 def write_report(
-    sources: Iterable[str | Path], out: Path, page: bool = False, draw_figures: bool = True
+    sources: Iterable[str | Path],
+    out: Path,
+    page: bool = False,
+    draw_figures: bool = True,
+    baseline: str | Path | None = None,
 ) -> pd.DataFrame:
     """Write `results.csv`, `results.md` and their figures.
 
@@ -39,11 +43,12 @@ def write_report(
         out: output folder.
         page: also write `report.html`, with everything in one file.
         draw_figures: whether to draw figures; if not, existing ones are used.
+        baseline: see `runs.read_runs`.
 
     Returns:
         One row per run.
     """
-    runs = read_runs(sources)
+    runs = read_runs(sources, baseline)
     named = groups(runs)
     files = _file_names(named)
     texts, pages = ["# Results\n"], []

@@ -44,11 +44,14 @@ def run_folders(folders: Iterable[str | Path]) -> list[Path]:
     return list(dict.fromkeys(found))
 
 
-def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
+def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None) -> pd.DataFrame:
     """Read runs, finished or not, into a table with one row per run.
 
     Args:
         sources: folders that contain runs, or tables of runs (`results.csv`).
+        baseline: folder of the runs of the method `none` that gains refer to in every setting,
+            instead of those with the same configuration: for a baseline with settings of its own,
+            such as its best augmentation.
 
     Returns:
         `COLUMNS`; the display name of a run's cell, ``label``; and a column for each setting that
@@ -73,7 +76,13 @@ def read_runs(sources: Iterable[str | Path]) -> pd.DataFrame:
             metrics = {"status": "unreadable", "name": folder.name}
         rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
         settings.append(reader.read(folder))
-    for metrics, folder in _baselines(rows):
+    if baseline is None:
+        added = list(_baselines(rows))
+    else:
+        kept = [number for number, row in enumerate(rows) if row.get("method") != "none"]
+        rows, settings = [rows[n] for n in kept], [settings[n] for n in kept]
+        added = list(_given_baselines(rows, Path(baseline)))
+    for metrics, folder in added:
         rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
         settings.append(reader.read(folder))
     rows = [{key: _shown(key, value) for key, value in row.items()} for row in rows]
@@ -129,6 +138,25 @@ def _baselines(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, An
             if same and metrics.get("status") == "finished" and not wrong_figure(metrics):
                 yield {**metrics, **_of_teacher(row, metrics)}, path.parent
                 break
+
+
+def _given_baselines(
+    rows: Sequence[Mapping[str, Any]], folder: Path
+) -> Iterator[tuple[dict[str, Any], Path]]:
+    """Runs without a teacher in a folder, as the baseline of every setting."""
+    found = {}
+    for path in run_folders([folder]):
+        metrics = read_json(path / "metrics.json")
+        if metrics.get("method") == "none" and metrics.get("status") == "finished":
+            key = (metrics.get("student"), metrics.get("seed"), metrics.get("images_sha256"))
+            found[key] = (metrics, path)
+    settings: dict[Any, Mapping[str, Any]] = {}
+    for row in rows:
+        settings.setdefault((row.get("setting"), row.get("student"), row.get("images_sha256")), row)
+    for (_, student, images), row in settings.items():
+        for (other, _, same), (metrics, path) in found.items():
+            if (other, same) == (student, images):
+                yield {**metrics, **_of_teacher(row, metrics)}, path
 
 
 def _of_teacher(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
