@@ -6,11 +6,16 @@ import torch
 import torch.nn.functional as F
 from conftest import write_folder
 
-from kd_lightning.data import CutMix, FolderDataModule, Mixup
+from kd_lightning import api
+from kd_lightning.config.checks import check
+from kd_lightning.data import Augmentation, CutMix, FolderDataModule, Mixup
 from kd_lightning.data.mixing import LEVELS, Mixture, blend
 from kd_lightning.data.views import PLAIN
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.losses import CrossEntropy, TermBatch
 from kd_lightning.models import Output
+from kd_lightning.workflows.assembly import build_data
 
 TRAIN = torch.arange(0, 900, 3)
 SIZE = (32, 32)
@@ -172,3 +177,55 @@ def test_invalid_settings_are_rejected(wrong, name):
     for kind in (Mixup, CutMix):
         with pytest.raises(ValueError, match=name):
             kind(**wrong)
+
+
+def built(*overrides):
+    config = api.compose("data=digits", *overrides)
+    check(config)
+    return build_data(config["data"])
+
+
+def test_group_of_augmentations():
+    assert built("augmentation=standard").augmentation == Augmentation(padding=4, flip=True)
+    assert built("augmentation=none").augmentation == Augmentation(padding=0, flip=False)
+    # Digits are never flipped, unless asked for.
+    own = Augmentation(padding=3, flip=False, seed=5)
+    for name, mixing in (("mixup", Mixup(seed=5)), ("cutmix", CutMix(seed=5))):
+        data = built(f"augmentation={name}", "data.view_seed=5")
+        assert (data.augmentation, data.mixing) == (own, mixing)
+    strong = built("augmentation=strong", "data.view_seed=5")
+    assert strong.augmentation.of == Augmentation(padding=3, flip=False, cutout=8, seed=5)
+    assert strong.augmentation.seed == 5
+    mild = built("augmentation=mixup", "data.mixing.alpha=0.2", "data.mixing.probability=0.5")
+    assert mild.mixing == Mixup(alpha=0.2, probability=0.5)
+
+
+@pytest.mark.parametrize("name", ["mixup", "strong"])
+def test_outputs_on_augmented_views_are_cached(train, name, monkeypatch):
+    command = ("method=combined", f"augmentation={name}")
+    first = train(*command)
+    assert first.code == 0, first.err
+    monkeypatch.setattr(FrozenTeacher, "answer", lambda *_: pytest.fail("the teacher was asked"))
+    monkeypatch.setattr(DistillationModule, "ask_teacher", shapes_only(first))
+    second = train(*command)
+    assert second.code == 0, second.err
+    weights = [(done.runs[0] / "student.safetensors").read_bytes() for done in (first, second)]
+    assert weights[0] == weights[1]
+
+
+def shapes_only(done):
+    """Targets of the right shapes, for the check of the cache before the training."""
+    return lambda self, images: {
+        "logit": torch.zeros(len(images), 3), "attention": torch.zeros(len(images), 8 * 8)
+    }  # fmt: skip
+
+
+def test_teacher_does_not_depend_on_the_augmentation_of_the_student(train, tmp_path):
+    for overrides in (
+        (),
+        ("augmentation=mixup",),
+        ("teacher.mixing={_target_: kd_lightning.data.Mixup}",),
+    ):
+        assert train("method=logit", *overrides).code == 0
+    stored = list((tmp_path / "outputs" / "teachers").glob("*/teacher.safetensors"))
+    assert len(stored) == 2
