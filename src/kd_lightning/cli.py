@@ -16,7 +16,7 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from kd_lightning import __version__
-from kd_lightning.config import naming, overrides
+from kd_lightning.config import naming, overrides, sweeps
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.commandline import composition_error, prepare
 from kd_lightning.config.tree import plain, tree
@@ -29,6 +29,7 @@ from kd_lightning.workflows.grid import exit_codes
 log = logging.getLogger(__name__)
 naming.register()
 overrides.install()
+sweeps.install()
 
 stamped: dict[Path, str] = {}
 """File digests by path, cached so that restarting a grid does not rehash for every finished run."""

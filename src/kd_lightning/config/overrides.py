@@ -14,8 +14,10 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.config_repository import IConfigRepository
+from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.types import Override, OverrideType
-from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, ValueNode, open_dict
 
 from kd_lightning.config.checks import OPTIONAL
 from kd_lightning.errors import InputError
@@ -35,10 +37,11 @@ def install() -> None:
         parsed, repository = _parse(self, config_name, overrides)
         for override in parsed:
             if repository.group_exists(override.key_or_group):
-                _check_choice(override, self.get_group_options(override.key_or_group))
+                _check_choice(override, repository)
             elif "/" in override.key_or_group:
                 parent, _, group = override.key_or_group.rpartition("/")
-                near = difflib.get_close_matches(group, self.list_groups(parent), n=1)
+                groups = repository.get_group_options(parent, ObjectType.GROUP)
+                near = difflib.get_close_matches(group, groups, n=1)
                 hint = f"; did you mean {parent}/{near[0]}?" if near else ""
                 raise InputError(f"there is no group '{override.key_or_group}'{hint}")
         unset = [o for o in parsed if o.is_delete() and o.key_or_group == "experiment"]
@@ -48,10 +51,11 @@ def install() -> None:
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)  # type: ignore[method-assign, assignment]
 
 
-def _check_choice(override: Override, options: list[str]) -> None:
+def _check_choice(override: Override, repository: IConfigRepository) -> None:
     value = override.value()
     if override.is_sweep_override() or isinstance(value, dict | list) or override.is_delete():
         return
+    options = repository.get_group_options(override.key_or_group)
     if value is None or (value == "none" and "none" not in options):
         override.type, override._value = OverrideType.DEL, None
     elif not isinstance(value, str):
@@ -128,11 +132,11 @@ def _change_node(config: DictConfig, override: Override) -> None:
 def _expand_home(config: DictConfig) -> None:
     # Before they are interpolated into run folders; `config.plain` expands the others.
     for key in ("output_dir", "hydra.run.dir", "hydra.sweep.dir"):
-        node = OmegaConf.to_container(config, resolve=False)
-        for part in key.split("."):
-            node = node.get(part) if isinstance(node, dict) else None
-        if isinstance(node, str):
-            OmegaConf.update(config, key, home(node))
+        parent, last = _parent(config, key)
+        node = parent._get_node(last) if isinstance(parent, DictConfig) else None
+        path = node._value() if isinstance(node, ValueNode) else None  # not resolved yet
+        if isinstance(path, str) and home(path) != path:
+            OmegaConf.update(config, key, home(path))
 
 
 def _exists(config: DictConfig, key: str) -> bool:

@@ -4,7 +4,7 @@ from numbers import Real
 from typing import Any, NamedTuple
 
 import pandas as pd
-from scipy import stats
+from scipy import special
 
 from kd_lightning.reports.differences import IMAGES, TEACHER, Settings, differences, in_words
 from kd_lightning.reports.runs import setting_columns, short_hash
@@ -185,5 +185,5 @@ def interval(differences: list[float], confidence: float = CONFIDENCE) -> tuple[
     """Student's t confidence interval of the mean of paired differences."""
     n = len(differences)
     values = pd.Series(differences)
-    half = stats.t.ppf((1 + confidence) / 2, n - 1) * values.std(ddof=1) / n**0.5
+    half = special.stdtrit(n - 1, (1 + confidence) / 2) * values.std(ddof=1) / n**0.5
     return values.mean() - half, values.mean() + half

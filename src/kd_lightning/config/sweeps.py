@@ -1,0 +1,123 @@
+"""Composition of the runs of a grid: with the same result as Hydra's, but faster.
+
+Hydra composes every run of a grid twice, each time from all its files. In a repeated grid, whose
+runs are finished, this takes most of the time. But the files are the same for all runs with the
+same groups: here they are composed once, and a run's values, such as its seed, are applied to a
+copy.
+"""
+
+import contextlib
+import functools
+import itertools
+import os
+import pickle
+from collections.abc import Iterator, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from hydra._internal.config_loader_impl import ConfigLoaderImpl, get_overrides_dirname
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+
+from kd_lightning.config.overrides import apply
+
+MOST_FILES = 1000
+"""With more files in the search path, looking for changes would take longer than composing them."""
+
+_load_as_hydra = ConfigLoaderImpl.load_sweep_config
+
+
+def install() -> None:
+    """Patch Hydra, in this process, to compose the runs of a grid by this module."""
+
+    def load(self: ConfigLoaderImpl, master_config: DictConfig, sweep_overrides: list[str]) -> Any:
+        config = None
+        with contextlib.suppress(Exception):  # Hydra's own composition fails too, and says why
+            config = compose_run(self, master_config, sweep_overrides)
+        return config or _load_as_hydra(self, master_config, sweep_overrides)
+
+    ConfigLoaderImpl.load_sweep_config = load  # type: ignore[method-assign]
+
+
+def compose_run(
+    loader: ConfigLoaderImpl, grid: DictConfig, overrides: Sequence[str]
+) -> DictConfig | None:
+    """The configuration of one run of a grid, as Hydra would compose it.
+
+    Args:
+        loader: Hydra's.
+        grid: the configuration of the grid.
+        overrides: of this run.
+
+    Returns:
+        None if only Hydra can compose it.
+    """
+    state = _state(loader)
+    if state is None:
+        return None
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    values = [override for override in parsed if _is_value(loader, override)]
+    lines = {override.input_line for override in values}
+    first = [*grid.hydra.overrides.hydra, *(line for line in overrides if line not in lines)]
+    config = pickle.loads(_composed(loader, grid.hydra.job.config_name, tuple(first), state))
+    if config.hydra.searchpath:  # may contain further groups
+        return None
+    apply(values, config)
+    task = config.hydra.overrides.task
+    lines.update(task)
+    applied = [override for override in parsed if override.input_line in lines]
+    config.hydra.overrides.task = [override.input_line for override in applied]
+    config.hydra.job.override_dirname = get_overrides_dirname(
+        applied, **config.hydra.job.config.override_dirname
+    )
+    OmegaConf.copy_cache(from_config=grid, to_config=config)
+    return config
+
+
+@functools.lru_cache(maxsize=256)
+def _composed(
+    loader: ConfigLoaderImpl, config_name: str, overrides: tuple[str, ...], state: object
+) -> bytes:
+    # Pickled: five times as fast as a deep copy.
+    return pickle.dumps(loader.load_configuration(config_name, list(overrides), RunMode.RUN))
+
+
+def _is_value(loader: ConfigLoaderImpl, override: Override) -> bool:
+    """Whether an override changes a value only, instead of choosing files or configuring Hydra."""
+    key = override.key_or_group
+    if "/" in key or override.package is not None:
+        return False
+    if override.is_hydra_override() or override.is_sweep_override():
+        return False
+    return isinstance(override.value(), dict) or not loader.repository.group_exists(key)
+
+
+def _state(loader: ConfigLoaderImpl) -> object:
+    """Everything besides overrides that a composition depends on; None if that is not known.
+
+    A file that is edited while a grid runs affects the following runs, as in Hydra.
+    """
+    folders = []
+    for source in loader.get_sources():
+        if source.scheme() == "file":
+            folders.append(source.path)
+        elif source.scheme() == "pkg":
+            folders.append(str(resources.files(source.path)))
+        elif source.scheme() != "structured":
+            return None
+    found = itertools.chain.from_iterable(map(_files, folders))
+    files = tuple(itertools.islice(found, MOST_FILES + 1))
+    environment = (Path.cwd(), *os.environ.items())
+    return (files, environment) if len(files) <= MOST_FILES else None
+
+
+def _files(folder: str) -> Iterator[tuple[Any, ...]]:
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            status = entry.stat()
+            yield entry.path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+            if entry.is_dir():
+                yield from _files(entry.path)

@@ -1,0 +1,175 @@
+"""The configuration of every run of a grid is the one that Hydra composes."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+from conftest import TINY
+from hydra import initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import MissingConfigException
+from hydra.types import RunMode
+from omegaconf import Container, DictConfig
+
+from kd_lightning.config import naming, overrides, sweeps
+from kd_lightning.config.tree import tree_folder
+
+naming.register()
+overrides.install()
+
+
+@pytest.fixture
+def tree(tmp_path):
+    """A copy of the configuration tree."""
+    return Path(shutil.copytree(tree_folder(), tmp_path / "configs"))
+
+
+@pytest.fixture
+def loader(tree):
+    with initialize_config_dir(str(tree), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
+
+
+def grid(loader, *given):
+    return loader.load_configuration("train", list(given), RunMode.MULTIRUN)
+
+
+def compositions(monkeypatch):
+    """A list that grows with every complete composition."""
+    calls = []
+    original = ConfigLoaderImpl.load_configuration
+
+    def counted(self, *arguments, **named):
+        calls.append(arguments)
+        return original(self, *arguments, **named)
+
+    monkeypatch.setattr(ConfigLoaderImpl, "load_configuration", counted)
+    return calls
+
+
+def everything(node):
+    """All values of a configuration, in order, with types and flags."""
+    if not isinstance(node, Container) or node._is_none() or node._is_interpolation():
+        return type(node), node._value(), vars(node._metadata)
+    keys = node.keys() if isinstance(node, DictConfig) else range(len(node))
+    parts = [(key, everything(node._get_node(key))) for key in keys]
+    return type(node), parts, vars(node._metadata)
+
+
+@pytest.mark.parametrize(
+    ("hydra", "run"),
+    [
+        ([], []),
+        ([], ["method=none", "student=large", "seed=3"]),
+        ([], ["seed=3", "method=logit", "teacher=resnet20", "seed=4"]),
+        ([], [*TINY, "data=digits", "+trainer.limit_train_batches=1", "pictures=False"]),
+        ([], ["experiment=demo", "optimizer.lr=0.1", "++trainer.fast=1", "~student.layers"]),
+        ([], ["optimizer.lr=0.1", "optimizer={_target_: torch.optim.Adam, lr: 0.2}"]),
+        ([], ["optimizer={_target_: torch.optim.Adam, lr: 0.2}", "optimizer.lr=0.1"]),
+        ([], ["optimizer={momentum: 0.5}", "optimizer=adamw", "+optimizer.eps=1e-8"]),
+        ([], ["scheduler=null", "augmentation=none", "experiment=null", "seed=1"]),
+        ([], ["~scheduler", "teacher.scheduler=null", "student.layers=[a,b]"]),
+        ([], ["scheduler@teacher.scheduler=cosine", "optimizer@teacher.optimizer=adamw"]),
+        ([], ["output_dir='~/x'", "data.root='a b'", "teacher.ignore_keys=[a]", "update_bn=true"]),
+        ([], ["+callbacks.x={_target_: a.B, list: [1, {y: 2}]}", "name='${seed}-${now:%s}'"]),
+        (["hydra.sweep.dir='~/y'", "hydra/job_logging=none"], ["method=none", "seed=2"]),
+        (["hydra.job.config.override_dirname.exclude_keys=[seed]"], ["seed=2", "data.flip=false"]),
+        (["hydra.job.env_copy=[HOME]", "+hydra.job.env_set.A=b"], ["seed=2"]),
+    ],
+)
+def test_a_run_is_composed_as_by_hydra(loader, hydra, run):
+    config = grid(loader, *hydra, *run)
+    fast = sweeps.compose_run(loader, config, run)
+    assert fast is not None
+    assert everything(fast) == everything(sweeps._load_as_hydra(loader, config, run))
+    again = sweeps.compose_run(loader, config, [*run, "seed=7"])
+    assert everything(again) == everything(sweeps._load_as_hydra(loader, config, [*run, "seed=7"]))
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        ["method=logits"], ["sede=1"], ["method/logit=1"], ["seed=1,2"], ["+seed=1"], ["a"],
+        ["~method.name.x"], ["optimizer=a.B"], ["seed@x=1"], ["data.mean.x=1"], ["student=1"],
+    ],
+)  # fmt: skip
+def test_an_impossible_run_is_refused_as_by_hydra(loader, run, monkeypatch):
+    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", sweeps._load_as_hydra)
+    with pytest.raises(Exception) as expected:
+        loader.load_sweep_config(grid(loader), run)
+    sweeps.install()
+    with pytest.raises(type(expected.value)) as refused:
+        loader.load_sweep_config(grid(loader), run)
+    assert str(refused.value) == str(expected.value)
+
+
+def test_files_are_composed_once_for_all_runs_with_the_same_groups(loader, monkeypatch):
+    config = grid(loader)
+    calls = compositions(monkeypatch)
+    for seed in range(3):
+        for method in ("none", "logit"):
+            run = [f"method={method}", f"seed={seed}", f"optimizer.lr=0.{seed}"]
+            composed = loader.load_sweep_config(config, run)
+            assert (composed.method.name, composed.seed) == (method, seed)
+            composed.optimizer.lr = 9  # does not affect the next
+    assert len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["edited", "added", "removed", "environment", "folder"])
+def test_changes_during_a_grid_are_noticed(loader, tree, monkeypatch, tmp_path, change):
+    config = grid(loader, "hydra.job.env_copy=[HOME]")
+    run = ["optimizer=adamw", "seed=1", "+extra=x"]
+    before = loader.load_sweep_config(config, run)
+    file = tree / "optimizer" / "adamw.yaml"
+    if change == "edited":  # to the same length, and with the same time of modification
+        times = file.stat()
+        text = file.read_text()
+        file.write_text(text.replace("AdamW", "Adamx"))
+        os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    elif change == "added":
+        (tree / "extra").mkdir()
+        (tree / "extra" / "x.yaml").write_text("a: 1")  # now a group, no longer a value
+    elif change == "removed":
+        file.unlink()
+        with pytest.raises(MissingConfigException):
+            loader.load_sweep_config(config, run)
+        return
+    elif change == "environment":
+        monkeypatch.setenv("HOME", "/elsewhere")
+    else:
+        monkeypatch.chdir(tmp_path)
+    after = loader.load_sweep_config(config, run)
+    assert everything(after) == everything(sweeps._load_as_hydra(loader, config, run))
+    assert everything(after) != everything(before)
+
+
+def test_only_hydra_composes_from_unusual_search_paths(loader, tree, tmp_path, monkeypatch):
+    more = tmp_path / "more" / "extra"
+    more.mkdir(parents=True)
+    (more / "x.yaml").write_text("a: 1")
+    run = ["+extra=x", "seed=1"]
+    config = grid(loader, f"hydra.searchpath=[{more.parent}]", *run)
+    assert sweeps.compose_run(loader, config, run) is None
+    assert loader.load_sweep_config(config, run).extra.a == 1
+    config = grid(loader)
+    assert sweeps.compose_run(loader, config, ["seed=1"]) is not None
+    monkeypatch.setattr(sweeps, "MOST_FILES", 20)
+    assert sweeps.compose_run(loader, config, ["seed=1"]) is None
+    assert loader.load_sweep_config(config, ["seed=1"]).seed == 1
+
+
+def test_edited_file_is_noticed_by_the_next_grid_of_a_process(train, tmp_path):
+    file = tmp_path / "mine" / "experiment" / "mine.yaml"
+    file.parent.mkdir(parents=True)
+    command = ("-m", f"--config-dir={tmp_path}/mine", "experiment=mine", "method=none", "seed=0,1")
+    file.write_text("# @package _global_\noptimizer:\n  weight_decay: 0.1\n")
+    assert len(train(*command).runs) == 2
+    again = train(*command)
+    assert again.out.count("is already finished") == 2
+    assert not again.runs
+    file.write_text("# @package _global_\noptimizer:\n  weight_decay: 0.2\n")
+    edited = train(*command)
+    assert len(edited.runs) == 2
+    assert "already finished" not in edited.out
