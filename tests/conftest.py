@@ -37,6 +37,9 @@ TINY = (
     "pictures=false",
 )
 
+# Of the images of `write_folder`.
+FOLDER = ("data=folder", "data.image_size=16", "data.padding=2", "data.batch_size=16")
+
 
 class Finished(NamedTuple):
     """Result of a command: exit code, output, and run directories."""
@@ -91,9 +94,8 @@ def train(
     def run(*arguments: str, tiny: bool = True, data: bool = True) -> Finished:
         given = [f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path / 'data'}"]
         if data:
-            given += ["data=folder", f"data.root={folder}", "data.image_size=16"]
-            given += ["data.padding=2", "data.batch_size=16"]
-        given += TINY if tiny else ()
+            given += [*FOLDER, f"data.root={folder}"]
+        given += TINY if tiny else ("pictures=false",)
         if not any(argument.startswith(("setting=", "-m")) for argument in arguments):
             # A separate folder per command, so that it does not find earlier runs.
             given.append(f"setting=call-{len(calls)}")
