@@ -171,7 +171,8 @@ def test_run_without_teacher_is_shared_by_all_teachers(train, tmp_path):
 
 COMMAND = [
     "train.py", "-m", *TINY, "method=none,combined", "student=small", "seed=0", "setting=grid",
-    "data=digits", "data.batch_size=100", "trainer.max_epochs=4", "trainer.precision=32-true",
+    "data=digits", "data.image_size=16", "data.batch_size=100", "trainer.max_epochs=4",
+    "trainer.precision=32-true",
 ]  # fmt: skip
 
 

@@ -18,7 +18,7 @@ from kd_lightning.workflows import student
 
 COMMAND = (
     "train.py", *TINY, "method=combined", "student=small", "data=digits", "data.batch_size=45",
-    "trainer.precision=32-true", "remember.dtype=float32",
+    "data.image_size=16", "trainer.precision=32-true", "remember.dtype=float32",
 )  # fmt: skip
 TEST_IMAGES = 359  # an odd number, so that two processes have unequal parts
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")

@@ -283,7 +283,7 @@ def command_line(root, output):
     for stream, name in ((sys.stdout, "out"), (sys.stderr, "err")):
         os.dup2(os.open(output.with_suffix(f".{name}"), os.O_CREAT | os.O_WRONLY), stream.fileno())
     given = (f"data.root={root / 'images'}", f"data_dir={root / 'data'}", f"output_dir={output}")
-    own = ("student.layers=[stage1,stage2]", "trainer.max_epochs=8", "teacher.trainer.max_epochs=8")
+    own = ("student.layers=[stage1,stage2]", "trainer.max_epochs=5", "teacher.trainer.max_epochs=5")
     sys.argv = ["train.py", *SETTING, *given, *own]
     cli.main()
 

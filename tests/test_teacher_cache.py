@@ -342,8 +342,8 @@ def test_float32_cache_is_bit_identical(train, asked):
 def test_rounding_does_not_reduce_accuracy(train):
     """Digits, 14 steps per epoch; the two students differ only in float16 targets."""
     command = (
-        "method=combined", "data=digits", "student=small", "student.model.channels=[8,16]",
-        "student.model.hidden=32", "optimizer.lr=0.05",
+        "method=combined", "data=digits", "student=small", "data.image_size=16",
+        "data.padding=2", "optimizer.lr=0.05",
         "trainer.max_epochs=5", "trainer.precision=32-true", "trainer.accelerator=cpu",
         "teacher.model.channels=[16,32]", "teacher.model.hidden=32",
         "teacher.layers=[stage1,stage2]", "teacher.trainer.max_epochs=3",
