@@ -392,7 +392,9 @@ def opened(tmp_path_factory):
 
     @cache
     def folder(*overrides):
-        base = ("method=attention", "trainer.precision=bf16-mixed")
+        # The teacher is trained in the same precision if the student's is another.
+        base = ["method=attention"]
+        base += [f"{plus}trainer.precision=bf16-mixed" for plus in ("", "+teacher.")]
         job = student.prepare(api.compose(*given, *base, *overrides))
         job = job.with_teacher(find_teacher(job.plan, job.data))
         student.open_caches(job.module, job.plan, job.data, CPU)
