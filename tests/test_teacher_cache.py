@@ -378,13 +378,12 @@ def test_k_views_are_repeated_cyclically(train, tmp_path, asked):
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory):
-    """The folder of the cache that a run opens; its teacher is trained first."""
+    """The folder of the cache that a run opens; its teacher is trained first, in bfloat16."""
     root = tmp_path_factory.mktemp("opened")
     given = (*FOLDER, *TINY, f"data.root={write_folder(root / 'images')}", f"output_dir={root}")
 
     @cache
     def folder(*overrides):
-        # The teacher is trained in the same precision if the student's is another.
         base = [f"{owner}trainer.precision=bf16-mixed" for owner in ("", "+teacher.")]
         job = student.prepare(api.compose(*given, "method=attention", *base, *overrides))
         job = job.with_teacher(find_teacher(job.plan, job.data))
