@@ -9,11 +9,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import processes
 import pytest
+from hydra._internal.hydra import Hydra
 from hypothesis import Phase, settings
 from PIL import Image
 
 from kd_lightning import cli
 from kd_lightning.config.plan import TrainerPlan
+from kd_lightning.reports import documents
 
 # For mutation testing: a failing example is enough, no need to shrink it.
 settings.register_profile("first-failure", phases=(Phase.explicit, Phase.generate))
@@ -32,7 +34,11 @@ TINY = (
     "teacher.trainer.max_epochs=1",
     "optimizer.lr=0.01",
     "teacher.optimizer.lr=0.01",
+    "pictures=false",
 )
+
+# Of the images of `write_folder`.
+FOLDER = ("data=folder", "data.image_size=16", "data.padding=2", "data.batch_size=16")
 
 
 class Finished(NamedTuple):
@@ -78,16 +84,18 @@ def train(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> Callable[..., Finished]:
-    """Run `train.py` in this process on the small folder, with a tiny student and teacher."""
+    """Run `train.py` in this process on the small folder, with a tiny student and teacher.
+
+    Figures are only drawn with `pictures=true`, also those of a grid.
+    """
 
     calls: list[tuple[str, ...]] = []
 
     def run(*arguments: str, tiny: bool = True, data: bool = True) -> Finished:
         given = [f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path / 'data'}"]
         if data:
-            given += ["data=folder", f"data.root={folder}", "data.image_size=16"]
-            given += ["data.padding=2", "data.batch_size=16"]
-        given += TINY if tiny else ()
+            given += [*FOLDER, f"data.root={folder}"]
+        given += TINY if tiny else ("pictures=false",)
         if not any(argument.startswith(("setting=", "-m")) for argument in arguments):
             # A separate folder per command, so that it does not find earlier runs.
             given.append(f"setting=call-{len(calls)}")
@@ -95,13 +103,19 @@ def train(
         before = set(run_directories(tmp_path))
         flags = [argument for argument in arguments if argument.startswith("-")]
         overrides = [argument for argument in arguments if not argument.startswith("-")]
-        monkeypatch.setattr(sys, "argv", ["train.py", *flags, *given, *overrides])
         cli.exit_codes.clear()
         code = 0
-        try:
-            cli.main()
-        except SystemExit as stop:
-            code = int(stop.code or 0)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "argv", ["train.py", *flags, *given, *overrides])
+            if "pictures=true" not in overrides:
+                patch.setattr(documents, "draw", lambda *_: {})
+            if not any(word.startswith(("experiment=", "hydra")) for word in overrides):
+                # Hydra would compose the configuration twice, first to read its `hydra.mode`.
+                patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
+            try:
+                cli.main()
+            except SystemExit as stop:
+                code = int(stop.code or 0)
         captured = capsys.readouterr()
         new = sorted(set(run_directories(tmp_path)) - before)
         return Finished(code, captured.out, captured.err, new)

@@ -21,10 +21,10 @@ STEPS = 18  # per training: two epochs of 33 images, batch size 4
 EVERY = 5  # log_every_n_steps
 BETWEEN = 42  # synchronisations at the ends of both epochs
 
-COMBINED = ("method=combined", "pictures=false")
+COMBINED = ("method=combined",)
 # With BatchNorm, whose statistics are re-estimated at the end.
 RESNET = (
-    "method=none", "update_bn=true",
+    "method=none", "update_bn=true", "pictures=true",
     "student.model={_target_: kd_lightning.models.CifarResNet, depth: 8, num_classes: 3}",
 )  # fmt: skip
 

@@ -1,13 +1,19 @@
 """Invalid input: a one-sentence error, exit code 2, before training, and no files lost."""
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
-from conftest import in_a_new_process
+import yaml
+from conftest import FOLDER, TINY, in_a_new_process, write_folder
 from lightning.pytorch import Trainer
 from PIL import Image
 from torchvision.datasets import CIFAR10
+
+from kd_lightning import api
+from kd_lightning.errors import InputError
+from kd_lightning.workflows.evaluate import evaluate
 
 
 @pytest.fixture
@@ -233,6 +239,23 @@ def test_exit_code_and_message_reach_the_shell(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    root = tmp_path_factory.mktemp("trained")
+    rest = (
+        "trainer.log_every_n_steps=1",
+        f"data.root={write_folder(root / 'images')}",
+        f"output_dir={root / 'outputs'}",
+    )
+    return Path(api.run(*FOLDER, *TINY, *rest, "method=none", "trainer.max_epochs=1")["folder"])
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    """A finished run."""
+    return shutil.copytree(trained, tmp_path / "run")
+
+
 @pytest.mark.parametrize(
     ("break_it", "message"),
     [
@@ -245,11 +268,7 @@ def test_exit_code_and_message_reach_the_shell(tmp_path):
         (lambda run: (run / "student.safetensors").unlink(), "does not exist"),
     ],
 )
-def test_evaluate_rejects_folder_without_finished_run(train, break_it, message):
-    from kd_lightning.errors import InputError
-    from kd_lightning.workflows.evaluate import evaluate
-
-    (run,) = train("method=none", "trainer.max_epochs=1").runs
+def test_evaluate_rejects_folder_without_finished_run(run, break_it, message):
     break_it(run)
     with pytest.raises(InputError, match=message):
         evaluate(run)
@@ -267,13 +286,8 @@ def test_evaluate_rejects_folder_without_finished_run(train, break_it, message):
         "kd_lightning.data.folder.os.system",
     ],
 )
-def test_untrusted_run_cannot_execute_code(train, target):
-    import yaml
-
-    from kd_lightning.errors import InputError
-    from kd_lightning.workflows.evaluate import evaluate
-
-    (run,) = train("method=none", "trainer.max_epochs=1").runs
+def test_untrusted_run_cannot_execute_code(run, target):
+    assert evaluate(run)["accuracy"] >= 0
     config = yaml.safe_load((run / "config.yaml").read_text())
     config["student"]["model"] = {"_target_": target}
     (run / "config.yaml").write_text(yaml.safe_dump(config))

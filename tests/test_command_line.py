@@ -295,20 +295,21 @@ def test_run_in_the_home_folder(monkeypatch, tmp_path, train):
 JOB = (
     "method=none", "data=digits", "trainer.max_epochs=1", "+trainer.limit_train_batches=2",
     "trainer.accelerator=cpu", "student.model.channels=[4,8]", "student.model.hidden=8",
+    "pictures=false",
 )  # fmt: skip
 
 
 def test_python_m_is_equivalent_to_train_py(tmp_path):
-    done = in_a_new_process("-m", "kd_lightning", *JOB, f"output_dir={tmp_path}", cwd=tmp_path)
+    job = (*JOB, f"output_dir={tmp_path}")
+    done = in_a_new_process("train.py", *job)
     assert done.code == 0, done.err
     (metrics,) = tmp_path.glob("runs/*/*/metrics.json")
     assert metrics.parent.name.startswith("none-small-s0")
-    again = in_a_new_process(
-        str(REPOSITORY / "train.py"), *JOB, f"output_dir={tmp_path}", cwd=tmp_path,
-        PYTHONSAFEPATH="1", LC_ALL="C", fresh=True,
-    )  # fmt: skip
-    assert again.code == 0, again.err
-    assert "already finished" in again.out
+    for command in (("-m", "kd_lightning"), (str(REPOSITORY / "train.py"),)):
+        safe = {"PYTHONSAFEPATH": "1", "LC_ALL": "C"} if len(command) == 1 else {}
+        again = in_a_new_process(*command, *job, cwd=tmp_path, fresh=True, **safe)
+        assert again.code == 0, again.err
+        assert "already finished" in again.out
 
 
 @pytest.mark.slow  # Python recompiles every package

@@ -74,7 +74,7 @@ def test_complete_run_with_one_command(train, tmp_path):
 
 
 def test_tensorboard_contents(train):
-    (run,) = train("method=combined", "trainer.log_every_n_steps=1").runs
+    (run,) = train("method=combined", "trainer.log_every_n_steps=1", "pictures=true").runs
     events = EventAccumulator(str(run), size_guidance={"images": 0})
     events.Reload()
     tags = events.Tags()

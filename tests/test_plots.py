@@ -174,7 +174,7 @@ def test_failed_figure_causes_a_warning(train, monkeypatch, error):
 
     monkeypatch.setattr(plots, "confusion_matrix", fail)
     monkeypatch.setattr("kd_lightning.engine.callbacks.pictures.page_of_views", fail)
-    done = train("method=none", "trainer.max_epochs=1")
+    done = train("method=none", "trainer.max_epochs=1", "pictures=true")
     assert done.code == 0, done.err
     assert done.metrics["status"] == "finished"
     said = [line for line in done.err.splitlines() if "is omitted" in line]
@@ -187,7 +187,7 @@ def test_figures_can_be_disabled(train, monkeypatch):
     def fail(*_, **__):
         pytest.fail("a picture was drawn")
 
-    (drawn,) = train("method=none", "trainer.max_epochs=1").runs
+    (drawn,) = train("method=none", "trainer.max_epochs=1", "pictures=true").runs
     key = RunDirectory(drawn).read_metrics()["config_key"]
     shutil.rmtree(drawn)  # otherwise it is not trained again
     monkeypatch.setattr(plots, "confusion_matrix", fail)
@@ -268,7 +268,7 @@ def test_run_with_unusual_class_names(train, folder):
     for part in ("train", "test"):
         (folder / part / "class0").rename(folder / part / "$_$")
         (folder / part / "class1").rename(folder / part / "a,b\n\\frac{")
-    done = train("method=none", "trainer.max_epochs=1")
+    done = train("method=none", "trainer.max_epochs=1", "pictures=true")
     assert done.code == 0, done.err
     assert "omitted" not in done.err  # no figure failed
     table = read_numbers(done.runs[0] / "confusion.csv")

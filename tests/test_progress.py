@@ -4,11 +4,13 @@ import io
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 from types import SimpleNamespace
 
 import pandas as pd
+import processes
 import pytest
 from conftest import REPOSITORY, TINY, in_a_new_process
 from omegaconf import OmegaConf
@@ -159,7 +161,7 @@ def test_run_on_an_ascii_terminal(folder, tmp_path):
         "train.py", "-m", *TINY, "method=none", "data=folder", f"data.root={folder}",
         "data.image_size=16", "data.batch_size=16", "trainer.max_epochs=1",
         f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path}",
-        LC_ALL="C", PYTHONIOENCODING="ascii", TERM="dumb", fresh=True,
+        LC_ALL="C", PYTHONIOENCODING="ascii", TERM="dumb",
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.out.isascii()
@@ -169,20 +171,16 @@ def test_run_on_an_ascii_terminal(folder, tmp_path):
 def in_a_terminal(*arguments, columns=80):
     """Run train.py in a pseudo-terminal; return the output."""
     ours, theirs = pty.openpty()
-    process = subprocess.Popen(
-        [sys.executable, "train.py", *arguments], cwd=REPOSITORY, stdout=theirs, stderr=theirs,
-        env={**os.environ, "TERM": "xterm", "COLUMNS": str(columns)},
-    )  # fmt: skip
-    os.close(theirs)
+    process = processes.start(
+        "train.py", *arguments, terminal=os.ttyname(theirs), TERM="xterm", COLUMNS=str(columns)
+    )
     text = b""
-    while True:
-        try:
-            part = os.read(ours, 4096)
-        except OSError:  # raised by Linux when the other end is closed
-            break
-        text += part
-    os.close(ours)
-    return process.wait(timeout=60), text.decode()
+    while select.select([ours], [], [], 0.1)[0] or process.poll() is None:
+        if select.select([ours], [], [], 0)[0]:
+            text += os.read(ours, 4096)
+    for end in (ours, theirs):
+        os.close(end)
+    return process.wait(), text.decode()
 
 
 def test_final_table_of_a_grid_fits_the_terminal(tmp_path):
