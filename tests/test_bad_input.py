@@ -40,7 +40,7 @@ def refused(train, tmp_path, monkeypatch):
     ("arguments", "parts"),
     [
         # groups and keys
-        (["method=magic"], ["method=magic", "attention, combined, logit, none"]),
+        (["method=magic"], ["method=magic", "attention, combined, logit, matching, none"]),
         (["student=tiny"], ["student=tiny", "large, medium, small"]),
         (["teacher=guru"], ["teacher=guru", "convnet", "resnet9"]),
         (["data=imagenet"], ["data=imagenet", "cifar10, digits, folder"]),
@@ -234,7 +234,7 @@ def test_exit_code_and_message_reach_the_shell(tmp_path):
     assert done.code == 2
     assert done.out == ""
     assert done.err == (
-        "error: method=magic does not exist; choose from attention, combined, logit, none\n"
+        "error: method=magic does not exist; choose from attention, combined, logit, matching, none\n"
     )
     assert not list(tmp_path.iterdir())
 

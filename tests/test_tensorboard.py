@@ -110,7 +110,8 @@ def test_logged_loss_of_several_processes_is_of_the_whole_batch():
 
 PLAN = SimpleNamespace(
     method="logit",
-    teacher=None,
+    teachers=(),
+    teacher_name="convnet",
     data=SimpleNamespace(name="digits", node={"batch_size": 64}),
     student=SimpleNamespace(
         name="small",
