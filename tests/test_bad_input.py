@@ -234,7 +234,8 @@ def test_exit_code_and_message_reach_the_shell(tmp_path):
     assert done.code == 2
     assert done.out == ""
     assert done.err == (
-        "error: method=magic does not exist; choose from attention, combined, logit, matching, none\n"
+        "error: method=magic does not exist; "
+        "choose from attention, combined, logit, matching, none\n"
     )
     assert not list(tmp_path.iterdir())
 
