@@ -96,6 +96,30 @@ def test_packed_cache_is_used_elsewhere(train, tmp_path, script):
     assert not [path for path in place.parent.iterdir() if path.name.startswith(".")]
 
 
+def test_outputs_of_equal_keys_are_shared_and_of_others_are_not(tmp_path):
+    """Each argument that changes the rows belongs to the key, and so to the folder."""
+    base = {"key": {"teacher": "a"}, "images": 20, "shapes": {"logits": (3,), "maps": (2, 2)}}
+
+    def folders(**changes):
+        cache = TeacherCache.of(tmp_path, **{**base, **changes})
+        return {name: rows.folder for name, rows in cache.rows.items()}
+
+    assert folders() == folders()
+    assert len(set(folders().values())) == 2
+    for change in (
+        {"key": {"teacher": "b"}}, {"images": 21}, {"dtype": "bfloat16"},
+        {"shapes": {"logits": (4,), "maps": (4,)}},
+    ):  # fmt: skip
+        assert not set(folders(**change).values()) & set(folders().values())
+    cache = TeacherCache.of(str(tmp_path), **base, limit=1.0)
+    assert (cache.root, cache.limit) == (tmp_path, 1.0)
+    for rows in cache.rows.values():
+        assert (rows.images, rows.dtype) == (20, torch.float16)
+        assert rows.folder.parent == tmp_path
+    assert cache.rows["maps"].shape == (2, 2)
+    assert TeacherCache.of(tmp_path, **base).limit == 5e9
+
+
 @pytest.fixture
 def packed(tmp_path):
     cache = TeacherCache.of(tmp_path / "one", {"for": "a test"}, 20, {"logits": (3,)})
