@@ -1,6 +1,6 @@
 """List, check, pack, unpack and remove teacher-output caches.
 
-    python scripts/cache.py list
+    python scripts/cache.py list --output-dir outputs
     python scripts/cache.py check outputs/runs/SETTING/RUN 1000      # recompute 1,000 rows each
     python scripts/cache.py pack resnet9-logit-0123456789abcdef resnet9.zip
     python scripts/cache.py unpack resnet9.zip                       # verified before it is used
@@ -17,7 +17,9 @@ from pathlib import Path
 from kd_lightning.errors import InputError
 from kd_lightning.files import home
 from kd_lightning.storage.packing import pack, unpack
-from kd_lightning.storage.teacher_cache import GIGABYTE, Stored, remove, stored
+from kd_lightning.storage.teacher_cache import Stored, remove, stored
+
+MEGABYTE = 10**6
 
 
 def main() -> None:
@@ -25,23 +27,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument(
+    place = argparse.ArgumentParser(add_help=False)
+    place.add_argument(
         "--output-dir", type=home, default="outputs", help="output_dir of the trainings"
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="list all caches")
+    commands.add_parser("list", help="list all caches", parents=[place])
     command = commands.add_parser("check", help="recompute rows of the caches of a run")
     command.add_argument("run", type=home, help="folder of the run")
     command.add_argument("rows", type=int, nargs="?", default=256, help="rows of each cache")
-    command = commands.add_parser("pack", help="write a cache to one file")
+    command = commands.add_parser("pack", help="write a cache to one file", parents=[place])
     command.add_argument("name", help="name of the cache")
     command.add_argument("file", type=home)
-    command = commands.add_parser("unpack", help="add a packed cache")
+    command = commands.add_parser("unpack", help="add a packed cache", parents=[place])
     command.add_argument("file", type=home)
-    command = commands.add_parser("remove", help="remove caches")
+    command = commands.add_parser("remove", help="remove caches", parents=[place])
     command.add_argument("names", nargs="+", metavar="NAME", help="or: all")
     arguments = parser.parse_args()
-    root = Path(arguments.output_dir) / "teachers" / "remembered"
+    root = Path(getattr(arguments, "output_dir", "outputs")) / "teachers" / "remembered"
     try:
         run(arguments, root)
     except InputError as error:
@@ -61,6 +64,8 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
         views = pack(entry.folder, Path(arguments.file))
         print(f"{views} views: {arguments.file}")
     elif arguments.command == "unpack":
+        if not Path(arguments.file).is_file():
+            raise InputError(f"{arguments.file} does not exist")
         folder, views = unpack(Path(arguments.file), root)
         print(f"{views} new views: {folder}")
     elif arguments.command == "remove":
@@ -90,10 +95,10 @@ def show(entries: Sequence[Stored], what: str, root: Path) -> None:
     for entry in entries:
         print(
             f"{entry.folder.name:{width}}  {entry.views:5} views  "
-            f"{entry.bytes / GIGABYTE:8.3f} GB  {entry.key.get('dtype', '?')}"
+            f"{entry.bytes / MEGABYTE:10.3f} MB  {entry.key.get('dtype', '?')}"
         )
-    total = sum(entry.bytes for entry in entries) / GIGABYTE
-    print(f"{what} in {root}: {total:.3f} GB")
+    total = sum(entry.bytes for entry in entries) / MEGABYTE
+    print(f"{what} in {root}: {total:.3f} MB")
 
 
 def check(run: str, rows: int) -> None:

@@ -24,7 +24,13 @@ def main() -> None:
         help="runs without a teacher that all gains refer to, instead of those of each setting",
     )
     arguments = parser.parse_args()
-    for source in [*arguments.sources, *filter(None, [arguments.baseline])]:
+    if arguments.baseline is not None and not Path(arguments.baseline).is_dir():
+        print(
+            f"error: --baseline must be a folder of runs of the method none, not "
+            f"{arguments.baseline}", file=sys.stderr,
+        )  # fmt: skip
+        sys.exit(2)
+    for source in arguments.sources:
         if not Path(source).exists():
             print(f"error: {source} does not exist", file=sys.stderr)
             sys.exit(2)

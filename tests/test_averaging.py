@@ -1,13 +1,17 @@
 """Moving average of the weights: what is validated, tested, saved and resumed."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from conftest import TINY, write_folder
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from safetensors.torch import load_file
 from test_resume import Ask
 
 from kd_lightning import api
+from kd_lightning.engine.callbacks.averaging import AverageWeights
 from kd_lightning.errors import InputError, Stopped
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student
@@ -120,3 +124,21 @@ def test_batchnorm_statistics_of_the_average_are_reestimated(tmp_path):
 def test_invalid_decay_is_rejected(tmp_path, wrong):
     with pytest.raises(InputError, match="ema"):
         student.prepare(configuration(tmp_path, f"ema={wrong}"))
+
+
+def test_shared_weights_are_exchanged_once():
+    shared = torch.nn.Linear(2, 2)
+    student_ = torch.nn.Sequential(shared, torch.nn.Linear(2, 2))
+    student_[1].weight = shared.weight
+    module = SimpleNamespace(student=student_)
+    average = AverageWeights(0.5)
+    fitting = SimpleNamespace(state=SimpleNamespace(fn=TrainerFn.FITTING), global_step=1)
+    average.on_train_start(fitting, module)
+    with torch.no_grad():
+        shared.weight += 1
+    trained = shared.weight.clone()
+    average.on_train_batch_end(fitting, module, None, None, 0)
+    average.on_validation_start(fitting, module)
+    torch.testing.assert_close(shared.weight, trained - 0.5)
+    average.on_train_batch_start(fitting, module, None, 1)
+    assert torch.equal(shared.weight, trained)

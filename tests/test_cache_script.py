@@ -23,7 +23,8 @@ INDEX = torch.arange(20)
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
     def run(*arguments):
-        command = ["cache.py", "--output-dir", str(tmp_path / "outputs"), *map(str, arguments)]
+        place = [] if arguments[0] == "check" else ["--output-dir", str(tmp_path / "outputs")]
+        command = ["cache.py", arguments[0], *place, *map(str, arguments[1:])]
         monkeypatch.setattr(sys, "argv", command)
         code = 0
         try:
@@ -107,7 +108,8 @@ def test_outputs_of_equal_keys_are_shared_and_of_others_are_not(tmp_path):
     assert folders() == folders()
     assert len(set(folders().values())) == 2
     for change in (
-        {"key": {"teacher": "b"}}, {"images": 21}, {"dtype": "bfloat16"},
+        {"key": {"teacher": "b"}}, {"key": {"teacher": "a", "images": "v2"}},
+        {"images": 21}, {"dtype": "bfloat16"},
         {"shapes": {"logits": (4,), "maps": (4,)}},
     ):  # fmt: skip
         assert not set(folders(**change).values()) & set(folders().values())

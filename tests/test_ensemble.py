@@ -186,6 +186,16 @@ def test_choices_and_changes_as_members():
     assert first == {key: alone[key] for key in first}
 
 
+def test_changes_of_the_ensemble_apply_to_every_choice():
+    config = api.compose(
+        "data=digits", "teacher=ensemble", "teacher.members=[resnet9,resnet20]", "teacher.seed=5",
+        "teacher.trainer.max_epochs=3", "teacher.cutout=7",
+    )  # fmt: skip
+    for member in config["teacher"]["members"]:
+        assert (member["seed"], member["cutout"], member["trainer"]["max_epochs"]) == (5, 7, 3)
+    assert config["teacher"]["members"][0]["optimizer"]["lr"] == 0.2  # its own
+
+
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
@@ -195,6 +205,12 @@ def test_choices_and_changes_as_members():
         ("teacher.members=[{sed: 1}]", "did you mean teacher.members[0].seed"),
         ("teacher.members=[{seed: 0},{seed: -1}]", "teacher.members[1].seed"),
         ("teacher.members=[resnet99]", "resnet9"),
+        ("teacher.members=[resnet9]", "select teacher=ensemble too"),
+        ("teacher=ensemble", "needs teacher.members"),
+        ("teacher.members=[ensemble]", "teacher.members[0]: a member cannot be an ensemble"),
+        ("teacher.members=[{members: [{}]}]", "teacher.members[0]: a member cannot be"),
+        ("teacher.members=['seed=1']", "write {seed: 1}"),
+        ("teacher.members=[{seed: 0},{}]", "teacher.members[1] is the same as teacher.members[0]"),
         ("teacher.average=mean", "teacher.average must be one of probabilities, logits"),
         ("teacher.members=[{model: {_target_: nothing.Here}}]", "teacher.members[0].model"),
     ],

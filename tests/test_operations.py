@@ -112,6 +112,17 @@ def test_each_operation_is_applied_to_its_views():
     assert torch.equal(views.render(images, index, view).permute(0, 2, 3, 1), expected)
 
 
+def test_square_is_grey_after_the_operations():
+    images = torch.zeros(40, 32, 32, 3, dtype=torch.uint8)
+    index, view = torch.arange(40), torch.zeros(40, dtype=torch.long)
+    plain = Augmentation(padding=0, flip=False)
+    views = RandomOperations(of=plain, operations=["brightness", "solarize"], cutout=6)
+    rendered = views.render(images, index, view)
+    square = Augmentation(padding=0, flip=False, cutout=6).render(images, index, view) == GREY
+    assert (rendered[square] == GREY).all()
+    assert square.any()
+
+
 def test_operations_and_strengths_are_uniform():
     index = torch.arange(30_000)
     views = RandomOperations(probability=0.6)

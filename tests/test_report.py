@@ -11,6 +11,7 @@ import pytest
 import yaml
 from conftest import REPOSITORY
 
+from kd_lightning.errors import InputError
 from kd_lightning.reports import documents
 from kd_lightning.reports.documents import write_report
 from kd_lightning.reports.runs import read_runs
@@ -328,6 +329,15 @@ def test_given_baseline_replaces_those_of_the_settings(tmp_path):
     gains = cells[cells["method"] == "logit"].set_index("setting")["gain"].to_dict()
     assert gains == pytest.approx({"one": 0.1, "two": 0.2, "other": math.nan}, nan_ok=True)
     assert set(cells[cells["method"] == "none"]["test"]) == {0.7}
+
+
+def test_baseline_must_be_unique(tmp_path):
+    contents(tmp_path / "distilled", "logit", 0, 0.6, images="a")
+    for name in ("one", "two"):
+        contents(tmp_path / "best" / name, "none", 0, 0.5, images="a")
+    for folder, words in (("best", "ambiguous"), ("distilled", "no finished run")):
+        with pytest.raises(InputError, match=words):
+            read_runs([tmp_path / "distilled"], baseline=tmp_path / folder)
 
 
 def test_old_runs_without_hashes_join_a_unique_group(tmp_path):

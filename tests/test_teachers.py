@@ -210,9 +210,9 @@ def data(tmp_path_factory):
 
 def key_of(config, images, precision="32-true"):
     teacher = config["teacher"]
-    training = SimpleNamespace(optimizer=teacher["optimizer"], scheduler=teacher["scheduler"])
     recipe = teacher_recipe(config, precision)
-    plan = SimpleNamespace(recipe=recipe, model=teacher["model"], training=training)
+    nodes = tuple(teacher[part] for part in ("model", "optimizer", "scheduler"))
+    plan = SimpleNamespace(recipe=recipe, own_nodes=nodes)
     return teacher_key(plan, images)
 
 

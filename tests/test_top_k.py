@@ -43,13 +43,38 @@ def test_probabilities_are_exact_at_temperature_1():
     assert torch.allclose(others.max(1).values * 990, rest_mass(exact, dense, 10), atol=1e-5)
 
 
-@pytest.mark.parametrize(("temperature", "bound"), [(1.0, 1e-5), (2.0, 2e-3), (4.0, 2e-3)])
+@pytest.mark.parametrize(
+    ("temperature", "bound"),
+    [(0.7, 0.1), (1.0, 1e-5), (1.5, 0.02), (2.0, 1e-5), (3.0, 0.02), (4.0, 1e-5), (9.0, 0.02)],
+)
 def test_share_of_the_rest_at_any_temperature(temperature, bound):
     dense = logits()
     exact = (dense / temperature).softmax(1)
     found = (restore(reduce(dense, 10), 1000, temperature) / temperature).softmax(1)
     error = (rest_mass(found, dense, 10) - rest_mass(exact, dense, 10)).abs()
     assert error.mean() < bound
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0, 2.0, 3.0, 4.0, 10.0])
+@pytest.mark.parametrize("kind", ["wide", "two groups", "impossible classes", "one fallen"])
+def test_unusual_logits_keep_their_largest_class(kind, temperature):
+    dense = torch.randn(64, 1000, generator=torch.Generator().manual_seed(1)) * 2
+    if kind == "wide":
+        dense *= 15
+    elif kind == "two groups":
+        dense[:, 500:] -= 30
+    elif kind == "impossible classes":
+        dense[:, 500:] = -torch.inf
+    else:
+        dense[:, 3] = -1e30
+    back = restore(reduce(dense, 10).half(), 1000, temperature)
+    assert back.isfinite().all()
+    chosen = back.argmax(1, keepdim=True)
+    assert torch.allclose(dense.gather(1, chosen), dense.amax(1, keepdim=True), atol=0.05)
+    if temperature in (1.0, 2.0, 4.0):
+        exact, found = (dense / temperature).softmax(1), (back / temperature).softmax(1)
+        error = rest_mass(found, dense, 10) - rest_mass(exact, dense, 10)
+        assert error.abs().max() < 0.02
 
 
 @pytest.mark.parametrize(("temperature", "cosine"), [(1.0, 0.998), (2.0, 0.99), (4.0, 0.85)])
@@ -86,7 +111,7 @@ def test_training_with_reduced_rows(train, tmp_path, members):
     assert weights[0] == weights[1]  # computed and cached targets are the same
     entries = stored(tmp_path / "outputs" / "teachers" / "remembered")
     shapes = {e.folder.name.split("-")[1]: e.geometry["shape"] for e in entries}
-    assert shapes["logit"] == [6]
+    assert shapes["logit"] == [7]
     assert shapes["evaluation"] == [3]  # accuracies are exact
     dense = train("method=combined", *members)
     assert (dense.runs[0] / "student.safetensors").read_bytes() != weights[0]

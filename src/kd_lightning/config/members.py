@@ -7,6 +7,7 @@ teacher=resnet9 'teacher.members=[{seed: 0},{seed: 1}]'        changes of the co
 import copy
 from typing import Any, cast
 
+from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
@@ -30,6 +31,8 @@ def expand_members(config: DictConfig) -> DictConfig:
     """
     members = OmegaConf.select(config, "teacher.members")
     if members is None:
+        if OmegaConf.select(config, "teacher.name") == "ensemble":
+            raise InputError("teacher=ensemble needs teacher.members, as [resnet9,resnet20]")
         return config
     if not isinstance(members, ListConfig) or not len(members):
         raise InputError(
@@ -39,6 +42,12 @@ def expand_members(config: DictConfig) -> DictConfig:
     folder = {key: config[key] for key in ("setting", "name")}  # as composed: that of the run
     config = copy.deepcopy(config)
     sections = [_section(config, member, number) for number, member in enumerate(members)]
+    for number, section in enumerate(sections):
+        if (same := sections.index(section)) < number:
+            raise InputError(
+                f"teacher.members[{number}] is the same as teacher.members[{same}]; for another "
+                "teacher of the same recipe give it another seed, as {seed: 1}"
+            )
     names = [str(section.get("name")) for section in sections]
     with open_dict(config):
         config.merge_with(folder)
@@ -61,19 +70,61 @@ def expand_members(config: DictConfig) -> DictConfig:
 
 def _section(config: DictConfig, member: Any, number: int) -> Node:
     """The section of a member, with interpolations."""
+    path, configured = f"teacher.members[{number}]", _plain(config.teacher)
     if isinstance(member, str):
-        loader = GlobalHydra.instance().config_loader()
-        if member not in (options := loader.get_group_options("teacher")):
-            raise InputError(no_such_choice(f"teacher.members[{number}]", member, options))
-        chosen = loader.load_configuration("train", [f"teacher={member}"], RunMode.RUN)
-        section = OmegaConf.to_container(chosen.teacher)
+        if "=" in member:
+            key, _, value = member.partition("=")
+            raise InputError(f"{path}={member}: write {{{key}: {value}}}")
+        if member not in (options := _loader().get_group_options("teacher")):
+            raise InputError(no_such_choice(path, member, options))
+        if member == "ensemble":
+            raise InputError(f"{path}: a member cannot be an ensemble itself")
+        if configured["model"] is not None:
+            raise InputError(
+                f"{path}={member} is a choice of the group teacher: select teacher=ensemble too"
+            )
+        section, changes = _choice(member), _changes(configured, _choice("ensemble"))
     elif isinstance(member, DictConfig):
-        whole = OmegaConf.create({"teacher": OmegaConf.to_container(config.teacher)})
-        merge(whole, ["teacher"], cast(Node, OmegaConf.to_container(member)))
-        section = OmegaConf.to_container(whole.teacher)
+        section, changes = configured, _plain(member)
+        if changes.get("members") is not None:
+            raise InputError(f"{path}: a member cannot be an ensemble itself")
     else:
         raise InputError(
-            f"teacher.members[{number}] must be a choice of the group teacher, or a dictionary of "
-            f"changes, as {{seed: 1}}, not {member}"
+            f"{path} must be a choice of the group teacher, or a dictionary of changes, as "
+            f"{{seed: 1}}, not {member}"
         )
-    return without(cast(Node, section), "members", "average")
+    whole = OmegaConf.create({"teacher": section})
+    merge(whole, ["teacher"], changes)
+    if whole.teacher.model is None:
+        raise InputError(
+            f"{path} has no model: name a choice, as resnet9, or select the teacher that "
+            f"{member} changes, as teacher=resnet9"
+        )
+    return without(_plain(whole.teacher), "members", "average")
+
+
+def _loader() -> ConfigLoader:
+    return GlobalHydra.instance().config_loader()
+
+
+def _choice(name: str) -> Node:
+    """A choice of the group teacher, with interpolations."""
+    return _plain(_loader().load_configuration("train", [f"teacher={name}"], RunMode.RUN).teacher)
+
+
+def _plain(section: DictConfig) -> Node:
+    return cast(Node, OmegaConf.to_container(section))
+
+
+def _changes(section: Node, unchanged: Node) -> Node:
+    """What was changed in the section of the ensemble, for all members: `teacher.seed=5`."""
+    found: Node = {}
+    for key, value in section.items():
+        before = unchanged.get(key)
+        if key in ("members", "average", "name", "layers") or value == before:
+            continue
+        if isinstance(value, dict) and isinstance(before, dict):
+            found[key] = _changes(value, before)
+        else:
+            found[key] = value
+    return found

@@ -29,7 +29,7 @@ SINCE: dict[str, Any] = {
     "update_bn": (False, None),
     "ema": (None,),
     "callbacks": ({}, None),
-    "remember.top_k": ("auto", None),
+    "remember.top_k": ("auto",),
     "data.augmentation": (None,),
     "data.mixing": (None,),
     "teacher.augmentation": (None,),
@@ -99,7 +99,8 @@ def config_key(config: Node, *without: str) -> str:
 def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
     """The parts of a configuration that determine its result, except some sections."""
     parts = {key: value for key, value in config.items() if key not in (*ELSEWHERE, *without)}
-    parts["remember"] = {key: parts["remember"].get(key) for key in ("dtype", "top_k")}
+    kept = ("dtype", "top_k")
+    parts["remember"] = {k: v for k, v in parts["remember"].items() if k in kept}
     for path, defaults in SINCE.items():
         section, _, key = path.rpartition(".")
         if section in parts:

@@ -110,6 +110,13 @@ class TeacherPlan:
         """`_target_` node of the network."""
         return self.training.model
 
+    @property
+    def own_nodes(self) -> tuple[Node | None, ...]:
+        """The nodes that may refer to user code or files on which the weights depend."""
+        training = self.training
+        views = (self.augmentation, self.mixing)
+        return (self.model, training.optimizer, training.scheduler, *views)
+
 
 @dataclass(frozen=True)
 class DataPlan:

@@ -124,6 +124,15 @@ class ImageDataModule(LightningDataModule):
         self.augmentation: Views = augmentation or Augmentation(
             padding, flip, cutout, seed=view_seed
         )
+        for key, value, method in (
+            ("augmentation", augmentation, "render"),
+            ("mixing", mixing, "mixture"),
+        ):
+            if value is not None and not callable(getattr(value, method, None)):
+                raise ValueError(
+                    f"{key} must be an object with a method {method}, as the choices of the group "
+                    f"augmentation, not {value!r}"
+                )
         self.mixing = mixing
         self.views = views
         self.seed = seed

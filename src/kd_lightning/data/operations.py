@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from kd_lightning.data.transfer import to_device
-from kd_lightning.data.views import GREY, PLAIN, Augmentation, Views, check_seed, counter_random
+from kd_lightning.data.views import (
+    GREY,
+    PLAIN,
+    Augmentation,
+    Views,
+    check_seed,
+    counter_random,
+    erase,
+)
 
 BITS = 10
 """Fractional bits of factors of colour operations."""
@@ -135,6 +143,7 @@ class RandomOperations:
         strength: largest strength in (0, 1]; 1: as RandAugment, e.g. rotations of 30 degrees.
         probability: probability of each operation.
         operations: names to choose from; None: all of `OPERATIONS`.
+        cutout: side of a random grey square after the operations, in pixels; 0: none.
         seed: seed of the choices, 0 to 2^32 - 1.
     """
 
@@ -143,9 +152,12 @@ class RandomOperations:
     strength: float = 1.0
     probability: float = 1.0
     operations: Sequence[str] | None = None
+    cutout: int = 0
     seed: int = 0
 
     def __post_init__(self) -> None:
+        if self.cutout < 0:
+            raise ValueError(f"cutout must be 0 or more pixels, not {self.cutout}")
         if self.number < 1:
             raise ValueError(f"number must be at least 1, not {self.number}")
         if not 0 < self.strength <= 1:
@@ -190,6 +202,9 @@ class RandomOperations:
                         rendered.index_select(0, there), to_device(strength[where], images.device)
                     )
                     rendered.index_copy_(0, there, part)
+        if self.cutout:
+            where, which = (to_device(part, images.device) for part in (index, view))
+            erase(rendered, where, which, self.cutout, self.seed)
         return rendered.permute(0, 3, 1, 2)
 
 

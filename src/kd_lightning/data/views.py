@@ -157,19 +157,29 @@ class Augmentation:
         batch = images.view(count * height * width, channels).index_select(0, pixels.flatten())
         batch = batch.view(len(index), height, width, channels)
         if self.cutout:
-            batch.masked_fill_(self._hole(index, view, height, width).unsqueeze(3), GREY)
+            erase(batch, index, view, self.cutout, self.seed)
         return batch.permute(0, 3, 1, 2)
 
-    def _hole(self, index: Tensor, view: Tensor, height: int, width: int) -> Tensor:
-        """Mask of the cut-out pixels: (B, H, W), bool."""
-        centre = counter_random(index, view, self.seed ^ 0x5BD1E995) % (height * width)
-        first_row = centre.div(width, rounding_mode="floor") - self.cutout // 2
-        first_column = centre % width - self.cutout // 2
-        row = torch.arange(height, device=index.device) - first_row[:, None]
-        column = torch.arange(width, device=index.device) - first_column[:, None]
-        in_row = (row >= 0) & (row < self.cutout) & (view != PLAIN)[:, None]
-        in_column = (column >= 0) & (column < self.cutout)
-        return in_row[:, :, None] & in_column[:, None, :]
+
+def erase(images: Tensor, index: Tensor, view: Tensor, side: int, seed: int) -> None:
+    """Make a random square of each view grey, in place (DeVries & Taylor 2017).
+
+    Args:
+        images: (B, H, W, C), uint8.
+        index: image indices (B,), int64, on the device of the images.
+        view: view numbers (B,), int64, on the same device; `PLAIN` views are not changed.
+        side: side of the square, in pixels; its centre is uniform over the image.
+        seed: seed of the centres.
+    """
+    height, width = images.shape[1:3]
+    centre = counter_random(index, view, seed ^ 0x5BD1E995) % (height * width)
+    first_row = centre.div(width, rounding_mode="floor") - side // 2
+    first_column = centre % width - side // 2
+    row = torch.arange(height, device=index.device) - first_row[:, None]
+    column = torch.arange(width, device=index.device) - first_column[:, None]
+    in_row = (row >= 0) & (row < side) & (view != PLAIN)[:, None]
+    in_column = (column >= 0) & (column < side)
+    images.masked_fill_((in_row[:, :, None] & in_column[:, None, :]).unsqueeze(3), GREY)
 
 
 def _reflect(position: Tensor, size: int) -> Tensor:

@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import torch
 
-from kd_lightning.config.nodes import Node
+from kd_lightning.config.nodes import Node, without
 from kd_lightning.config.plan import Plan, TeacherPlan
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Augmentation
@@ -21,6 +21,10 @@ from kd_lightning.storage.rows import DTYPES, Rows
 from kd_lightning.storage.teacher_cache import GIGABYTE, TeacherCache, folder_name, too_large
 
 log = logging.getLogger(__name__)
+
+_NOT_OF_THE_VIEWS = (
+    "name", "root", "cache_dir", "batch_size", "eval_batch_size", "seed", "views",
+)  # fmt: skip
 
 
 def open_caches(
@@ -82,13 +86,14 @@ def open_caches(
     views = _views_key(plan, data)
     kept = {}
     for name, value in module.ask_teacher(images).items():
-        number, key = parts[max((part for part in parts if _is_part(name, part)), key=len)]
+        owner = max((part for part in parts if _is_part(name, part)), key=len)
+        number, key = parts[owner]
         assert key is not None
         if module.is_reduced(name):
             key = {**key, "top_k": chosen_k(plan.cache.top_k, classes)}
         what = key["class"].rpartition(".")[2].lower()
-        own = name if name not in parts else ""
-        whole = {**views, "term": {**key, **({"part": own.rpartition("/")[2]} if own else {})}}
+        part = name.removeprefix(owner).removeprefix("/")
+        whole = {**views, "term": {**key, **({"part": part} if part else {})}}
         kept[name] = rows(
             number, what, whole, data.train_size, tuple(value.shape[1:]), plan.cache.dtype
         )
@@ -127,14 +132,19 @@ def _teacher_key(
 
 def _views_key(plan: Plan, data: ImageDataModule) -> Node:
     """What the training views depend on."""
-    code = source_sha256([{"_target_": target} for target in targets(plan.data.node)])
-    own = isinstance(data.augmentation, Augmentation)
+    node = plan.data.node
+    views = node.get("augmentation"), node.get("mixing")
+    # Of the data itself without its files, which are images.
+    code = source_sha256([{"_target_": target} for target in targets(node)], *views)
+    # A data module may define views of its own, which depend on any of its arguments.
+    whole = without(node, *_NOT_OF_THE_VIEWS)
+    standard = type(data.augmentation) is Augmentation  # a subclass may render anything
     return {
         "split": [data.val_fraction, data.split_seed],
         "augmentation": (
-            asdict(cast(Augmentation, data.augmentation)) if own else plan.data.node["augmentation"]
+            asdict(cast(Augmentation, data.augmentation)) if standard else views[0] or whole
         ),
-        **({"mixing": plan.data.node["mixing"]} if data.mixing is not None else {}),
+        **({"mixing": views[1] or whole} if data.mixing is not None else {}),
         **({"code": code} if code else {}),
     }
 

@@ -1,12 +1,13 @@
-"""Teacher logits of many classes, reduced to the k largest and three statistics of the rest.
+"""Teacher logits of many classes, reduced to the k largest and four statistics of the rest.
 
 A dense row of 1,000 classes takes 2,008 bytes in float16, a reduced one with k = 10 takes 76.
 
-At temperature T the probability of the k classes and of the rest as a whole is nearly that of the
-dense logits: exact at T = 1, and to second order in 1 / T above. Within the rest, the probability
-is spread evenly: what the teacher says about unlikely classes is lost. For skewed Gaussian logits
-of 1,000 classes the gradient of the KL divergence has a cosine of at least 0.99 with the exact one
-at T <= 2, and of 0.85 at T = 4 (`test_top_k.py`); for higher temperatures use dense rows.
+The probability of the k classes, and of the rest as a whole, is that of the dense logits at the
+temperatures 1, 2 and 4, and is interpolated between and beyond these. Within the rest, the
+probability is spread evenly: what the teacher says about unlikely classes is lost. For skewed
+Gaussian logits of 1,000 classes the gradient of the KL divergence has a cosine of at least 0.99
+with the exact one at T <= 2, and of 0.85 at T = 4 (`test_top_k.py`); for higher temperatures use
+dense rows. In an ensemble the members are reduced one by one, before they are averaged.
 """
 
 import math
@@ -18,6 +19,8 @@ DENSE_CLASSES = 128
 """Largest number of classes for which all logits are stored by default."""
 
 DEFAULT_K = 10
+TEMPERATURES = (1.0, 2.0, 4.0, math.inf)
+LOWEST = -60_000.0  # the smallest logit of the rest, representable in float16
 _BASE = 256  # class numbers are stored as two digits, exact in every storage dtype
 
 
@@ -34,10 +37,11 @@ def chosen_k(setting: int | str | None, classes: int) -> int | None:
 
 
 def reduce(logits: Tensor, k: int) -> Tensor:
-    """Reduce logits (B, C) to rows (B, 3 k + 3), float32.
+    """Reduce logits (B, C) to rows (B, 3 k + 4), float32.
 
-    A row consists of the k largest logits, their classes as two digits to base 256, and of the rest
-    the logarithm of the sum of exponentials, the mean and the standard deviation.
+    A row consists of the k largest logits, their classes as two digits to base 256, and the level
+    of the rest at each of `TEMPERATURES`: the value that, for all of the rest, gives it the same
+    probability at this temperature. At infinity it is the mean.
 
     Args:
         logits: (B, C), with C at most 65,536.
@@ -45,35 +49,34 @@ def reduce(logits: Tensor, k: int) -> Tensor:
     """
     values, classes = logits.float().topk(k, dim=1)
     rest = torch.ones_like(logits, dtype=torch.bool).scatter_(1, classes, False)
-    others = logits.float()[rest].view(len(logits), -1)
-    return torch.cat(
-        [
-            values,
-            classes.div(_BASE, rounding_mode="floor").float(),
-            (classes % _BASE).float(),
-            others.logsumexp(dim=1, keepdim=True),
-            others.mean(dim=1, keepdim=True),
-            others.std(dim=1, correction=0, keepdim=True),
-        ],
-        dim=1,
-    )
+    others = logits.float()[rest].view(len(logits), -1).clamp(min=LOWEST)
+    count = math.log(others.shape[1])
+    levels = [
+        t * ((others / t).logsumexp(dim=1, keepdim=True) - count) if math.isfinite(t)
+        else others.mean(dim=1, keepdim=True)
+        for t in TEMPERATURES
+    ]  # fmt: skip
+    digits = classes.div(_BASE, rounding_mode="floor").float(), (classes % _BASE).float()
+    return torch.cat([values, *digits, *levels], dim=1)
 
 
 def restore(rows: Tensor, classes: int, temperature: float) -> Tensor:
     """Logits (B, C), float32, from reduced rows, for use at a temperature.
 
-    The mean of exp(z / T) over the rest is approximated from its cumulants: the first two are
-    stored, the remaining ones are summed up in the difference from the exact sum at T = 1.
+    The level of the rest is interpolated linearly in 1 / T, so that it lies between two stored
+    ones; below T = 1 it is extrapolated, up to the smallest of the k logits.
 
     Args:
-        rows: from `reduce`, (B, 3 k + 3).
+        rows: from `reduce`, (B, 3 k + 4).
         classes: C.
         temperature: T, positive.
     """
-    k = (rows.shape[1] - 3) // 3
-    values, high, low, statistics = rows.float().split([k, k, k, 3], dim=1)
-    total, mean, deviation = statistics.unbind(dim=1)
-    higher = total - math.log(classes - k) - mean - deviation.square() / 2
-    level = mean + deviation.square() / (2 * temperature) + higher / temperature**2
+    k = (rows.shape[1] - len(TEMPERATURES)) // 3
+    values, high, low, levels = rows.float().split([k, k, k, len(TEMPERATURES)], dim=1)
+    inverse, known = 1 / temperature, [1 / t for t in TEMPERATURES]
+    place = next(n for n in range(len(known) - 1) if inverse >= known[n + 1])
+    share = (known[place] - inverse) / (known[place] - known[place + 1])
+    level = levels[:, place] + share * (levels[:, place + 1] - levels[:, place])
+    level = torch.minimum(level, values[:, -1])
     index = (high * _BASE + low).long().clamp(0, classes - 1)
     return level[:, None].repeat(1, classes).scatter_(1, index, values)

@@ -144,12 +144,19 @@ def _given_baselines(
     rows: Sequence[Mapping[str, Any]], folder: Path
 ) -> Iterator[tuple[dict[str, Any], Path]]:
     """Runs without a teacher in a folder, as the baseline of every setting."""
-    found = {}
+    found: dict[Any, Any] = {}
     for path in run_folders([folder]):
         metrics = read_json(path / "metrics.json")
         if metrics.get("method") == "none" and metrics.get("status") == "finished":
             key = (metrics.get("student"), metrics.get("seed"), metrics.get("images_sha256"))
+            if key in found:
+                raise InputError(
+                    f"the baseline is ambiguous: {found[key][1]} and {path} have the same student "
+                    "and seed; give a folder with one of them"
+                )
             found[key] = (metrics, path)
+    if not found:
+        raise InputError(f"there is no finished run of the method none in {folder}")
     settings: dict[Any, Mapping[str, Any]] = {}
     for row in rows:
         settings.setdefault((row.get("setting"), row.get("student"), row.get("images_sha256")), row)

@@ -2,9 +2,11 @@
 
 import hashlib
 import json
+import math
 import re
 import shutil
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,11 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 _VIEW = re.compile(r"view-(plain|\d{5,})\.rows")
 _BLOCK = 2**20  # bytes
+DAMAGED = (
+    zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError,
+    KeyError, ValueError, TypeError, AttributeError, EOFError,
+)  # fmt: skip
+"""Errors of the standard library for a damaged archive or manifest."""
 
 
 def pack(folder: Path, file: Path) -> int:
@@ -80,7 +87,7 @@ def unpack(file: Path, root: Path) -> tuple[Path, int]:
     try:
         with zipfile.ZipFile(file) as archive:
             manifest = json.loads(archive.read(MANIFEST))
-            rows = _rows(manifest, root)
+            rows = _rows(manifest, root, max(part.file_size for part in archive.infolist()))
             new = {name: sha for name, sha in manifest["files"].items() if _is_new(name, rows)}
             partial = rows.folder.with_name(f".{rows.folder.name}.unpacked")
             shutil.rmtree(partial, ignore_errors=True)
@@ -93,13 +100,13 @@ def unpack(file: Path, root: Path) -> tuple[Path, int]:
                     (partial / name).replace(rows.folder / name)
             finally:
                 shutil.rmtree(partial)
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, AttributeError, EOFError) as error:
+    except DAMAGED as error:
         raise InputError(f"{file} is damaged, or not a packed cache: {error}") from error
     return rows.folder, len(new)
 
 
-def _rows(manifest: Mapping[str, Any], root: Path) -> Rows:
-    """The rows that a manifest describes.
+def _rows(manifest: Mapping[str, Any], root: Path, largest: int) -> Rows:
+    """The rows that a manifest describes, whose largest part has this size in bytes.
 
     Raises:
         KeyError, ValueError, TypeError: it is invalid.
@@ -110,6 +117,11 @@ def _rows(manifest: Mapping[str, Any], root: Path) -> Rows:
     teacher, term, _ = name.rsplit("-", 2)
     if name != folder_name(teacher, term, key) or Path(name).name != name:
         raise ValueError("its name does not match its key")
+    numbers = [rows["images"], *rows["shape"]]
+    if not all(type(number) is int and number > 0 for number in numbers):
+        raise ValueError("the number or the shape of its rows is wrong")
+    if math.prod(numbers) > largest:
+        raise ValueError("its rows are larger than the file")
     return Rows(root / name, key, rows["images"], tuple(rows["shape"]), DTYPES[rows["dtype"]])
 
 

@@ -90,7 +90,8 @@ class TeacherCache:
         root = Path(root)
         rows = {}
         for name, shape in shapes.items():
-            whole = {**key, "output": name, "shape": list(shape), "images": images, "dtype": dtype}
+            own = {"output": name, "shape": list(shape), "images": images, "dtype": dtype}
+            whole = {"key": dict(key), **own}
             folder = root / folder_name("teacher", name, whole)
             rows[name] = Rows(folder, whole, images, tuple(shape), DTYPES[dtype])
         return cls(rows, root, limit)
@@ -217,13 +218,17 @@ def too_large(
     while not place.exists():
         place = place.parent
     free = min(limit - used_bytes(root), shutil.disk_usage(place).free)
-    large = {}
+    large: dict[str, int] = {}
+    fitting: set[Path] = set()
     for name, part in sorted(rows.items(), key=lambda item: item[1].file_size):
+        if part.folder in fitting:  # of another term with the same targets
+            continue
         needed = sum(part.missing(view) for view in views)
         if needed > free:
             large[name] = part.file_size * len(views)
         else:
             free -= needed
+            fitting.add(part.folder)
     return large
 
 

@@ -48,7 +48,7 @@ def teacher_key(plan: TeacherPlan, images: str) -> str:
         plan: the plan of the teacher.
         images: fingerprint of the data set.
     """
-    code = source_sha256(plan.model, plan.training.optimizer, plan.training.scheduler)
+    code = source_sha256(*plan.own_nodes)
     recipe = {**plan.recipe, "images": images, **({"code": code} if code else {})}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 

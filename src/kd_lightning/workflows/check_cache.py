@@ -1,5 +1,6 @@
 """Check cached teacher outputs against the teacher."""
 
+import math
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +14,7 @@ from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST, DistillationModule
+from kd_lightning.distill.top_k import restore
 from kd_lightning.engine.launch import quiet_lightning
 from kd_lightning.errors import InputError
 from kd_lightning.storage.rows import Rows
@@ -52,13 +54,17 @@ def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]
     open_caches(module, plan, job.data, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
     found = []
+    classes = plan.data.num_classes
     for cache, ask in (
         (module.cache, module.ask_teacher),
         (module.evaluation_cache, module.ask_logits),
     ):
         for name, rows in cache.rows.items() if cache is not None else ():
             recompute = partial(_recompute, module, plan, ask, name)
-            if (checked := _check(rows, job.data, recompute, count, generator)) is not None:
+            reduced = cache is module.cache and module.is_reduced(name)
+            values = partial(_probabilities, classes) if reduced else torch.Tensor.float
+            checked = _check(rows, job.data, recompute, values, count, generator)
+            if checked is not None:
                 found.append(checked)
     if not found:
         raise InputError(f"nothing is cached for {run_dir}")
@@ -89,6 +95,7 @@ def _check(
     rows: Rows,
     data: ImageDataModule,
     recompute: Callable[[Tensor], Tensor],
+    values: Callable[[Tensor], Tensor],
     count: int,
     generator: torch.Generator,
 ) -> Checked | None:
@@ -107,11 +114,17 @@ def _check(
     index, view = torch.tensor([places[number] for number in chosen]).unbind(dim=1)
     difference = 0.0
     for part, numbers in zip(index.split(256), view.split(256), strict=True):
-        cached = rows.read(part, numbers)[0].float()
-        computed = recompute(data.render(part, numbers)["images"])
+        cached = values(rows.read(part, numbers)[0])
+        computed = values(recompute(data.render(part, numbers)["images"]))
         scale = float(computed.abs().max().clamp(min=1e-12))
-        difference = max(difference, float((cached - computed).abs().max()) / scale)
+        found = float((cached - computed).abs().max()) / scale
+        difference = max(difference, found if math.isfinite(found) else math.inf)
     return Checked(rows.folder.name, len(chosen), difference, TOLERANCE[rows.dtype])
+
+
+def _probabilities(classes: int, rows: Tensor) -> Tensor:
+    """Class probabilities (B, C) of reduced rows, whose numbers are not of one kind."""
+    return restore(rows, classes, 1.0).softmax(dim=1)
 
 
 def _recompute(

@@ -232,9 +232,10 @@ def prepare(config: Node) -> Job:
             *own_code,
             plan.student.optimizer,
             plan.student.scheduler,
-            [
-                {"_target_": target} for target in targets(plan.data.node)
-            ],  # without its files, which are images
+            plan.data.node.get("augmentation"),
+            plan.data.node.get("mixing"),
+            # Of the data itself without its files, which are images.
+            [{"_target_": target} for target in targets(plan.data.node)],
         ),
     )
     return Job(plan, data, teachers, module, parameters, contents)

@@ -76,7 +76,7 @@ def content_sha256(plan: Plan, teachers: Sequence[FrozenTeacher]) -> str | None:
     """Hash of the teachers' user code and checkpoints; None if there are neither."""
     parts = []
     for part, teacher in zip(plan.teachers, teachers, strict=True):
-        code = source_sha256(part.model)
+        code = source_sha256(*(part.own_nodes if part.checkpoint is None else [part.model]))
         if part.checkpoint is None:
             parts.append(code)
         else:

@@ -89,6 +89,7 @@ class AverageWeights(Callback):
 
 
 def _weights(module: LightningModule) -> dict[str, Tensor]:
-    """The student's floating-point parameters and buffers, by name."""
-    state = cast(DistillationModule, module).student.state_dict()
-    return {name: value for name, value in state.items() if value.is_floating_point()}
+    """The student's floating-point parameters and buffers, by name; shared ones once."""
+    student = cast(DistillationModule, module).student
+    state = {**dict(student.named_parameters()), **dict(student.named_buffers())}
+    return {name: value.detach() for name, value in state.items() if value.is_floating_point()}
