@@ -105,7 +105,7 @@ def test_tokens_without_a_grid_are_rejected(rows):
     torch.manual_seed(0)
     shapes = layer_shapes(Sequence(rows), 32)
     assert "embed" not in shapes.layouts
-    with pytest.raises(ValueError, match=rf"outputs \({32 // rows}, 24\), but attention needs"):
+    with pytest.raises(ValueError, match=rf"outputs \({32 // rows}, 24\), but a map .* is needed"):
         Attention(pairs=[["stage1", "embed"]]).setup(
             Context(layer_shapes(ConvNet([4, 8], 8), 32), shapes)
         )
@@ -173,7 +173,7 @@ def test_attention_of_a_transformer(build, layer, true_map, role):
     term = Attention(pairs=[["map", layer] if role == "teacher" else [layer, "map"]])
     shapes = layer_shapes(model, 32)
     term.setup(Context(*((other, shapes) if role == "teacher" else (shapes, other))))
-    assert term.sizes == [(4, 4)]
+    assert [pair.size for pair in term.layers.chosen] == [(4, 4)]
     read = FeatureReader(model, [layer])(images)
     truth = read._replace(features={"map": true_map(read.features[layer])})
     plain = Attention(pairs=[["map", "map"]])

@@ -8,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_lightning.losses import Attention, Context, CrossEntropy, Logit, Reads, Term, TermBatch
-from kd_lightning.losses.attention import attention_map, pair_by_resolution
+from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
+from kd_lightning.losses.pairs import FeatureMap, pair_by_resolution
 from kd_lightning.models.features import Output
+from kd_lightning.models.layouts import Layout
 
 
 def output(logits=None, **features):
@@ -227,12 +229,14 @@ SHAPES = {"a": (4, 8, 6), "b": (8, 4, 3), "c": (8, 4, 3), "fc": (10,)}
 
 def test_attention_pairs_only_candidate_layers():
     term = Attention(["a", "c"], ["x", "y", "z"])
-    assert term.sizes == []
+    assert term.layers.chosen == []
     reads = term.setup(
         Context(SHAPES, {"x": (2, 8, 6), "y": (6, 8, 6), "z": (16, 4, 3), "w": (16, 4, 3)})
     )
-    assert term.pairs == [("a", "y"), ("c", "z")]
-    assert term.sizes == [(8, 6), (4, 3)]
+    pairs = term.layers.chosen
+    assert [(pair.student.layer, pair.teacher.layer) for pair in pairs] == [("a", "y"), ("c", "z")]
+    assert [(pair.student.channels, pair.teacher.channels) for pair in pairs] == [(4, 6), (8, 16)]
+    assert [pair.size for pair in pairs] == [(8, 6), (4, 3)]
     assert reads == Reads(("a", "c"), ("y", "z"), teacher_logits=False)
     assert term.depends_on() == {"maps": [["y", 8, 6], ["z", 4, 3]]}
 
@@ -240,29 +244,31 @@ def test_attention_pairs_only_candidate_layers():
 def test_attention_compares_at_the_smaller_height_and_width():
     term = Attention(pairs=[["a", "x"], ["a", "y"], ["b", "x"]])
     reads = term.setup(Context(SHAPES, {"x": (2, 5, 9), "y": (2, 9, 5)}))
-    assert term.sizes == [(5, 6), (8, 5), (4, 3)]
+    assert [pair.size for pair in term.layers.chosen] == [(5, 6), (8, 5), (4, 3)]
     assert (reads.student, reads.teacher) == (("a", "b"), ("x", "y"))  # once each, in order
-    term.sizes.pop()  # the numbers of maps and pairs must be equal
-    with pytest.raises(ValueError, match="zip"):
-        term.remember(output(x=torch.ones(1, 2, 5, 9), y=torch.ones(1, 2, 9, 5)))
-    with pytest.raises(ValueError, match="zip"):
-        term.depends_on()
+
+
+def maps(**sizes):
+    return [FeatureMap(name, Layout("channels_first", *size), 1) for name, size in sizes.items()]
+
+
+def paired(student, teacher):
+    pairs = pair_by_resolution(maps(**student), maps(**teacher))
+    return [(one.layer, other.layer) for one, other in pairs]
 
 
 def test_deepest_layers_are_paired_by_resolution():
     student = {"s1": (32, 32), "s2": (16, 16), "s3": (16, 16)}
     teacher = {"t1": (32, 32), "t2": (32, 32), "t3": (16, 16), "t4": (8, 8)}
-    assert pair_by_resolution(student, teacher) == [("s1", "t2"), ("s3", "t3")]
+    assert paired(student, teacher) == [("s1", "t2"), ("s3", "t3")]
 
 
 def test_without_a_common_resolution_the_deepest_are_paired():
     student = {"s1": (32, 32), "s2": (16, 16)}
-    assert pair_by_resolution(student, {"t1": (28, 28), "t2": (7, 7)}) == [("s2", "t2")]
+    assert paired(student, {"t1": (28, 28), "t2": (7, 7)}) == [("s2", "t2")]
     three = {**student, "s3": (8, 8)}
-    assert pair_by_resolution(three, {"t1": (28, 28)}) == [("s3", "t1")]
-    assert pair_by_resolution({"s1": (4, 4)}, {f"t{n}": (20 + n, 9) for n in range(3)}) == [
-        ("s1", "t2")
-    ]
+    assert paired(three, {"t1": (28, 28)}) == [("s3", "t1")]
+    assert paired({"s1": (4, 4)}, {f"t{n}": (20 + n, 9) for n in range(3)}) == [("s1", "t2")]
 
 
 @pytest.mark.parametrize(
@@ -277,9 +283,6 @@ def test_without_a_common_resolution_the_deepest_are_paired():
             {"student_layers": ["a"], "teacher_layers": ["x"], "distance": "far"},
             "^distance must be 'mean_square' or 'norm', not 'far'$",
         ),
-        ({}, "^attention needs layers of both networks, or pairs of layers$"),
-        ({"student_layers": ["a"]}, "^attention needs layers of both"),
-        ({"teacher_layers": ["x"]}, "^attention needs layers of both"),
     ],
 )
 def test_attention_rejects_invalid_arguments(arguments, message):
@@ -289,7 +292,7 @@ def test_attention_rejects_invalid_arguments(arguments, message):
 
 def test_attention_rejects_a_layer_without_a_map():
     term = Attention(pairs=[["a", "x"]])
-    needs = r"outputs \(10,\), but attention needs a map \(channels, height, width\)$"
+    needs = r"outputs \(10,\), but a map \(channels, height, width\) is needed$"
     with pytest.raises(ValueError, match=f"^layer 'a' of the student {needs}"):
         term.setup(Context({"a": (10,)}, {"x": (2, 8, 8)}))
     with pytest.raises(ValueError, match=f"^layer 'x' of the teacher {needs}"):

@@ -3,6 +3,8 @@
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_lightning.models.roles import Roles
+
 
 class BasicBlock(nn.Module):
     """Two 3x3 convolutions and a parameter-free shortcut (the paper's option A)."""
@@ -34,8 +36,10 @@ class CifarResNet(nn.Module):
         depth: number of weighted layers, 6n + 2: 20, 32, 44, 56, 110.
         num_classes: number of classes.
 
-    Feature layers: ``layer1`` (32x32), ``layer2`` (16x16), ``layer3`` (8x8).
+    Stages: ``layer1`` (32x32), ``layer2`` (16x16), ``layer3`` (8x8).
     """
+
+    roles = Roles(("layer1", "layer2", "layer3"), "linear:input", "linear")
 
     def __init__(self, depth: int, num_classes: int = 10) -> None:
         super().__init__()

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.models.roles import Roles
+
 
 class Flatten(nn.Module):
     """`nn.Flatten` whose gradient has the memory format of its input.
@@ -64,7 +66,7 @@ class ConvNet(nn.Module):
         image_size: height and width of the images, in pixels; even.
         pool_after: number (from 1) of the convolution followed by 2x2 max-pooling.
 
-    Feature layers: ``stage1``, ``stage2``, ..., each after its activation.
+    Stages: ``stage1``, ``stage2``, ..., each after its activation. Embedding: the hidden layer.
     """
 
     def __init__(
@@ -82,7 +84,11 @@ class ConvNet(nn.Module):
             raise ValueError(f"image_size must be an even number of pixels, not {image_size}")
         if not 1 <= pool_after <= len(channels):
             raise ValueError(f"pool_after must be from 1 to {len(channels)}, not {pool_after}")
-        self.stages = len(channels)
+        self.roles = Roles(
+            tuple(f"stage{number}" for number in range(1, len(channels) + 1)),
+            "classifier.3:input",
+            "classifier.3",
+        )
         for number, (inputs, outputs) in enumerate(pairwise([3, *channels]), start=1):
             stage = nn.Sequential(nn.Conv2d(inputs, outputs, kernel_size=3, padding=1))
             if number == pool_after:
@@ -100,6 +106,6 @@ class ConvNet(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, num_classes)."""
         x = images
-        for number in range(1, self.stages + 1):
-            x = self.get_submodule(f"stage{number}")(x)
+        for stage in self.roles.stages:
+            x = self.get_submodule(stage)(x)
         return self.classifier(x)

@@ -38,6 +38,10 @@ class Layout(NamedTuple):
         """Height and width."""
         return self.height, self.width
 
+    def channels(self, shape: Shape) -> int:
+        """Number of channels in an output of this shape, without the batch axis."""
+        return shape[0] if self.kind in ("channels_first", "tokens_last") else shape[-1]
+
     def to_map(self, output: Tensor) -> Tensor:
         """A layer's output as a map (B, C, H, W), without a copy."""
         if self.kind == "channels_first":

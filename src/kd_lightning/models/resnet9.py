@@ -5,6 +5,8 @@ that trains on a CPU.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_lightning.models.roles import Roles
+
 
 def _convolution(inputs: int, outputs: int, pool: bool = False) -> nn.Sequential:
     block = nn.Sequential(nn.Conv2d(inputs, outputs, 3, padding=1, bias=False))
@@ -30,8 +32,10 @@ class ResNet9(nn.Module):
         num_classes: number of classes.
         logit_scale: constant that the linear layer's output is multiplied by (Page: 0.125).
 
-    Feature layers: ``stem`` (H x W), ``stage1`` (H/2), ``stage2`` (H/4), ``stage3`` (H/8).
+    Stages: ``stem`` (H x W), ``stage1`` (H/2), ``stage2`` (H/4), ``stage3`` (H/8).
     """
+
+    roles = Roles(("stem", "stage1", "stage2", "stage3"), "linear:input", "linear")
 
     def __init__(self, width: int = 32, num_classes: int = 10, logit_scale: float = 0.125) -> None:
         super().__init__()
