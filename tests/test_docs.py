@@ -19,6 +19,18 @@ def test_mentioned_tests_exist(document):
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_mentioned_modules_exist(document):
+    files = {
+        "/".join(path.parts[-n:])
+        for folder in ("src", "scripts", "tests")
+        for path in (REPOSITORY / folder).rglob("*.py")
+        for n in range(1, 5)
+    } | {"train.py"}
+    named = re.findall(r"`(?:[a-z]+ )?([\w/]+\.py)\b", document.read_text())
+    assert [name for name in named if name not in files] == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_linked_files_exist(document):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target

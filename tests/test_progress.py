@@ -20,7 +20,7 @@ from kd_lightning.engine.callbacks import progress
 from kd_lightning.engine.callbacks.progress import ProgressBar
 from kd_lightning.reports.summary import about, print_summary
 from kd_lightning.workflows import grid as sweep
-from kd_lightning.workflows.grid import Job, cells_of, time_left
+from kd_lightning.workflows.grid import CompletedRun, cells_of, time_left
 
 
 @pytest.fixture
@@ -92,10 +92,10 @@ def test_format_of_durations(seconds, words):
 
 def test_remaining_time_is_estimated_from_trained_runs():
     cells = ["small", "large"] * 3
-    done = [Job("x", 0, 10.0), Job("x", 1, 100.0)]
+    done = [CompletedRun("x", 0, 10.0), CompletedRun("x", 1, 100.0)]
     assert time_left(cells, done, elapsed=110) == 2 * 10 + 2 * 100
     # Already finished runs count as done, but not for the estimate.
-    before = [Job("x", 0, 0.0), Job("x", 1, 0.0), Job("x", 2, 10.0)]
+    before = [CompletedRun("x", 0, 0.0), CompletedRun("x", 1, 0.0), CompletedRun("x", 2, 10.0)]
     assert time_left(cells, before, elapsed=10) == 3 * 10
     # Two parallel runs take half the time.
     assert time_left(cells, done, elapsed=55) == (2 * 10 + 2 * 100) / 2

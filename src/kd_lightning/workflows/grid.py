@@ -27,13 +27,13 @@ exit_codes: list[int] = []
 
 FOLDERS = "KD_GRID_FOLDERS"
 """Environment variable with the path of a file to which every run of a grid, in any process,
-appends a `Job`. With several teachers the runs are in several folders."""
+appends a `CompletedRun`. With several teachers the runs are in several folders."""
 
 
 MINUTE = 60.0  # seconds
 
 
-class Job(NamedTuple):
+class CompletedRun(NamedTuple):
     """A completed run of a grid.
 
     Attributes:
@@ -84,7 +84,7 @@ class Results(Callback):
         done = job_return.status == JobStatus.COMPLETED and job_return.return_value is not None
         worked = done and not self._finished_before
         seconds = time.time() - self._started if worked else 0.0
-        job = Job(str(folder), int(config.hydra.job.num), seconds)
+        job = CompletedRun(str(folder), int(config.hydra.job.num), seconds)
         with Path(os.environ[FOLDERS]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(job) + "\n")
         jobs = read_jobs(Path(os.environ[FOLDERS]))
@@ -135,13 +135,13 @@ def cells_of(config: DictConfig) -> list[str]:
     return [" ".join(part for part in run if not part.startswith("seed=")) for run in runs]
 
 
-def read_jobs(path: Path) -> list[Job]:
+def read_jobs(path: Path) -> list[CompletedRun]:
     """Read the completed jobs of a grid."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [Job(*json.loads(line)) for line in lines]
+    return [CompletedRun(*json.loads(line)) for line in lines]
 
 
-def time_left(cells: Sequence[str], jobs: Sequence[Job], elapsed: float) -> float:
+def time_left(cells: Sequence[str], jobs: Sequence[CompletedRun], elapsed: float) -> float:
     """Estimate the remaining seconds of a grid, from the mean of each cell, else the median.
 
     Args:
