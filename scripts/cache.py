@@ -2,8 +2,9 @@
 
     python scripts/cache.py list --output-dir outputs
     python scripts/cache.py check outputs/runs/SETTING/RUN 1000      # recompute 1,000 rows each
-    python scripts/cache.py pack resnet9-logit-0123456789abcdef resnet9.zip
-    python scripts/cache.py unpack resnet9.zip                       # verified before it is used
+    python scripts/cache.py pack outputs/runs/SETTING/RUN teacher.zip     # for teacher=packed
+    python scripts/cache.py pack resnet9-logit-0123456789abcdef logit.zip
+    python scripts/cache.py unpack logit.zip                         # verified before it is used
     python scripts/cache.py remove resnet9-logit-0123456789abcdef    # or: remove all
 
 A training that uses a removed cache continues and computes the outputs.
@@ -36,8 +37,11 @@ def main() -> None:
     command = commands.add_parser("check", help="recompute rows of the caches of a run")
     command.add_argument("run", type=home, help="folder of the run")
     command.add_argument("rows", type=int, nargs="?", default=256, help="rows of each cache")
-    command = commands.add_parser("pack", help="write a cache to one file", parents=[place])
-    command.add_argument("name", help="name of the cache")
+    command = commands.add_parser("pack", help="write to one file", parents=[place])
+    command.add_argument(
+        "names", nargs="+", metavar="NAME", type=home,
+        help="name of a cache; or folders of runs: all outputs of their teacher",
+    )  # fmt: skip
     command.add_argument("file", type=home)
     command = commands.add_parser("unpack", help="add a packed cache", parents=[place])
     command.add_argument("file", type=home)
@@ -60,19 +64,35 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
     elif arguments.command == "check":
         check(arguments.run, arguments.rows)
     elif arguments.command == "pack":
-        (entry,) = find(root, [arguments.name])
-        views = pack(entry.folder, Path(arguments.file))
-        print(f"{views} views: {arguments.file}")
+        pack_all(root, arguments.names, Path(arguments.file))
     elif arguments.command == "unpack":
         if not Path(arguments.file).is_file():
             raise InputError(f"{arguments.file} does not exist")
-        folder, views = unpack(Path(arguments.file), root)
-        print(f"{views} new views: {folder}")
+        for folder, views in unpack(Path(arguments.file), root):
+            print(f"{views} new views: {folder}")
     elif arguments.command == "remove":
         entries = find(root, arguments.names)
         for entry in entries:
             remove(entry.folder)
         show(entries, "removed", root)
+
+
+def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
+    """Pack the outputs of the teacher of runs, or a single cache, and print what was packed."""
+    runs = [Path(name) for name in names if Path(name, "config.yaml").is_file()]
+    if not runs:
+        if len(names) > 1:
+            raise InputError(f"{names[0]} is no folder of a run; caches are packed one by one")
+        (entry,) = find(root, names)
+        print(f"{pack(entry.folder, file)} views: {file}")
+        return
+    if len(runs) < len(names):
+        raise InputError("pack either the folders of runs, or one cache")
+    from kd_lightning.workflows.packing import pack_runs
+
+    for cache, views in pack_runs(runs, file).items():
+        print(f"{cache}: {views} {'view' if views == 1 else 'views'}")
+    print(f"{file}: {file.stat().st_size / MEGABYTE:.3f} MB")
 
 
 def find(root: Path, names: Sequence[str]) -> list[Stored]:

@@ -35,6 +35,7 @@ OPTIONAL: dict[str, set[str]] = {
         "mixing",
         "members",
         "average",
+        "outputs",
     },
 }
 """Optional keys: older runs lack them, and some are not in the configuration tree."""
@@ -122,6 +123,8 @@ def _check_teacher(config: Node, path: str) -> None:
     if not _is_integer(teacher["cutout"]) or teacher["cutout"] < 0:
         raise InputError(f"{path}.cutout must be 0 or more pixels, not {teacher['cutout']}")
     _check_teacher_keys(teacher, path)
+    if teacher.get("outputs") is not None and teacher["checkpoint"] is not None:
+        raise InputError(f"{path}.checkpoint cannot be used with {path}.outputs: omit one of them")
     check_node(teacher["model"], f"{path}.model")
     for key in ("augmentation", "mixing"):
         if (node := teacher.get(key)) is not None:

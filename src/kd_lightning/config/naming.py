@@ -38,6 +38,7 @@ SINCE: dict[str, Any] = {
     "teacher.average": ("probabilities", None),
     "teacher.ignore_keys": ([], None),
     "teacher.checkpoint_key": (None,),
+    "teacher.outputs": (None,),
 }
 
 

@@ -89,6 +89,7 @@ class TeacherPlan:
             data's, with its own cutout.
         mixing: `_target_` node that mixes its training views, or None.
         checkpoint: user-provided weights, if any.
+        outputs: packed file with its outputs, instead of weights, if any.
         recipe: the parts of the configuration that determine its weights.
     """
 
@@ -99,6 +100,7 @@ class TeacherPlan:
     mixing: Node | None
     checkpoint: CheckpointPlan | None
     recipe: Node
+    outputs: Path | None = None
 
     @property
     def name(self) -> str:

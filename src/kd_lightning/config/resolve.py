@@ -163,6 +163,7 @@ def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
         mixing=teacher.get("mixing"),
         checkpoint=checkpoint,
         recipe=teacher_recipe(config, trainer.precision),
+        outputs=Path(teacher["outputs"]) if teacher.get("outputs") else None,
     )
 
 

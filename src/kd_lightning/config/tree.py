@@ -8,6 +8,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd_lightning.config.members import expand_members
 from kd_lightning.config.nodes import Node
+from kd_lightning.config.packed import fill_in_packed
 from kd_lightning.errors import InputError
 from kd_lightning.files import home
 
@@ -25,15 +26,15 @@ def tree_folder() -> str:
 
 
 def plain(config: DictConfig) -> Node:
-    """Convert a configuration to plain dictionaries, with interpolations resolved and the members
-    of an ensemble completed.
+    """Convert a configuration to plain dictionaries, with interpolations resolved, and the members
+    of an ensemble or a packed teacher completed.
 
     Raises:
         InputError: a value is missing (``???``), or an interpolation cannot be resolved.
     """
     try:
         resolved = OmegaConf.to_container(
-            expand_members(config), resolve=True, throw_on_missing=True
+            expand_members(fill_in_packed(config)), resolve=True, throw_on_missing=True
         )
     except OmegaConfBaseException as error:
         key = error.full_key or "the configuration"

@@ -5,16 +5,19 @@ from dataclasses import asdict
 from typing import Any, cast
 
 import torch
+from torch import Tensor
 
 from kd_lightning.config.nodes import Node, without
 from kd_lightning.config.plan import Plan, TeacherPlan
 from kd_lightning.data.module import ImageDataModule
-from kd_lightning.data.views import Augmentation
+from kd_lightning.data.views import PLAIN, Augmentation
 from kd_lightning.distill.ensemble import members_of
 from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.targets import remembers_logits
 from kd_lightning.distill.teacher import CHECKED_IMAGES
 from kd_lightning.distill.top_k import chosen_k
+from kd_lightning.errors import InputError
 from kd_lightning.losses import Logit, Term
 from kd_lightning.storage.identity import source_sha256, targets
 from kd_lightning.storage.rows import DTYPES, Rows
@@ -36,11 +39,18 @@ def open_caches(
         module: with a teacher whose weights are loaded.
         plan: the plan of the run.
         data: the data module, set up.
-        device: the training device; rounding differs between device types.
+        device: the training device; rounding differs between device types. For a packed teacher,
+            that of the recorded outputs counts.
+
+    Raises:
+        InputError: the outputs of a packed teacher do not fit, or the file is damaged.
     """
-    if plan.cache is None:
-        return
     assert module.teacher is not None
+    recorded = module.teacher if isinstance(module.teacher, RecordedTeacher) else None
+    if plan.cache is None:
+        if recorded is not None:
+            raise InputError("teacher=packed reads a cache: remember.disk_gb must be above 0")
+        return
     index = data.splits["train"][:CHECKED_IMAGES]
     images = data.render(index, torch.zeros_like(index))["images"].cpu()
     members = members_of(module.teacher)
@@ -53,14 +63,24 @@ def open_caches(
         if fingerprint is None:
             log.warning("the outputs of %s are not cached: it has no fingerprint", settings.name)
             return
-        keys.append(_teacher_key(settings, plan, fingerprint, data.fingerprint(), device))
+        keys.append(
+            _teacher_key(settings, plan, fingerprint, data.fingerprint(), device)
+            if recorded is None
+            else recorded.key(
+                data.fingerprint(), plan.student.trainer.precision, plan.data.normalization
+            )
+        )
     root, limit = plan.cache.root, plan.cache.limit
+    names = [part.name for part in plan.teachers]
+    if recorded is not None:
+        root, limit = recorded.folder(root.with_name("packed")), 0.0
+        names = [recorded.packed.name]
 
     def rows(
         member: int, what: str, key: Node, images: int, shape: tuple[int, ...], dtype: str
     ) -> Rows:
         key = {**keys[member], **key, "dtype": dtype}
-        name = folder_name(plan.teachers[member].name, what, key)
+        name = folder_name(names[member], what, key)
         return Rows(root / name, key, images, shape, DTYPES[dtype])
 
     # Stored exactly: reported accuracies must not depend on rounding.
@@ -70,6 +90,8 @@ def open_caches(
         for number in range(len(members))
     }
     module.evaluation_cache = TeacherCache(kept, root, limit)
+    if recorded is not None:
+        recorded.check({"evaluation": kept["0"]}, [PLAIN])
 
     why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
     module.reduce_logits(chosen_k(plan.cache.top_k, classes))
@@ -81,11 +103,13 @@ def open_caches(
         if key is None:
             why = f"the term {name.partition('/')[0]} does not implement Term.depends_on"
     if why:
+        if recorded is not None:
+            raise InputError(f"teacher=packed cannot be used for this run: {why}")
         log.warning("the teacher's outputs on training views are not cached: %s", why)
         return
     views = _views_key(plan, data)
     kept = {}
-    for name, value in module.ask_teacher(images).items():
+    for name, value in _sample(module, recorded, images).items():
         owner = max((part for part in parts if _is_part(name, part)), key=len)
         number, key = parts[owner]
         assert key is not None
@@ -99,6 +123,11 @@ def open_caches(
         )
     epochs = plan.student.trainer.arguments["max_epochs"]
     used = range(min(epochs, data.views or epochs))
+    if recorded is not None:
+        recorded.check(kept, used)
+        recorded.unpack(root.parent)
+        module.cache = TeacherCache(kept, root, limit)
+        return
     large = too_large(kept, used, root, limit)
     for name, size in large.items():
         log.warning(
@@ -107,6 +136,18 @@ def open_caches(
             name, len(used), size / GIGABYTE, limit / GIGABYTE,
         )  # fmt: skip
     module.cache = TeacherCache(kept, root, limit, live=tuple(large))
+
+
+def _sample(
+    module: DistillationModule, recorded: RecordedTeacher | None, images: Tensor
+) -> dict[str, Tensor]:
+    """The targets for a few images, which have the shapes of all targets."""
+    try:
+        return module.ask_teacher(images)
+    except Exception as error:
+        if recorded is None:
+            raise
+        raise InputError(f"{recorded.packed.file} describes its layers wrongly: {error}") from error
 
 
 def _is_part(name: str, part: str) -> bool:

@@ -175,7 +175,7 @@ def _paths(node: Any, key: str = "") -> Iterator[Path]:
         for value in node:
             yield from _paths(value, key)
     elif isinstance(node, str) and (
-        key in ("root", "checkpoint") or os.sep in node or Path(node).suffix
+        key in ("root", "checkpoint", "outputs") or os.sep in node or Path(node).suffix
     ):
         with contextlib.suppress(OSError, ValueError, RuntimeError):  # not a path
             if (path := Path(node).expanduser()).exists():

@@ -1,4 +1,4 @@
-"""A teacher-output cache as one portable file."""
+"""Teacher-output caches as one portable file: a single cache, or all that stand for a teacher."""
 
 import hashlib
 import json
@@ -6,25 +6,19 @@ import math
 import re
 import shutil
 import zipfile
-import zlib
-from collections.abc import Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from kd_lightning.config.packed import DAMAGED, MANIFEST, TEACHER_FORMAT
 from kd_lightning.errors import InputError
 from kd_lightning.files import replacing
 from kd_lightning.storage.rows import DTYPES, Rows
 from kd_lightning.storage.teacher_cache import folder_name, stored
 
 FORMAT = 1
-MANIFEST = "manifest.json"
 _VIEW = re.compile(r"view-(plain|\d{5,})\.rows")
 _BLOCK = 2**20  # bytes
-DAMAGED = (
-    zipfile.BadZipFile, zlib.error, NotImplementedError, RuntimeError,
-    KeyError, ValueError, TypeError, AttributeError, EOFError,
-)  # fmt: skip
-"""Errors of the standard library for a damaged archive or manifest."""
 
 
 def pack(folder: Path, file: Path) -> int:
@@ -48,18 +42,8 @@ def pack(folder: Path, file: Path) -> int:
             "record the size of its rows"
         )
     views = sorted(path for path in folder.iterdir() if _VIEW.fullmatch(path.name))
-    digests = {}
     with replacing(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
-        for path in views:
-            digest = hashlib.sha256()
-            with (
-                path.open("rb") as source,
-                archive.open(path.name, "w", force_zip64=True) as target,
-            ):
-                while block := source.read(_BLOCK):
-                    digest.update(block)
-                    target.write(block)
-            digests[path.name] = digest.hexdigest()
+        digests = {path.name: _add(archive, path, path.name) for path in views}
         manifest = {
             "format": FORMAT, "name": folder.name, "key": entry.key, "rows": entry.geometry,
             "files": digests,
@@ -68,51 +52,114 @@ def pack(folder: Path, file: Path) -> int:
     return len(views)
 
 
-def unpack(file: Path, root: Path) -> tuple[Path, int]:
-    """Add a packed cache to a folder of caches, after verifying it.
-
-    Views that the cache has already are kept. Single rows are verified whenever they are read.
+def pack_teacher(
+    teacher: Mapping[str, Any], caches: Mapping[Path, Collection[str]], file: Path
+) -> None:
+    """Write caches of one teacher, and its description, to a zip file as `pack` does.
 
     Args:
-        file: written by `pack`; may be from an untrusted source.
+        teacher: the description, as plain values; see `config.packed.PackedTeacher`.
+        caches: folder of a cache to the names of the view files that are packed.
+        file: the file; replaced atomically.
+
+    Raises:
+        OSError: the file cannot be written.
+    """
+    described = {
+        entry.folder: entry for root in {f.parent for f in caches} for entry in stored(root)
+    }
+    with replacing(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+        parts = [
+            {
+                "name": folder.name,
+                "key": described[folder].key,
+                "rows": described[folder].geometry,
+                "files": {
+                    name: _add(archive, folder / name, f"{folder.name}/{name}")
+                    for name in sorted(names)
+                },
+            }
+            for folder, names in caches.items()
+        ]
+        manifest = {"format": TEACHER_FORMAT, "teacher": teacher, "caches": parts}
+        archive.writestr(MANIFEST, json.dumps(manifest, indent=2))
+
+
+def _add(archive: zipfile.ZipFile, path: Path, name: str) -> str:
+    """Add a file to an archive; its SHA-256, in hex."""
+    digest = hashlib.sha256()
+    with path.open("rb") as source, archive.open(name, "w", force_zip64=True) as target:
+        while block := source.read(_BLOCK):
+            digest.update(block)
+            target.write(block)
+    return digest.hexdigest()
+
+
+def unpack(file: Path, root: Path) -> list[tuple[Path, int]]:
+    """Add the caches in a packed file to a folder of caches, after verifying all of them.
+
+    Views that a cache has already are kept. Single rows are verified whenever they are read.
+
+    Args:
+        file: written by `pack` or `pack_teacher`; may be from an untrusted source.
         root: the folder of all caches.
 
     Returns:
-        The folder of the cache, and the number of new views.
+        The folder of each cache, and the number of new views.
 
     Raises:
         InputError: the file is damaged or no packed cache; nothing has been added then.
         OSError: the folder cannot be written.
     """
+    partials: list[Path] = []
     try:
         with zipfile.ZipFile(file) as archive:
-            manifest = json.loads(archive.read(MANIFEST))
-            rows = _rows(manifest, root, max(part.file_size for part in archive.infolist()))
-            new = {name: sha for name, sha in manifest["files"].items() if _is_new(name, rows)}
-            partial = rows.folder.with_name(f".{rows.folder.name}.unpacked")
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-            try:
-                for name, sha256 in new.items():
-                    _extract(archive, name, sha256, rows.file_size, partial / name)
-                rows.create()
-                for name in new:
-                    (partial / name).replace(rows.folder / name)
-            finally:
-                shutil.rmtree(partial)
+            largest = max(part.file_size for part in archive.infolist())
+            caches = [
+                (_rows(cache, root, largest), prefix, dict(cache["files"]))
+                for prefix, cache in _caches(json.loads(archive.read(MANIFEST)))
+            ]
+            new = [[name for name in files if _is_new(name, rows)] for rows, _, files in caches]
+            for (rows, prefix, files), names in zip(caches, new, strict=True):
+                partials.append(partial := rows.folder.with_name(f".{rows.folder.name}.unpacked"))
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+                for name in names:
+                    target = partial / name
+                    _extract(archive, prefix + name, files[name], rows.file_size, target)
+        for (rows, _, _), names, partial in zip(caches, new, partials, strict=True):
+            rows.create()
+            for name in names:
+                (partial / name).replace(rows.folder / name)
     except DAMAGED as error:
         raise InputError(f"{file} is damaged, or not a packed cache: {error}") from error
-    return rows.folder, len(new)
+    finally:
+        for partial in partials:
+            shutil.rmtree(partial, ignore_errors=True)
+    return [(rows.folder, len(names)) for (rows, _, _), names in zip(caches, new, strict=True)]
+
+
+def _caches(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """The description of each cache, and the prefix of its files in the archive.
+
+    Raises:
+        KeyError, ValueError, TypeError: the manifest is invalid.
+    """
+    if manifest["format"] == FORMAT:
+        yield "", manifest
+    elif manifest["format"] == TEACHER_FORMAT:
+        for cache in manifest["caches"]:
+            yield f"{cache['name']}/", cache
+    else:
+        raise ValueError(f"its format {manifest['format']} is not known to this version")
 
 
 def _rows(manifest: Mapping[str, Any], root: Path, largest: int) -> Rows:
-    """The rows that a manifest describes, whose largest part has this size in bytes.
+    """The rows that a manifest describes, if the largest part has this size in bytes.
 
     Raises:
         KeyError, ValueError, TypeError: it is invalid.
     """
-    if manifest["format"] != FORMAT:
-        raise ValueError(f"its format {manifest['format']} is not known to this version")
     name, key, rows = manifest["name"], manifest["key"], manifest["rows"]
     teacher, term, _ = name.rsplit("-", 2)
     if name != folder_name(teacher, term, key) or Path(name).name != name:

@@ -49,7 +49,7 @@ class TeacherCache:
     Args:
         rows: the rows of every term that needs the teacher.
         limit: maximum total size of all caches below `root`, in bytes. Each concurrent process may
-            exceed it by one file.
+            exceed it by one file. 0: the caches are read only.
         root: the folder of all caches.
         live: names of terms that are not stored, but computed for every batch and rounded as if
             they were; see `too_large`.
@@ -62,7 +62,7 @@ class TeacherCache:
         self.live = live
         self._cached = {name: part for name, part in rows.items() if name not in live}
         self._seen: set[int] = set()  # view numbers whose files exist or cannot be created
-        self._full = False
+        self._full = limit <= 0
         self._loaded: tuple[int, dict[str, LoadedView]] = (NO_VIEW, {})
         self._unwritten: deque[_Unwritten] = deque()
 

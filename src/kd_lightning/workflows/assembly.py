@@ -9,6 +9,7 @@ from kd_lightning.config.nodes import Node, build, build_partial, check_node
 from kd_lightning.config.plan import DataPlan, TeacherPlan, TrainingPlan
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.recorded import RecordedNetwork, RecordedTeacher
 from kd_lightning.distill.schedulers import build_schedule
 from kd_lightning.distill.teacher import FrozenTeacher, Teacher
 from kd_lightning.models.preparing import materialize
@@ -22,8 +23,13 @@ def build_data(node: Node) -> ImageDataModule:
 
 
 def build_teacher(plan: TeacherPlan, data: DataPlan) -> FrozenTeacher:
-    """Build the teacher's network; loads the user-provided checkpoint, if any."""
+    """Build the teacher's network; loads the user-provided checkpoint, if any.
+
+    For a packed teacher, whose network does not exist here, that which reads its outputs.
+    """
     model = build(plan.model, "teacher.model")
+    if isinstance(model, RecordedNetwork):
+        return RecordedTeacher(model, data.normalization)
     materialize(model, data.image_size, "teacher.model")
     if plan.checkpoint is not None:
         source = plan.checkpoint

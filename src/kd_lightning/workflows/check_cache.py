@@ -49,7 +49,7 @@ def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]
     quiet_lightning()
     config = RunDirectory(run_dir).read_config()
     config["trainer"]["accelerator"] = "cpu"
-    job = _with_weights(prepare(config))
+    job = with_stored_weights(prepare(config))
     module, plan = job.module, job.plan
     open_caches(module, plan, job.data, torch.device("cpu"))
     generator = torch.Generator().manual_seed(seed)
@@ -71,11 +71,20 @@ def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]
     return found
 
 
-def _with_weights(job: Job) -> Job:
-    """The job with its teachers' weights, without training a teacher."""
+def with_stored_weights(job: Job) -> Job:
+    """The job with its teachers' weights, without training a teacher.
+
+    Raises:
+        InputError: the run has no teacher, or none with weights, or they are not stored.
+    """
     plan = job.plan
     if not plan.teachers:
         raise InputError(f"the method {plan.method} has no teacher")
+    for part in plan.teachers:
+        if part.outputs is not None:
+            raise InputError(
+                f"the teacher {part.name} is packed in {part.outputs}, without weights"
+            )
     store = TeacherStore(plan.output_dir / "teachers")
 
     def missing(folder: Path) -> dict[str, float]:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
@@ -18,6 +19,7 @@ from kd_lightning.config.resolve import check_devices, resolve
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.engine import fitting
 from kd_lightning.engine.callbacks.averaging import AverageWeights
@@ -224,6 +226,8 @@ def prepare(config: Node) -> Job:
     try_trainer(plan.student.trainer)
     data.check_batch_size(module.images_needed * plan.student.trainer.processes)
     data.setup()
+    if isinstance(module.teacher, RecordedTeacher):  # nothing could compute what is missing
+        open_caches(module, plan, data, torch.device("cpu"))
     own_code = [config.get(part) for part in ("student", "method", "callbacks")]
     contents = Contents(
         images=data.fingerprint(),

@@ -10,18 +10,20 @@ from typing import Any
 import torch
 
 from kd_lightning.config.nodes import Node, build
+from kd_lightning.config.packed import read_packed
 from kd_lightning.config.plan import DataPlan, Plan, TeacherPlan
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Augmentation, Views
 from kd_lightning.distill.divergence import first_not_finite
 from kd_lightning.distill.ensemble import Ensemble
+from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher, Teacher
 from kd_lightning.engine import fitting
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import InputError
 from kd_lightning.models import count_parameters
 from kd_lightning.models.preparing import materialize
-from kd_lightning.storage.identity import source_sha256
+from kd_lightning.storage.identity import file_sha256, source_sha256
 from kd_lightning.storage.provenance import versions
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.teacher_store import StoredTeacher, TeacherStore, teacher_key
@@ -45,8 +47,14 @@ def build_teachers(plan: Plan) -> tuple[FrozenTeacher, ...]:
 
 
 def together(teachers: Sequence[FrozenTeacher], average: str) -> Teacher | None:
-    """A single teacher, an ensemble, or None."""
+    """A single teacher, an ensemble, or None.
+
+    Raises:
+        InputError: a member of an ensemble is a packed teacher.
+    """
     if len(teachers) > 1:
+        if any(isinstance(teacher, RecordedTeacher) for teacher in teachers):
+            raise InputError("teacher.members: a packed teacher cannot be in an ensemble")
         return Ensemble(teachers, average)
     return teachers[0] if teachers else None
 
@@ -65,6 +73,9 @@ def find_teachers(plan: Plan, data: ImageDataModule) -> tuple[StoredTeacher | No
 def _find(teacher: TeacherPlan, plan: Plan, data: ImageDataModule) -> StoredTeacher | None:
     if teacher.checkpoint is not None:
         return None
+    if teacher.outputs is not None:
+        packed = read_packed(teacher.outputs)
+        return StoredTeacher(packed.file, file_sha256(packed.file), packed.facts)
     return TeacherStore(plan.output_dir / "teachers").obtain(
         teacher.name,
         teacher_key(teacher, data.fingerprint()),
@@ -118,7 +129,9 @@ def _views(data: ImageDataModule, plan: TeacherPlan) -> Views:
 
 
 def load_teacher(teacher: FrozenTeacher, stored: StoredTeacher) -> None:
-    """Load a stored teacher's weights."""
+    """Load a stored teacher's weights; a packed teacher has none."""
+    if isinstance(teacher, RecordedTeacher):
+        return
     load_weights(teacher.model, stored.weights)
     check_weights(teacher, str(stored.weights))
 
