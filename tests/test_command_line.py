@@ -14,8 +14,9 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from kd_lightning.config import naming, overrides
 from kd_lightning.config.checks import check, check_sections
 from kd_lightning.config.commandline import check_overrides, expand_home, prepare
+from kd_lightning.config.complete import plain
 from kd_lightning.config.nodes import select
-from kd_lightning.config.tree import plain, tree_folder
+from kd_lightning.config.tree import tree_folder
 from kd_lightning.errors import InputError
 from kd_lightning.files import home
 

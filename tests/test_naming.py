@@ -4,7 +4,8 @@ import pytest
 from hydra import compose, initialize_config_dir
 
 from kd_lightning.config import naming
-from kd_lightning.config.tree import plain, tree
+from kd_lightning.config.complete import plain
+from kd_lightning.config.tree import tree
 
 naming.register()
 

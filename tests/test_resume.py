@@ -17,8 +17,9 @@ from processes import SERVER
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
+from kd_lightning.config.complete import plain
 from kd_lightning.config.naming import register
-from kd_lightning.config.tree import plain, tree
+from kd_lightning.config.tree import tree
 from kd_lightning.errors import RunError, Stopped
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as training

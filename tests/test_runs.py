@@ -14,13 +14,13 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kd_lightning.config.trust import TRUSTED, check_trusted
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.models import ConvNet
 from kd_lightning.storage import provenance, weights
 from kd_lightning.storage import run_directory as runs
 from kd_lightning.storage.provenance import device_name, versions
 from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
-from kd_lightning.storage.trust import TRUSTED, check_trusted
 from kd_lightning.storage.weights import fit_state, load_weights
 
 MODEL = {

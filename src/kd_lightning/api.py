@@ -21,11 +21,13 @@ from torch import Tensor, nn
 from kd_lightning.config import naming, overrides
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.commandline import check_overrides
+from kd_lightning.config.complete import plain
 from kd_lightning.config.nodes import Node
-from kd_lightning.config.tree import plain, tree_folder
+from kd_lightning.config.tree import tree_folder
 from kd_lightning.data.decoding import decode
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as workflow
+from kd_lightning.workflows.earlier import train_earlier_runs
 
 
 def compose(*arguments: str) -> Node:
@@ -42,7 +44,9 @@ def compose(*arguments: str) -> Node:
     given = check_overrides(arguments)
     with initialize_config_dir(tree_folder(), version_base="1.3"):
         # The `name` resolver needs HydraConfig, which `hydra.compose` does not set.
-        config = plain(hydra_compose("train", given))
+        composed = hydra_compose("train", given)
+        train_earlier_runs(composed, given)
+        config = plain(composed, given)
     if not any(argument.startswith("name=") for argument in given):
         config["name"] += naming.variant(given)
     check_sections(config)
@@ -109,7 +113,7 @@ def load_student(run_dir: str | Path, trust: Iterable[str] = ()) -> Student:
 
     Args:
         run_dir: folder of the run.
-        trust: your own packages that the run may import; see `storage.trust.check_trusted`.
+        trust: your own packages that the run may import; see `config.trust.check_trusted`.
 
     Raises:
         InputError: a file is missing or damaged, or refers to untrusted code.

@@ -19,11 +19,13 @@ from kd_lightning import __version__
 from kd_lightning.config import naming, overrides, sweeps
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.commandline import composition_error, prepare
-from kd_lightning.config.tree import plain, tree
+from kd_lightning.config.complete import plain
+from kd_lightning.config.tree import tree
 from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.storage.identity import finished, finished_elsewhere, unchanged
 from kd_lightning.streams import robust_streams
 from kd_lightning.terminal import say
+from kd_lightning.workflows.earlier import train_earlier_runs
 from kd_lightning.workflows.grid import exit_codes
 
 log = logging.getLogger(__name__)
@@ -75,7 +77,9 @@ def _app(composed: DictConfig) -> float | None:
     run_dir = Path(HydraConfig.get().runtime.output_dir)
     in_a_grid = HydraConfig.get().mode == RunMode.MULTIRUN
     try:
-        config = plain(composed)
+        overrides = list(HydraConfig.get().overrides.task)
+        train_earlier_runs(composed, overrides)
+        config = plain(composed, overrides)
         check_sections(config)
         metrics = finished(run_dir, config) or finished_elsewhere(run_dir, config)
         if metrics and not unchanged(metrics, config, stamped if in_a_grid else None):
@@ -138,7 +142,7 @@ def _record_failure(composed: DictConfig, run_dir: Path, error: InputError) -> N
     from kd_lightning.workflows.student import record_failure
 
     with contextlib.suppress(InputError, OSError, KeyError, TypeError):
-        record_failure(plain(composed), run_dir, error)
+        record_failure(plain(composed, HydraConfig.get().overrides.task), run_dir, error)
 
 
 def _remove_unused(run_dir: Path) -> None:

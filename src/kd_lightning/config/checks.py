@@ -36,6 +36,8 @@ OPTIONAL: dict[str, set[str]] = {
         "members",
         "average",
         "outputs",
+        "run",
+        "trust",
     },
 }
 """Optional keys: older runs lack them, and some are not in the configuration tree."""

@@ -39,6 +39,8 @@ SINCE: dict[str, Any] = {
     "teacher.ignore_keys": ([], None),
     "teacher.checkpoint_key": (None,),
     "teacher.outputs": (None,),
+    "teacher.run": (None,),
+    "teacher.trust": ([], None),
 }
 
 
@@ -66,7 +68,12 @@ def name(*, _root_: DictConfig) -> str:
     overrides = []
     if HydraConfig.initialized():
         overrides = list(HydraConfig.get().overrides.task)
-    return f"{_root_.method.name}-{_root_.student.name}-s{_root_.seed}{variant(overrides)}"
+    return run_name(_root_, overrides)
+
+
+def run_name(config: DictConfig, overrides: list[str]) -> str:
+    """Name of the run with this configuration and these command-line overrides."""
+    return f"{config.method.name}-{config.student.name}-s{config.seed}{variant(overrides)}"
 
 
 def variant(overrides: list[str]) -> str:
@@ -100,6 +107,8 @@ def config_key(config: Node, *without: str) -> str:
 def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
     """The parts of a configuration that determine its result, except some sections."""
     parts = {key: value for key, value in config.items() if key not in (*ELSEWHERE, *without)}
+    if "teacher" in parts:
+        parts["teacher"] = _without_place(parts["teacher"])
     kept = ("dtype", "top_k")
     parts["remember"] = {k: v for k, v in parts["remember"].items() if k in kept}
     for path, defaults in SINCE.items():
@@ -110,6 +119,16 @@ def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
         if key in node and node[key] in defaults:
             del node[key]
     return parts
+
+
+def _without_place(teacher: Node) -> Node:
+    """A teacher's section without the file that `teacher.run` was completed with."""
+    if isinstance(teacher.get("members"), list):
+        members = [_without_place(m) if isinstance(m, dict) else m for m in teacher["members"]]
+        teacher = {**teacher, "members": members}
+    if isinstance(teacher.get("run"), dict):
+        return {key: value for key, value in teacher.items() if key != "checkpoint"}
+    return teacher
 
 
 def _hash(value: Any) -> str:

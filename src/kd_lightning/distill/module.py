@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kd_lightning.config.nodes import Node, build, without
+from kd_lightning.config.trust import check_trusted
 from kd_lightning.data.loading import Batch
 from kd_lightning.distill import metrics
 from kd_lightning.distill.batchnorm import images_needed
@@ -33,7 +34,6 @@ from kd_lightning.models.features import FeatureReader, LayerShapes, layer_shape
 from kd_lightning.models.outputs import find_logits
 from kd_lightning.models.preparing import cannot_take, materialize, to_memory_format
 from kd_lightning.storage.teacher_cache import TeacherCache
-from kd_lightning.storage.trust import check_trusted
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 

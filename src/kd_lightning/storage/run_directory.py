@@ -15,27 +15,15 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from kd_lightning.config.nodes import Node, build
-from kd_lightning.errors import InputError
+from kd_lightning.config.stored import read_config
+from kd_lightning.config.trust import check_trusted
 from kd_lightning.files import hold, read_json, write_json, write_text
 from kd_lightning.models.preparing import materialize
-from kd_lightning.storage.trust import check_trusted
 from kd_lightning.storage.weights import load_weights, save_weights
 
 log = logging.getLogger(__name__)
 
 LAST = "last.ckpt"
-
-# Keys of a stored configuration that are needed to load and test its student.
-NEEDED = {
-    "student.model._target_": str,
-    "data._target_": str,
-    "data.num_classes": int,
-    "data.image_size": int,
-    "optimizer._target_": str,
-    "trainer.accelerator": str,
-    "trainer.precision": str,
-    "trainer.memory_format": str,
-}
 
 
 class Checkpoint(NamedTuple):
@@ -91,26 +79,7 @@ class RunDirectory:
         Raises:
             InputError: the file is missing or invalid.
         """
-        path = self.path / "config.yaml"
-        try:
-            text = path.read_text(encoding="utf-8")
-            # Nested aliases can expand exponentially ("billion laughs").
-            if any(isinstance(event, yaml.AliasEvent) for event in yaml.parse(text)):
-                raise InputError(f"{path} contains YAML aliases, which no run writes: rejected")
-            config = yaml.safe_load(text)
-        except OSError as error:
-            raise InputError(
-                f"{self.path} is not a run directory: it has no {path.name}"
-            ) from error
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise InputError(f"{path} is damaged and cannot be read as YAML") from error
-        for key, kind in NEEDED.items():
-            value = config
-            for part in key.split("."):
-                value = value.get(part) if isinstance(value, dict) else None
-            if not isinstance(value, kind):
-                raise InputError(f"{path} is not the configuration of a run: {key} is {value!r}")
-        return config
+        return read_config(self.path)
 
     def write_metrics(self, metrics: dict[str, Any]) -> None:
         """Write `metrics.json`."""

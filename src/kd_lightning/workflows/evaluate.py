@@ -11,11 +11,11 @@ from kd_lightning.config.checks import trainer_node
 from kd_lightning.config.hardware import is_available
 from kd_lightning.config.nodes import build
 from kd_lightning.config.resolve import SUPERVISED, resolve_trainer
+from kd_lightning.config.trust import check_trusted
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.errors import InputError
 from kd_lightning.storage.run_directory import RunDirectory
-from kd_lightning.storage.trust import check_trusted
 from kd_lightning.storage.weights import load_weights
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ def evaluate(
     Args:
         run_dir: folder of the run.
         data_root: new location of the images, if they have moved.
-        trust: your own packages that the run may import; see `storage.trust.check_trusted`.
+        trust: your own packages that the run may import; see `config.trust.check_trusted`.
 
     Returns:
         ``accuracy`` on the test set, and ``recorded``, the accuracy that the run reported.

@@ -74,7 +74,7 @@ def run(
     user code have changed since, the earlier run is moved to `output_dir/superseded`.
 
     Args:
-        config: the complete configuration, as plain dictionaries (see `config.tree.plain`).
+        config: the complete configuration, as plain dictionaries (see `config.complete.plain`).
         run_dir: the folder of this run.
         wait: whether to wait for another process that executes the same run.
         callbacks: additional Lightning callbacks for the student's training.

@@ -13,9 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from kd_lightning.config import overrides as rules
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.commandline import check_overrides
+from kd_lightning.config.complete import plain
 from kd_lightning.config.naming import register
 from kd_lightning.config.nodes import Node, select
-from kd_lightning.config.tree import plain, tree_folder
+from kd_lightning.config.tree import tree_folder
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.workflows.student import run
 
@@ -104,7 +105,8 @@ def tune(
 
     def composed(extra: Sequence[str] = ()) -> Node:
         with initialize_config_dir(tree_folder(), version_base="1.3"):
-            node = plain(compose("train", [*overrides, *extra]))
+            whole = [*overrides, *extra]
+            node = plain(compose("train", whole), whole)
         check_sections(node)
         return node
 

@@ -1,0 +1,169 @@
+"""The student of another run as teacher: born-again networks, teacher assistants, longer chains.
+
+    teacher=run teacher.run=DIR                              of a finished run
+    teacher=run 'teacher.run={method: none, student: large}' of the run with these overrides
+
+The run of a dictionary has the other settings of the command (data, trainer, seed, ...), except
+those of method, student and teacher. It is trained first, unless it is finished; its teacher may be
+the student of a further run.
+"""
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, cast
+
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
+
+from kd_lightning.config import naming
+from kd_lightning.config.commandline import check_overrides, composition_error
+from kd_lightning.config.nodes import Node
+from kd_lightning.config.stored import read_config
+from kd_lightning.config.trust import check_trusted
+from kd_lightning.errors import InputError
+from kd_lightning.files import home, read_json
+
+_NOT_INHERITED = {"method", "student", "teacher", "name", "setting"}
+_EXAMPLE = "a run's folder, or overrides as {method: none, student: large}"
+
+
+class EarlierRun(NamedTuple):
+    """A run whose student is the teacher of another.
+
+    Attributes:
+        config: composed, with interpolations.
+        overrides: of its command.
+        folder: folder of the run.
+    """
+
+    config: DictConfig
+    overrides: list[str]
+    folder: Path
+
+
+def earlier_runs(config: DictConfig, overrides: Sequence[str]) -> list[EarlierRun]:
+    """The runs that have to be finished before a run, in this order.
+
+    Args:
+        config: of the run; composed, with interpolations.
+        overrides: of its command.
+
+    Raises:
+        InputError: an override of such a run is invalid.
+    """
+    runs: list[EarlierRun] = []
+    for section in sections(config):
+        if isinstance(section.get("run"), DictConfig):
+            run = _compose(section.run, overrides)
+            runs += [*earlier_runs(run.config, run.overrides), run]
+    return runs
+
+
+def fill_in_runs(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+    """Complete the teachers that are students of other runs: model, weights, normalisation.
+
+    Args:
+        config: with the members of an ensemble completed; changed in place.
+        overrides: of its command.
+
+    Raises:
+        InputError: there is no such run, or it is not finished.
+    """
+    for section in sections(config):
+        run = section.get("run")
+        if run is None:
+            if section.get("name") == "run" and section.get("model") is None:
+                raise InputError(f"teacher=run needs teacher.run: {_EXAMPLE}")
+            continue
+        if isinstance(run, str) and "=" not in run:
+            folder = Path(home(run))
+        elif isinstance(run, DictConfig):
+            folder = _compose(run, overrides).folder
+        else:
+            raise InputError(f"teacher.run must be {_EXAMPLE}, not {run}")
+        with open_dict(config):
+            section.merge_with(_teacher(folder, section, checked=isinstance(run, str)))
+    return config
+
+
+def sections(config: DictConfig) -> list[DictConfig]:
+    """The teacher's section, and those of an ensemble's members."""
+    teacher = OmegaConf.select(config, "teacher")
+    if not isinstance(teacher, DictConfig):
+        return []
+    members = teacher.get("members") or []
+    return [teacher, *(part for part in members if isinstance(part, DictConfig))]
+
+
+def _compose(own: DictConfig, inherited: Sequence[str]) -> EarlierRun:
+    """Compose the run with these overrides.
+
+    Args:
+        own: overrides in `teacher.run`.
+        inherited: those of the command.
+    """
+    common = [override for override in inherited if not _sections(override) & _NOT_INHERITED]
+    changes = cast(Node, OmegaConf.to_container(own))
+    overrides = [*common, *(f"{key}={_written(value)}" for key, value in changes.items())]
+    check_overrides(overrides)
+    loader = GlobalHydra.instance().config_loader()
+    try:
+        config = loader.load_configuration("train", overrides, RunMode.RUN)
+    except (HydraException, OmegaConfBaseException) as error:
+        raise InputError(f"teacher.run: {composition_error(error)}") from error
+    with open_dict(config):
+        config.pop("hydra", None)
+    if not any(override.startswith("name=") for override in overrides):
+        config.name = naming.run_name(config, overrides)
+    folder = Path(home(config.output_dir)) / "runs" / config.setting / config.name
+    return EarlierRun(config, overrides, folder)
+
+
+def _sections(override: str) -> set[str]:
+    """The sections that an override changes: {"optimizer", "teacher"} of
+    `optimizer@teacher.optimizer=adamw`.
+    """
+    key = override.lstrip("+~").partition("=")[0]
+    return {re.split("[./]", part)[0] for part in key.split("@")}
+
+
+def _written(value: Any) -> str:
+    """A value in the grammar of Hydra's overrides."""
+    if isinstance(value, dict):
+        return "{" + ",".join(f"{key}:{_written(part)}" for key, part in value.items()) + "}"
+    if isinstance(value, list):
+        return "[" + ",".join(map(_written, value)) + "]"
+    if isinstance(value, str):
+        return "'" + value.replace("'", "\\'") + "'"
+    if isinstance(value, bool):
+        return str(value).lower()
+    return "null" if value is None else str(value)
+
+
+def _teacher(folder: Path, section: DictConfig, checked: bool) -> Node:
+    """The section of a teacher that is a run's student.
+
+    Args:
+        folder: folder of the run.
+        section: the section to complete.
+        checked: whether the run may be from an untrusted source.
+    """
+    config, metrics = read_config(folder), read_json(folder / "metrics.json")
+    if metrics.get("status") != "finished":
+        raise InputError(f"teacher.run: {folder} is not finished; run its command again")
+    if checked:
+        trust = [str(package) for package in section.get("trust") or ()]
+        check_trusted(config["student"]["model"], "teacher.run: student.model", trust)
+    data, name = config["data"], section.get("name")
+    return {
+        "name": str(metrics.get("name", folder.name)) if name == "run" else name,
+        "model": config["student"]["model"],
+        "layers": config["student"].get("layers"),
+        "checkpoint": str(folder / "student.safetensors"),
+        "mean": data["mean"],
+        "std": data["std"],
+    }

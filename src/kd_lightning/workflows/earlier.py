@@ -1,0 +1,36 @@
+"""Training of the runs whose students are the teachers of another run."""
+
+from collections.abc import Sequence
+
+from omegaconf import DictConfig
+
+from kd_lightning.config.checks import check_sections
+from kd_lightning.config.complete import plain
+from kd_lightning.config.earlier_run import earlier_runs
+from kd_lightning.storage.identity import finished, unchanged
+from kd_lightning.terminal import say
+
+
+def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Train the runs that `teacher.run` names by their overrides, unless they are finished.
+
+    Args:
+        config: composed, with interpolations.
+        overrides: of the command.
+
+    Raises:
+        InputError, RunError: as `workflows.student.run`.
+    """
+    for earlier in earlier_runs(config, overrides):
+        node = plain(earlier.config, earlier.overrides)
+        check_sections(node)
+        metrics = finished(earlier.folder, node)
+        if metrics and unchanged(metrics, node):
+            continue
+        # Needs torch, which takes seconds to import.
+        from kd_lightning.engine.launch import quiet_lightning
+        from kd_lightning.workflows.student import run
+
+        quiet_lightning()
+        say(f"the teacher is trained first: {earlier.folder}")
+        run(node, earlier.folder)

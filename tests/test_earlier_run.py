@@ -1,0 +1,169 @@
+"""The student of another run as teacher."""
+
+import json
+
+import pytest
+import yaml
+from hydra import compose, initialize_config_dir
+from safetensors.torch import load_file
+
+from kd_lightning import api
+from kd_lightning.config import naming
+from kd_lightning.config import overrides as rules
+from kd_lightning.config.checks import check
+from kd_lightning.config.complete import plain
+from kd_lightning.config.earlier_run import earlier_runs
+from kd_lightning.config.naming import config_key
+from kd_lightning.config.tree import tree_folder
+from kd_lightning.errors import InputError
+
+SMALL = ("student.model.channels=[4,8]", "student.model.hidden=8")
+LARGE = "student.model.channels: [6,8], student.model.hidden: 12"
+FAST = (
+    "trainer.accelerator=cpu", "trainer.max_epochs=1", "optimizer.lr=0.01", "pictures=false",
+)  # fmt: skip
+
+
+@pytest.fixture
+def command(train):
+    def run(*arguments, data=True):
+        return train(*SMALL, *FAST, *arguments, tiny=False, data=data)
+
+    return run
+
+
+def metrics_of(run):
+    return json.loads((run / "metrics.json").read_text())
+
+
+def test_student_of_a_finished_run_is_a_teacher(command):
+    done = command("method=none")
+    (folder,) = done.runs
+    first = done.metrics
+    done = command("method=logit", "teacher=run", f"teacher.run={folder}")
+    assert done.code == 0, done.err
+    second = done.metrics
+    assert second["teacher"] == first["name"] == "none-small-s0-model.channels_4_8-model.hidden_8"
+    assert second["teacher_parameters"] == second["parameters"] == first["parameters"]
+    assert second["teacher_val_accuracy"] == first["val_accuracy"]
+    assert second["teacher_test_accuracy"] == first["test_accuracy"]
+    # Another student in that folder is another teacher.
+    again = command("method=none", "seed=1")
+    command(
+        "method=logit", "teacher=run", f"teacher.run={folder}", "setting=again",
+    )  # fmt: skip
+    (folder / "student.safetensors").write_bytes(
+        (again.runs[0] / "student.safetensors").read_bytes()
+    )
+    third = command("method=logit", "teacher=run", f"teacher.run={folder}", "setting=again")
+    assert third.code == 0, third.err
+    assert "already finished" not in third.err
+
+
+def test_chain_is_trained_in_order_and_once(command, tmp_path):
+    chain = (
+        "method=logit", "teacher=run", "setting=chain",
+        f"teacher.run={{student: medium, {LARGE}, method: logit, teacher: run, name: middle,"
+        f" teacher.run: {{student: large, {LARGE}, method: none, name: first}}}}",
+    )  # fmt: skip
+    done = command(*chain)
+    assert done.code == 0, done.err
+    found = {run.name: metrics_of(run) for run in done.runs}
+    assert len(found) == 3
+    assert (found["first"]["method"], found["first"]["student"]) == ("none", "large")
+    assert found["middle"]["teacher"] == "first"
+    last = next(run for name, run in found.items() if name not in ("first", "middle"))
+    assert last["teacher"] == "middle"
+    assert last["teacher_test_accuracy"] == found["middle"]["test_accuracy"]
+    weights = {run.name: load_file(run / "student.safetensors") for run in done.runs}
+    assert weights["middle"]["stage1.0.weight"].shape[0] == 6
+    written = {run.name: (run / "student.safetensors").stat().st_mtime_ns for run in done.runs}
+    again = command(*chain)
+    assert "already finished" in again.out + again.err
+    for run in done.runs:
+        assert (run / "student.safetensors").stat().st_mtime_ns == written[run.name]
+
+
+def test_earlier_run_inherits_all_but_method_student_and_teacher(tmp_path):
+    shared = [
+        "data=digits", "trainer.max_epochs=7", "optimizer.lr=0.02", f"output_dir={tmp_path}",
+    ]  # fmt: skip
+    own = [
+        "method=logit", "method.terms.logit.temperature=2", "student=large", "seed=3",
+        "teacher=run", "teacher.seed=9", "optimizer@teacher.optimizer=adamw",
+    ]  # fmt: skip
+    naming.register()
+    rules.install()
+    with initialize_config_dir(tree_folder(), version_base="1.3"):
+        composed = compose("train", [*shared, *own, "teacher.run={method: none, seed: 5}"])
+        (earlier,) = earlier_runs(composed, [*shared, *own])
+    node = plain(earlier.config, earlier.overrides)
+    assert node == api.compose(*shared, "seed=5", "method=none")
+    assert earlier.folder == tmp_path / "runs" / node["setting"] / "none-small-s5"
+
+
+def test_results_do_not_depend_on_where_the_outputs_are(command, tmp_path):
+    done = command("method=logit", "teacher=run", f"teacher.run={{method: none, {LARGE}}}")
+    assert done.code == 0, done.err
+    last = next(run for run in done.runs if metrics_of(run)["method"] == "logit")
+    config = yaml.safe_load((last / "config.yaml").read_text())
+    moved = {**config, "teacher": {**config["teacher"], "checkpoint": "elsewhere"}}
+    assert config_key(moved) == config_key(config)
+    other = {**config, "teacher": {**config["teacher"], "run": {"method": "logit"}}}
+    assert config_key(other) != config_key(config)
+
+
+def test_ensemble_of_runs(command):
+    runs = [command("method=none", f"seed={seed}").runs[0] for seed in (0, 1)]
+    members = ",".join(f"{{run: {run}}}" for run in runs)
+    done = command("method=logit", "teacher=run", f"teacher.members=[{members}]")
+    assert done.code == 0, done.err
+    assert done.metrics["teacher_parameters"] == 2 * done.metrics["parameters"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["teacher=run"], "teacher=run needs teacher.run"),
+        (["teacher=run", "teacher.run=nowhere"], "nowhere is not a run directory"),
+        (["teacher=run", "teacher.run=[none]"], "teacher.run must be"),
+        (["teacher=run", "teacher.run='method=none'"], "teacher.run must be"),
+        (["teacher=run", "teacher.run={methd: none}"], "did you mean method"),
+        (["teacher=run", "teacher.run={method: nothing}"], "method=nothing does not exist"),
+        (["teacher=run", "teacher.run={optimizer.lr: -1}"], "Invalid learning rate: -1"),
+    ],
+)
+def test_invalid_runs_are_rejected(command, arguments, words):
+    done = command("method=logit", *arguments)
+    assert done.code == 2
+    assert words in done.err
+    assert not done.runs
+
+
+def test_unfinished_and_untrusted_runs_are_rejected(command, tmp_path):
+    (folder,) = command("method=none").runs
+    arguments = ("method=logit", "teacher=run", f"teacher.run={folder}")
+    metrics = metrics_of(folder)
+    (folder / "metrics.json").write_text(json.dumps({**metrics, "status": "failed"}))
+    assert "is not finished" in command(*arguments).err
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    config = (folder / "config.yaml").read_text()
+    changed = config.replace("kd_lightning.models.ConvNet", "os.system")
+    (folder / "config.yaml").write_text(changed)
+    done = command(*arguments)
+    assert done.code == 2
+    assert "os.system" in done.err
+
+
+def test_api_trains_the_earlier_run_first(folder, tmp_path):
+    metrics = api.run(
+        "data=folder", f"data.root={folder}", "data.image_size=16", "data.batch_size=16",
+        "data.padding=2", f"output_dir={tmp_path / 'out'}", *SMALL, *FAST, "method=logit",
+        "teacher=run", "teacher.run={method: none}",
+    )  # fmt: skip
+    assert metrics["teacher"].startswith("none-small-s0")
+
+
+def test_incomplete_teacher_is_reported_by_the_check():
+    with pytest.raises(InputError, match="teacher=run needs"):
+        check(api.compose("method=logit", "data=digits", "teacher=run"))
