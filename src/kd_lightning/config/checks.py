@@ -38,6 +38,7 @@ OPTIONAL: dict[str, set[str]] = {
         "outputs",
         "run",
         "trust",
+        "decay",
     },
 }
 """Optional keys: older runs lack them, and some are not in the configuration tree."""
@@ -127,6 +128,14 @@ def _check_teacher(config: Node, path: str) -> None:
     _check_teacher_keys(teacher, path)
     if teacher.get("outputs") is not None and teacher["checkpoint"] is not None:
         raise InputError(f"{path}.checkpoint cannot be used with {path}.outputs: omit one of them")
+    decay: Any = teacher.get("decay")
+    if decay is not None and not (_is_number(decay) and 0 < decay < 1):
+        raise InputError(f"{path}.decay must be above 0 and below 1, as 0.999, not {decay}")
+    if decay is not None and (path != "teacher" or teacher["checkpoint"] is not None):
+        raise InputError(
+            f"{path}.decay: a teacher that follows the student has no checkpoint, and cannot be in "
+            "an ensemble"
+        )
     check_node(teacher["model"], f"{path}.model")
     for key in ("augmentation", "mixing"):
         if (node := teacher.get(key)) is not None:

@@ -95,12 +95,13 @@ def _section(config: DictConfig, member: Any, number: int) -> Node:
         )
     whole = OmegaConf.create({"teacher": section})
     merge(whole, ["teacher"], changes)
-    if whole.teacher.model is None and whole.teacher.get("run") is None:
+    completed = _plain(whole.teacher)
+    if completed["model"] is None and completed.get("run") is None:
         raise InputError(
             f"{path} has no model: name a choice, as resnet9, or select the teacher that "
             f"{member} changes, as teacher=resnet9"
         )
-    return without(_plain(whole.teacher), "members", "average")
+    return without(completed, "members", "average")
 
 
 def _loader() -> ConfigLoader:

@@ -41,6 +41,7 @@ SINCE: dict[str, Any] = {
     "teacher.outputs": (None,),
     "teacher.run": (None,),
     "teacher.trust": ([], None),
+    "teacher.decay": (None,),
 }
 
 

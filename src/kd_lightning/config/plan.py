@@ -90,6 +90,7 @@ class TeacherPlan:
         mixing: `_target_` node that mixes its training views, or None.
         checkpoint: user-provided weights, if any.
         outputs: packed file with its outputs, instead of weights, if any.
+        decay: of the moving average of the student that is the teacher, instead of weights.
         recipe: the parts of the configuration that determine its weights.
     """
 
@@ -101,6 +102,7 @@ class TeacherPlan:
     checkpoint: CheckpointPlan | None
     recipe: Node
     outputs: Path | None = None
+    decay: float | None = None
 
     @property
     def name(self) -> str:

@@ -164,6 +164,7 @@ def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
         checkpoint=checkpoint,
         recipe=teacher_recipe(config, trainer.precision),
         outputs=Path(teacher["outputs"]) if teacher.get("outputs") else None,
+        decay=teacher.get("decay"),
     )
 
 

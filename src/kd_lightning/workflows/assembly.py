@@ -8,6 +8,7 @@ from lightning.pytorch import seed_everything
 from kd_lightning.config.nodes import Node, build, build_partial, check_node
 from kd_lightning.config.plan import DataPlan, TeacherPlan, TrainingPlan
 from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distill.mean_teacher import MeanTeacher
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.recorded import RecordedNetwork, RecordedTeacher
 from kd_lightning.distill.schedulers import build_schedule
@@ -31,6 +32,8 @@ def build_teacher(plan: TeacherPlan, data: DataPlan) -> FrozenTeacher:
     if isinstance(model, RecordedNetwork):
         return RecordedTeacher(model, data.normalization)
     materialize(model, data.image_size, "teacher.model")
+    if plan.decay is not None:
+        return MeanTeacher(model, data.normalization, plan.decay)
     if plan.checkpoint is not None:
         source = plan.checkpoint
         load_checkpoint(model, source.path, source.rename_keys, source.ignore_keys, source.key)

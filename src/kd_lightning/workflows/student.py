@@ -18,11 +18,13 @@ from kd_lightning.config.plan import Plan
 from kd_lightning.config.resolve import check_devices, resolve
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.caching import open_caches
+from kd_lightning.distill.mean_teacher import MeanTeacher
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.engine import fitting
 from kd_lightning.engine.callbacks.averaging import AverageWeights
+from kd_lightning.engine.callbacks.following import FollowStudent
 from kd_lightning.engine.callbacks.users import build_callbacks
 from kd_lightning.engine.fitting import metric
 from kd_lightning.engine.launch import launch, launched, rank
@@ -267,7 +269,9 @@ def train_student(
     plan, module, data = job.plan.student, job.module, job.data
     directory = RunDirectory(folder)
     own = build_callbacks(plan.callbacks)
-    average = [AverageWeights(plan.ema)] if plan.ema is not None else []
+    average: list[Callback] = [AverageWeights(plan.ema)] if plan.ema is not None else []
+    if isinstance(module.teacher, MeanTeacher):
+        average.append(FollowStudent(module.teacher))
     trainer = build_trainer(
         plan.trainer, folder, job.plan.name, resume, [*average, *callbacks, *own], plan.pictures
     )
@@ -279,7 +283,7 @@ def train_student(
         trainer.strategy.setup_environment()
         resume = trainer.strategy.broadcast(resume)
     known = {}
-    if job.teachers and job.teacher_facts is None:
+    if job.teachers and job.teacher_facts is None and not isinstance(module.teacher, MeanTeacher):
         trainer.validate(module, data, verbose=False)
         known["teacher_val_accuracy"] = metric(trainer, "val/teacher_accuracy")
 

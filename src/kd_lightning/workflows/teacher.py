@@ -61,7 +61,7 @@ def together(teachers: Sequence[FrozenTeacher], average: str) -> Teacher | None:
 
 def find_teachers(plan: Plan, data: ImageDataModule) -> tuple[StoredTeacher | None, ...]:
     """Get the teachers of a run from the store, training them if necessary; None for those that
-    the user provides a checkpoint for.
+    the user provides a checkpoint for, or that follow the student.
 
     Args:
         plan: plan of the run.
@@ -71,7 +71,7 @@ def find_teachers(plan: Plan, data: ImageDataModule) -> tuple[StoredTeacher | No
 
 
 def _find(teacher: TeacherPlan, plan: Plan, data: ImageDataModule) -> StoredTeacher | None:
-    if teacher.checkpoint is not None:
+    if teacher.checkpoint is not None or teacher.decay is not None:
         return None
     if teacher.outputs is not None:
         packed = read_packed(teacher.outputs)
