@@ -8,6 +8,7 @@ nothing in it can be imported, interpolated, or become part of a path.
 
 import copy
 import json
+import math
 import re
 import zipfile
 import zlib
@@ -30,6 +31,7 @@ DAMAGED = (
 )  # fmt: skip
 """Errors of the standard library for a damaged archive or manifest."""
 
+_LARGEST = 2**26  # numbers in a layer's output for one image
 _NAME = re.compile(r"\w[\w.:+-]*( x\d+)?", re.ASCII)
 
 
@@ -133,12 +135,7 @@ def _teacher(path: Path, manifest: Mapping[str, Any]) -> PackedTeacher:
     if manifest["format"] != TEACHER_FORMAT:
         raise ValueError(f"its format {manifest['format']} is not known to this version")
     teacher, layers = manifest["teacher"], manifest["teacher"]["shapes"]
-    caches = {
-        cache["name"]: PackedCache(
-            dict(cache["key"]), dict(cache["rows"]), frozenset(cache["files"])
-        )
-        for cache in manifest["caches"]
-    }
+    caches = {cache["name"]: _cache(cache) for cache in manifest["caches"]}
     keys = [cache.key for cache in caches.values() if "term" not in cache.key]
     if len(keys) != 1 or len(keys[0]["normalization"]) != 4:
         raise ValueError("it has no outputs on the test images, or those of several teachers")
@@ -160,6 +157,13 @@ def _teacher(path: Path, manifest: Mapping[str, Any]) -> PackedTeacher:
     )
 
 
+def _cache(node: Mapping[str, Any]) -> PackedCache:
+    key, rows = dict(node["key"]), dict(node["rows"])
+    dict(key.get("term", {}))
+    _name(rows["dtype"])
+    return PackedCache(key, rows, frozenset(node["files"]))
+
+
 def _name(value: Any) -> str:
     if not isinstance(value, str) or len(value) > 100 or not _NAME.fullmatch(value):
         raise ValueError(f"{value!r} is not a name")
@@ -179,7 +183,10 @@ def _fraction(value: Any) -> float:
 
 
 def _shapes(node: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    return {_printable(layer): tuple(map(_number, shape)) for layer, shape in node.items()}
+    shapes = {_printable(layer): tuple(map(_number, shape)) for layer, shape in node.items()}
+    if any(math.prod(shape) > _LARGEST for shape in shapes.values()):
+        raise ValueError("an output of a layer is too large")
+    return shapes
 
 
 def _layouts(node: Mapping[str, Any]) -> dict[str, tuple[str, int, int, int]]:

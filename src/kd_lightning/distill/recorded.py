@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.config.nodes import Node
-from kd_lightning.config.packed import PackedCache, PackedLayers, read_packed
+from kd_lightning.config.packed import PackedLayers, read_packed
 from kd_lightning.data.views import PLAIN, Normalization
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.errors import InputError, RunError
-from kd_lightning.files import hold
+from kd_lightning.files import hold, readable
 from kd_lightning.models.features import LayerShapes, Output
 from kd_lightning.models.layouts import Layout
 from kd_lightning.storage.identity import file_sha256
@@ -179,43 +179,45 @@ class RecordedTeacher(FrozenTeacher):
     def _why_not(self, name: str, rows: Rows) -> str:
         """Why no cache in the file has the key of these rows."""
         file, wanted = self.packed.file, json.loads(json.dumps(rows.key))
-        near = [cache for cache in self.packed.caches.values() if _same_targets(cache, wanted)]
+        caches = self.packed.caches.values()
+        near = [cache.key for cache in caches if _kind(cache.key) == _kind(wanted)]
         if not near:
-            known = {
-                str(cache.key["term"]["class"]).rpartition(".")[2]
-                for cache in self.packed.caches.values()
-                if "term" in cache.key
-            }
-            return (
+            known = {str(_kind(cache.key)[0]).rpartition(".")[2] for cache in caches}
+            return readable(
                 f"{file} has no outputs for the term {name}, only those of "
-                f"{', '.join(sorted(known))}: choose another method, or pack a run of this one"
+                f"{', '.join(sorted(known - {'None'}))}: choose another method, or pack a run of "
+                "this one"
             )
-        found = min((list(_differences(cache.key, wanted)) for cache in near), key=len)
-        return (
+        found = min((list(_differences(key, wanted)) for key in near), key=len)
+        return readable(
             f"{file} does not fit this run: {', '.join(found) or 'its names are wrong'}; "
             "use the settings of the file, or one that was packed for these"
         )
 
 
-def _same_targets(cache: PackedCache, wanted: Node) -> bool:
-    """Whether a cache is of the same kind of targets as a key."""
-    kinds = [(key.get("term", {}).get("class"), key.get("term", {}).get("part"))
-             for key in (cache.key, wanted)]  # fmt: skip
-    return kinds[0] == kinds[1]
+def _kind(key: Node) -> tuple[Any, Any]:
+    """The kind of the targets in a cache: the term that they are for, and which part of it."""
+    term = key.get("term", {})
+    return term.get("class"), term.get("part")
 
 
 def _differences(recorded: Any, wanted: Any, path: str = "") -> Iterator[str]:
     """What differs between the key of a cache and that of a run, in words."""
     if recorded == wanted:
         return
-    if isinstance(recorded, dict) and isinstance(wanted, dict) and not path.startswith("mixing"):
+    if path in ("images", "code"):
+        yield {"images": "the images or labels differ", "code": "your own code differs"}[path]
+    elif _are(dict, recorded, wanted) and recorded.get("_target_") == wanted.get("_target_"):
         for key in sorted(recorded.keys() | wanted.keys()):
-            place = f"{path}.{key}".lstrip(".")
-            yield from _differences(recorded.get(key), wanted.get(key), place)
-    elif path in ("split", "normalization"):
+            yield from _differences(
+                recorded.get(key), wanted.get(key), f"{path}.{key}" if path else key
+            )
+    elif path in ("split", "normalization") and _are(list, recorded, wanted):
         for number, pair in enumerate(zip(recorded, wanted, strict=False)):
             yield from _differences(*pair, f"{path}[{number}]")
-    elif path in ("images", "code"):
-        yield {"images": "the images or labels differ", "code": "your own code differs"}[path]
     else:
         yield f"{_SETTINGS.get(path, path)} is {recorded} in the file and {wanted} here"
+
+
+def _are(kind: type, *values: Any) -> bool:
+    return all(isinstance(value, kind) for value in values)

@@ -1,0 +1,331 @@
+"""Packed teachers: the same students from recorded outputs, without the teacher."""
+
+import hashlib
+import json
+import shutil
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import FOLDER, TINY, write_folder
+from test_cache_script import script  # noqa: F401
+
+from kd_lightning import api
+from kd_lightning.workflows.packing import pack_runs
+
+NETWORK = (
+    "teacher.model.channels", "teacher.model.hidden", "teacher.layers", "teacher.trainer",
+    "teacher.optimizer",
+)  # fmt: skip
+STUDENT = tuple(setting for setting in TINY if not setting.startswith(NETWORK))
+SAME = (
+    "teacher", "teacher_parameters", "compression_ratio", "teacher_val_accuracy",
+    "teacher_test_accuracy", "agreement", "val_accuracy", "test_accuracy", "parameters",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory):
+    """A packed teacher of `write_folder`'s images, for combined and two views, and its run."""
+    root = tmp_path_factory.mktemp("published")
+    images = write_folder(root / "images")
+    given = (*FOLDER, *TINY, f"data.root={images}", f"output_dir={root / 'outputs'}")
+    found = api.run(*given, "trainer.precision=32-true", "method=combined")
+    pack_runs([found["folder"]], root / "teacher.zip")
+    return root / "teacher.zip", found
+
+
+@pytest.fixture
+def from_packed(train, published):
+    """Train from a packed teacher, on the images of the `train` fixture, which are the same."""
+
+    def run(*arguments, file=published[0]):
+        given = ("teacher=packed", f"teacher.outputs={file}", "trainer.precision=32-true")
+        return train(*STUDENT, *given, *arguments, tiny=False)
+
+    return run
+
+
+def student_of(folder):
+    return (folder / "student.safetensors").read_bytes()
+
+
+def test_student_and_results_are_those_of_the_teacher(train, tmp_path, script, monkeypatch):  # noqa: F811
+    """On digits, through the command line, elsewhere, without the teacher's weights and code."""
+    module = tmp_path / "code" / "own_teacher.py"
+    module.parent.mkdir()
+    module.write_text("from kd_lightning.models import ConvNet\n\nclass Net(ConvNet):\n    pass\n")
+    monkeypatch.syspath_prepend(str(module.parent))
+    digits = (*TINY, "data=digits", "data.image_size=16", "data.padding=2", "data.views=2",
+              "trainer.max_epochs=3")  # fmt: skip
+    originals, file = {}, tmp_path / "teacher.zip"
+    for method in ("combined", "logit"):
+        done = train(*digits, "teacher.model._target_=own_teacher.Net", f"method={method}",
+                     data=False, tiny=False)  # fmt: skip
+        assert done.code == 0, done.err
+        originals[method] = (done.metrics, student_of(done.runs[0]))
+        if method == "combined":
+            code, said, err = script("pack", done.runs[0], file)
+            assert code == 0, err
+            lines = said.splitlines()
+            assert [line.split(": ")[-1] for line in lines[:-1]] == ["2 views"] * 2 + ["1 view"]
+    shutil.rmtree(tmp_path / "outputs")
+    shutil.rmtree(module.parent)
+    sys.modules.pop("own_teacher")
+    plain = tuple(setting for setting in digits if not setting.startswith("teacher."))
+    for method, (metrics, weights) in originals.items():
+        done = train(*plain, "teacher=packed", f"teacher.outputs={file}", f"method={method}",
+                     data=False, tiny=False)  # fmt: skip
+        assert done.code == 0, done.err
+        assert student_of(done.runs[0]) == weights
+        assert {key: done.metrics[key] for key in SAME} == {key: metrics[key] for key in SAME}
+        assert done.metrics["teacher_key"] == hashlib.sha256(file.read_bytes()).hexdigest()
+    assert "own_teacher" not in sys.modules
+    assert not list(tmp_path.glob("outputs/teachers/*/*.safetensors"))
+
+
+def test_missing_row_ends_the_training_which_then_resumes(from_packed, published, tmp_path):
+    """Without the teacher it cannot be recomputed, and no other number may be used."""
+    file, original = published
+    command = ("method=combined", "setting=same", "trainer.max_epochs=2")
+    assert from_packed("method=logit", "seed=1", "trainer.max_epochs=1").code == 0
+    (damaged,) = tmp_path.glob("outputs/teachers/packed/*/*-logit-*/view-00001.rows")
+    content = bytearray(damaged.read_bytes())
+    for place in range(8, len(content), 16):
+        content[place] ^= 1
+    damaged.write_bytes(content)
+    done = from_packed(*command)
+    assert done.code == 1
+    assert str(file) in done.err
+    folder = damaged.parents[1]
+    assert f"remove {folder} and run the same command again" in done.err
+    assert "Traceback" not in done.err
+    assert torch.load(done.runs[0] / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 0
+    shutil.rmtree(folder)
+    again = from_packed(*command)
+    assert again.code == 0, again.err
+    assert "resum" in (done.runs[0] / "train.log").read_text()
+    assert student_of(done.runs[0]) == student_of(Path(original["folder"]))
+
+
+MISFITS = [
+    (["data.padding=1"], "data.padding is 2 in the file and 1 here"),
+    (["data.view_seed=4"], "data.view_seed is 0 in the file and 4 here"),
+    (["data.val_fraction=0.2"], "data.val_fraction is 0.1 in the file and 0.2 here"),
+    (["data.mean=[0.4,0.5,0.5]"], "data.mean is"),
+    (["trainer.precision=bf16-mixed"], "precision is 32-true in the file and bf16-mixed here"),
+    (["remember.dtype=float32"], "remember.dtype is float16 in the file and float32 here"),
+    (["remember.top_k=1"], "remember.top_k is None in the file and 1 here"),
+    (["data.mixing={_target_: kd_lightning.data.Mixup}"], "data.mixing is None in the file and"),
+    (["augmentation=strong"], "data.augmentation is {"),
+    (["teacher.layers=[stage1]", "method=attention"], "term.maps is"),
+    (["trainer.max_epochs=3"], "2 views of each image for logit, but this run needs 3: use data"),
+    (["trainer.max_epochs=5", "data.views=4"], "use data.views=2"),
+    (["remember.disk_gb=0"], "remember.disk_gb must be above 0"),
+    (["teacher.outputs=null"], "needs teacher.outputs=FILE"),
+    (["teacher.outputs=nowhere.zip"], "teacher.outputs=nowhere.zip does not exist"),
+    (["teacher.checkpoint=one.safetensors"], "cannot be used with teacher.outputs"),
+    (["teacher.members=[{seed: 0},{seed: 1}]"], "a packed teacher cannot be in an ensemble"),
+    (["teacher=convnet"], "add teacher=packed"),
+    (["data.image_size=8"], "the images or labels differ"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "words"), MISFITS, ids=lambda value: str(value[0])[:40])
+def test_what_differs_is_named_before_training(from_packed, tmp_path, overrides, words):
+    done = from_packed("method=logit", *overrides)
+    refused(done, words, tmp_path)
+
+
+def refused(done, words, tmp_path):
+    assert done.code == 2, done.err
+    assert words in done.err
+    assert len(done.err.splitlines()) == 1, done.err
+    assert not done.runs
+    assert not list(tmp_path.glob("outputs/**/*.rows"))
+
+
+def rewritten(source, target, change=lambda manifest: None, parts=lambda parts: None):
+    """A copy of a packed file with changes of its manifest and of its parts' bytes."""
+    with zipfile.ZipFile(source) as archive:
+        content = {name: archive.read(name) for name in archive.namelist()}
+    parts(content)
+    manifest = json.loads(content.pop("manifest.json"))
+    change(manifest)
+    with zipfile.ZipFile(target, "w") as archive:
+        for name, part in content.items():
+            archive.writestr(name, part)
+        archive.writestr("manifest.json", json.dumps(manifest))
+    return target
+
+
+def without(kind):
+    def change(manifest):
+        manifest["caches"] = [c for c in manifest["caches"] if f"-{kind}-" not in c["name"]]
+
+    return change
+
+
+def test_outputs_that_a_method_needs_must_be_there(from_packed, published, tmp_path):
+    file = rewritten(published[0], tmp_path / "less.zip", without("attention"))
+    done = from_packed("method=combined", file=file)
+    refused(done, "no outputs for the term attention, only those of Logit", tmp_path)
+    file = rewritten(published[0], tmp_path / "untested.zip", without("evaluation"))
+    refused(from_packed("method=logit", file=file), "no outputs on the test images", tmp_path)
+
+
+def changed(*path, to):
+    def change(manifest):
+        *parents, last = path
+        node = manifest
+        for part in parents:
+            node = node[part]
+        node[last] = to
+
+    return change
+
+
+FORGED = [
+    changed("teacher", "name", to="../../elsewhere"),
+    changed("teacher", "name", to="${oc.env:HOME}"),
+    changed("teacher", "layers", to=["${output_dir}"]),
+    changed("teacher", "layers", to="stage1"),
+    changed("teacher", "parameters", to=2**70),
+    changed("teacher", "val_accuracy", to="good"),
+    changed("teacher", "shapes", "shapes", "stage1", to=[8, -1, 8]),
+    changed("teacher", "shapes", "layouts", "stage1", to=["channels_first", 8]),
+    changed("teacher", "shapes", "layouts", "stage2", to=["tokens", 8, 8, 3]),
+    changed("teacher", "shapes", "shapes", "stage2", to=[2**39, 2, 2]),
+    changed("teacher", "shapes", to={}),
+    changed("teacher", "shapes", "shapes", "", to=[4]),
+    changed("caches", 0, "name", to="../../elsewhere"),
+    changed("caches", 0, "key", to=[]),
+    changed("caches", 0, "rows", "shape", to=[4]),
+    changed("caches", 0, "rows", "dtype", to=[]),
+    changed("caches", 0, "files", to={"../view-00000.rows": "0" * 64}),
+    changed("caches", 2, "key", "normalization", to=None),
+    changed("caches", 0, "key", "term", to=7),
+    changed("caches", 0, "key", "split", to=7),
+    changed("caches", to=7),
+    changed("format", to=3),
+]
+
+
+@pytest.mark.parametrize("change", FORGED, ids=range(len(FORGED)))
+def test_forged_description_is_rejected(from_packed, published, tmp_path, change):
+    file = rewritten(published[0], tmp_path / "forged.zip", change)
+    done = from_packed("method=combined", file=file)
+    refused(done, "", tmp_path)
+    assert not list(tmp_path.rglob("elsewhere*"))
+
+
+def test_damaged_file_is_rejected_before_training(from_packed, published, tmp_path):
+    def spoil(content):
+        name = next(name for name in content if "-logit-" in name)
+        content[name] = content[name][:-1] + bytes([content[name][-1] ^ 1])
+
+    file = rewritten(published[0], tmp_path / "spoilt.zip", parts=spoil)
+    refused(from_packed("method=logit", file=file), "is damaged", tmp_path)
+    content = published[0].read_bytes()
+    (tmp_path / "half.zip").write_bytes(content[: len(content) // 2])
+    refused(from_packed("method=logit", file=tmp_path / "half.zip"), "is damaged", tmp_path)
+
+
+def test_single_cache_is_no_teacher(from_packed, published, tmp_path, script):  # noqa: F811
+    root = Path(published[1]["folder"]).parents[2]
+    (name,) = [path.name for path in root.glob("teachers/remembered/*-logit-*")]
+    shutil.copytree(root / "teachers", tmp_path / "outputs" / "teachers")
+    assert script("pack", name, tmp_path / "one.zip")[0] == 0
+    shutil.rmtree(tmp_path / "outputs")
+    done = from_packed("method=logit", file=tmp_path / "one.zip")
+    refused(done, "pack it again with scripts/cache.py pack RUN FILE", tmp_path)
+
+
+def test_other_content_is_another_teacher(from_packed, published, tmp_path):
+    file = tmp_path / "teacher.zip"
+    shutil.copy(published[0], file)
+    command = ("method=logit", "setting=same", "trainer.max_epochs=1")
+    first = from_packed(*command, file=file)
+    assert first.code == 0, first.err
+    assert "already finished" in from_packed(*command, file=file).out
+    rewritten(published[0], file, changed("teacher", "val_accuracy", to=0.25))
+    second = from_packed(*command, file=file)
+    assert second.code == 0, second.err
+    assert "the teacher" in second.err
+    metrics = json.loads((first.runs[0] / "metrics.json").read_text())
+    assert metrics["teacher_val_accuracy"] == 0.25
+    (earlier,) = tmp_path.glob("outputs/superseded/same/*/metrics.json")
+    for key in ("teacher_key", "teacher_sha256"):
+        assert json.loads(earlier.read_text())[key] != metrics[key]
+
+
+def test_grid_and_report(from_packed, published, tmp_path):
+    done = from_packed("-m", "method=none,logit,attention", "seed=0,1", "trainer.max_epochs=1")
+    assert done.code == 0, done.err
+    assert len(done.runs) == 6
+    for run in done.runs:
+        metrics = json.loads((run / "metrics.json").read_text())
+        assert metrics["teacher"] == "convnet"
+        assert metrics["teacher_parameters"] == published[1]["teacher_parameters"]
+    table = next(tmp_path.glob("outputs/runs/*/results.md")).read_text()
+    assert "attention" in table
+    assert "convnet" in table
+
+
+def test_several_processes(from_packed, train):
+    command = ("method=logit", "trainer=ddp", "trainer.devices=2", "trainer.max_epochs=1")
+    done = from_packed(*command)
+    assert done.code == 0, done.err
+    assert done.metrics["processes"] == 2
+
+
+def test_runs_that_cannot_be_packed(train, tmp_path, script, published, from_packed):  # noqa: F811
+    file = tmp_path / "teacher.zip"
+
+    def said(*runs):
+        code, _, err = script("pack", *runs, file)
+        assert code == 2
+        assert not file.exists()
+        return err
+
+    none = train("method=none")
+    assert "no teacher" in said(none.runs[0])
+    uncached = train("method=logit", "remember.disk_gb=0")
+    assert "not cached" in said(uncached.runs[0])
+    logit = train("method=logit", "trainer.max_epochs=1")
+    other = train("method=attention", "trainer.max_epochs=1", "teacher.seed=1")
+    assert "another teacher" in said(logit.runs[0], other.runs[0])
+    again = from_packed("method=logit")
+    assert again.code == 0, again.err
+    assert "without weights" in said(again.runs[0])
+    metrics = json.loads((logit.runs[0] / "metrics.json").read_text())
+    (logit.runs[0] / "metrics.json").write_text(json.dumps({**metrics, "status": "running"}))
+    assert "no finished run" in said(logit.runs[0])
+
+
+def test_runs_of_several_methods_are_packed_together(train, tmp_path, script, from_packed):  # noqa: F811
+    runs = []
+    for method in ("logit", "attention"):
+        done = train(f"method={method}", "trainer.precision=32-true")
+        assert done.code == 0, done.err
+        runs.append(done.runs[0])
+    code, said, err = script("pack", *runs, tmp_path / "both.zip")
+    assert code == 0, err
+    assert len(said.splitlines()) == 4  # two terms, evaluation, the file
+    done = from_packed("method=combined", file=tmp_path / "both.zip")
+    assert done.code == 0, done.err
+
+
+def test_incomplete_views_are_not_packed(train, tmp_path, script):  # noqa: F811
+    done = train("method=logit")
+    (view,) = tmp_path.glob("outputs/teachers/remembered/*-logit-*/view-00001.rows")
+    view.write_bytes(bytes(view.stat().st_size))
+    code, said, _ = script("pack", done.runs[0], tmp_path / "teacher.zip")
+    assert code == 0
+    assert ": 1 view\n" in said.splitlines(keepends=True)[0]
+    view.with_name("view-00000.rows").unlink()
+    code, _, err = script("pack", done.runs[0], tmp_path / "none.zip")
+    assert code == 2
+    assert "no complete view" in err
