@@ -7,6 +7,7 @@ from omegaconf import DictConfig
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.complete import plain
 from kd_lightning.config.earlier_run import earlier_runs
+from kd_lightning.errors import InputError
 from kd_lightning.storage.identity import finished, unchanged
 from kd_lightning.terminal import say
 
@@ -28,9 +29,14 @@ def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
         if metrics and unchanged(metrics, node):
             continue
         # Needs torch, which takes seconds to import.
-        from kd_lightning.engine.launch import quiet_lightning
+        from kd_lightning.engine.launch import launched, quiet_lightning
         from kd_lightning.workflows.student import run
 
+        if launched():
+            raise InputError(
+                f"teacher.run: {earlier.folder} is not finished; run this command once without the "
+                "launcher, or train that run by a command of its own"
+            )
         quiet_lightning()
         say(f"the teacher is trained first: {earlier.folder}")
         run(node, earlier.folder)
