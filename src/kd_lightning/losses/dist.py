@@ -1,5 +1,5 @@
 """DIST: Huang, You, Wang, Qian & Xu (2022), "Knowledge Distillation from A Stronger Teacher",
-section 4, equations 8 to 10.
+section 4.
 """
 
 from typing import ClassVar

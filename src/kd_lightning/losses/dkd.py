@@ -1,5 +1,5 @@
 """Decoupled knowledge distillation: Zhao, Cui, Song, Qiu & Liang (2022), "Decoupled Knowledge
-Distillation", section 3, equation 7.
+Distillation", section 3, equations 6 and 7.
 """
 
 import torch

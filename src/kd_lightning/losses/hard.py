@@ -27,8 +27,7 @@ class HardLabel(LogitTerm):
     """Cross-entropy with the class that the teacher predicts for the view, mixed or not.
 
     The authors train a second head, the distillation token, with this loss. Here it applies to the
-    student's only head, as in the comparison with convolutional networks (table 3, "no distillation
-    token").
+    student's only head, as in their comparison without the token (table 3, "hard distillation").
     """
 
     accepts_top_k = True

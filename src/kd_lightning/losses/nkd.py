@@ -1,6 +1,6 @@
 """Normalized knowledge distillation: Yang, Zeng, Li, Zhang, Yuan & Li (2023), "From Knowledge
 Distillation to Self-Knowledge Distillation: A Unified Approach with Normalized Loss and Customized
-Soft Labels", section 3.1.
+Soft Labels", section 3.
 """
 
 import torch.nn.functional as F

@@ -1,5 +1,5 @@
 """Logit standardization: Sun, Ren, Li, Wang & Cao (2024), "Logit Standardization in Knowledge
-Distillation", section 4.2 and algorithm 1.
+Distillation", section 4, algorithm 1.
 """
 
 import torch
