@@ -181,6 +181,16 @@ def test_mlkd_is_the_weighted_sum_of_its_parts():
     torch.testing.assert_close(loss, expected)
 
 
+def test_mlkd_relations_are_not_computed_in_half_precision():
+    student, teacher = torch.randn(8, 5), torch.randn(8, 5)
+    for loss in (class_relation_loss, batch_relation_loss):
+        expected = loss(student, teacher, 4)
+        exact = loss(student.double(), teacher.double(), 4)
+        assert expected.item() == pytest.approx(exact.item(), rel=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss(student, teacher, 4), expected)
+
+
 def test_tfkd_by_hand():
     # softmax(0.9, 0.1) against (1/2, 1/2), averaged over two classes.
     q = 1 / (1 + math.exp(-0.8))
