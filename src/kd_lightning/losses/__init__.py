@@ -9,6 +9,7 @@ from kd_lightning.losses.logit import Logit
 from kd_lightning.losses.logit_term import LogitTerm
 from kd_lightning.losses.mlkd import MLKD
 from kd_lightning.losses.nkd import NKD
+from kd_lightning.losses.own_teacher import OwnTeacher
 from kd_lightning.losses.term import Context, Reads, Targets, Term, TermBatch
 from kd_lightning.losses.tfkd import TfKD
 
@@ -22,6 +23,7 @@ __all__ = [
     "CrossEntropy",
     "HardLabel",
     "Logit",
+    "OwnTeacher",
     "LogitTerm",
     "Reads",
     "Targets",
