@@ -8,12 +8,13 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_lightning.losses.precision import at_least_float32
 from kd_lightning.losses.term import Term, TermBatch
 from kd_lightning.models.features import Output
 
 
 def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), a float32 scalar.
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)), a scalar of at least float32.
 
     Summed over classes, averaged over the batch. The factor T^2 keeps the gradient magnitude, and
     so the meaning of the term's weight, independent of the temperature.
@@ -24,8 +25,8 @@ def soft_target_loss(student: Tensor, teacher: Tensor, temperature: float) -> Te
         temperature: T, positive.
     """
     divergence = F.kl_div(
-        F.log_softmax(student.float() / temperature, dim=1),
-        F.log_softmax(teacher.float() / temperature, dim=1),
+        F.log_softmax(at_least_float32(student) / temperature, dim=1),
+        F.log_softmax(at_least_float32(teacher) / temperature, dim=1),
         reduction="batchmean",
         log_target=True,
     )
