@@ -76,6 +76,11 @@ class Case:
         return self.content["id"]
 
     @property
+    def method(self) -> str:
+        """The name of the loss; see the README."""
+        return self.content["method"]
+
+    @property
     def params(self) -> dict[str, Any]:
         """The authors' parameters, with their names."""
         return self.content["params"]
@@ -184,7 +189,7 @@ def cases(family: str, *methods: str, where: Callable[[Case], bool] | None = Non
     found = [
         pytest.param(case, id=case.id)
         for case in every
-        if case.content["method"] in methods and (where is None or where(case))
+        if case.method in methods and (where is None or where(case))
     ]
     if not found:
         raise ValueError(f"no case of {methods} in {family}")
