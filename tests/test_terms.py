@@ -16,12 +16,17 @@ from kd_lightning.losses import (
     DKD,
     MLKD,
     NKD,
+    NST,
+    OFD,
+    VID,
     Attention,
     Context,
     CrossEntropy,
+    FitNet,
     HardLabel,
     Logit,
     Reads,
+    ReviewKD,
     Term,
     TermBatch,
     TfKD,
@@ -105,6 +110,14 @@ TERMS = {
     "attention": lambda: Attention(LAYERS, LAYERS),
     "attention, norm": lambda: Attention(LAYERS, LAYERS, distance="norm"),
     "attention, inputs": lambda: Attention(pairs=[["stage2:input", "stage2:input"]]),
+    "fitnet": FitNet,
+    "fitnet, all": lambda: FitNet(pairs=[["stage1", "stage1"], ["stage2", "stage2"]]),
+    "vid": VID,
+    "nst": NST,
+    "ofd": OFD,
+    "ofd, inputs": lambda: OFD(pairs=[["stage1.2:input", "stage1.2:input"]]),
+    "reviewkd": lambda: ReviewKD(warmup=0),
+    "reviewkd, maps": lambda: ReviewKD(embedding=False, warmup=0),
     "projected": Projected,
     "several": Several,
     "relations": Relations,
@@ -173,6 +186,7 @@ def test_loss_is_a_finite_scalar_with_gradients(term, networks):
 
 def test_loss_is_the_batch_mean_unless_relational(term):
     term, *read = term
+    term.eval()  # BatchNorm of a projector depends on the batch, like that of a student
     whole = value(term, *read, IMAGES, LABELS)
     halves = [value(term, *read, IMAGES[part], LABELS[part]) for part in (slice(3), slice(3, 6))]
     mean = torch.stack(halves).mean()

@@ -119,7 +119,7 @@ def open_caches(
             key = {**key, "top_k": chosen_k(plan.cache.top_k, classes)}
         what = key["class"].rpartition(".")[2].lower()
         part = name.removeprefix(owner).removeprefix("/")
-        whole = {**views, "term": {**key, **({"part": part} if part else {})}}
+        whole = {**views, "term": _part_key(key, part)}
         kept[name] = rows(
             number, what, whole, data.train_size, tuple(value.shape[1:]), plan.cache.dtype
         )
@@ -190,6 +190,20 @@ def _views_key(plan: Plan, data: ImageDataModule) -> Node:
         **({"mixing": views[1] or whole} if data.mixing is not None else {}),
         **({"code": code} if code else {}),
     }
+
+
+def _part_key(key: dict[str, Any], part: str) -> dict[str, Any]:
+    """Cache key of one target of a term that has several.
+
+    Args:
+        key: the term's key, with or without ``parts``; see `Term.depends_on`.
+        part: name of the target; empty if there is only one.
+    """
+    key = dict(key)
+    own = key.pop("parts", None)
+    if own is not None:
+        return {**key, "part": own[part]}
+    return {**key, **({"part": part} if part else {})}
 
 
 def _term_key(term: Term) -> dict[str, Any] | None:

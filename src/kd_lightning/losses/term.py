@@ -102,8 +102,9 @@ class Term(nn.Module):
     def depends_on(self) -> dict[str, Any] | None:
         """Cache key: what `remember` depends on besides teacher and view, as plain values.
 
-        Called after `setup`. Terms of one class with equal keys share cached targets. None (the
-        default) disables the cache.
+        Called after `setup`. Terms of one class with equal keys share cached targets. If `remember`
+        returns a dictionary, the item ``parts`` may hold the key of each target by name; then
+        single targets are shared. None (the default) disables the cache.
         """
         return None
 
