@@ -51,6 +51,7 @@ class PackedLayers(NamedTuple):
     layouts: dict[str, tuple[str, int, int, int]]
     input_layouts: dict[str, tuple[str, int, int, int]]
     modified: tuple[str, ...]
+    roles: tuple[tuple[str, ...], str, str] | None
 
 
 class PackedTeacher(NamedTuple):
@@ -151,6 +152,7 @@ def _teacher(path: Path, manifest: Mapping[str, Any]) -> PackedTeacher:
             _layouts(layers["layouts"]),
             _layouts(layers["input_layouts"]),
             tuple(map(str, layers["modified"])),
+            None if layers["roles"] is None else _roles(*layers["roles"]),
         ),
         key={key: value for key, value in keys[0].items() if key != "dtype"},
         caches=caches,
@@ -194,6 +196,10 @@ def _layouts(node: Mapping[str, Any]) -> dict[str, tuple[str, int, int, int]]:
         _printable(layer): (_name(kind), _number(height), _number(width), _number(start, 0))
         for layer, (kind, height, width, start) in node.items()
     }
+
+
+def _roles(stages: list[str], embedding: str, classifier: str) -> tuple[Any, ...]:
+    return tuple(map(_printable, stages)), _printable(embedding), _printable(classifier)
 
 
 def _printable(layer: str) -> str:

@@ -24,6 +24,7 @@ from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import hold, readable
 from kd_lightning.models.features import LayerShapes, Output
 from kd_lightning.models.layouts import Layout
+from kd_lightning.models.roles import Roles
 from kd_lightning.storage.identity import file_sha256
 from kd_lightning.storage.packing import unpack
 from kd_lightning.storage.rows import DTYPES, Rows
@@ -66,6 +67,9 @@ class RecordedShapes(LayerShapes):
 
     def __init__(self, layers: PackedLayers) -> None:
         dict.__init__(self, layers.shapes)
+        self.model = nn.Module()  # without layers
+        if layers.roles is not None:
+            self.model.roles = Roles(*layers.roles)  # type: ignore[assignment]
         self.output = torch.zeros(1, *layers.shapes[""])
         self.others: dict[str, str] = {}
         self.inputs = layers.inputs

@@ -14,6 +14,7 @@ from kd_lightning.distill.caching import open_caches
 from kd_lightning.engine.launch import quiet_lightning
 from kd_lightning.errors import InputError
 from kd_lightning.models.features import LayerShapes
+from kd_lightning.models.roles import find_roles
 from kd_lightning.storage.packing import pack_teacher
 from kd_lightning.storage.rows import Rows
 from kd_lightning.storage.run_directory import RunDirectory
@@ -115,10 +116,15 @@ def _described(job: Job, metrics: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain_shapes(shapes: LayerShapes, classes: int) -> dict[str, Any]:
+    try:
+        roles = find_roles(shapes, classes)
+    except ValueError:  # then methods need the names of layers
+        roles = None
     return {
         "shapes": {**shapes, "": (classes,)},
         "inputs": shapes.inputs,
         "layouts": shapes.layouts,
         "input_layouts": shapes.input_layouts,
         "modified": sorted(shapes.modified),
+        "roles": roles,
     }
