@@ -27,6 +27,7 @@ KEYS: dict[str, set[str]] = {
 }  # fmt: skip
 OPTIONAL: dict[str, set[str]] = {
     "remember": {"top_k"},
+    "method": {"student_wrapper"},
     "": {"callbacks", "pictures", "update_bn", "ema"},
     "teacher": {
         "checkpoint_key",

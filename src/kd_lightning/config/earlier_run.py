@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd_lightning.config import naming
 from kd_lightning.config.commandline import check_overrides, composition_error
 from kd_lightning.config.nodes import Node
-from kd_lightning.config.stored import read_config
+from kd_lightning.config.stored import read_config, student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.errors import InputError
 from kd_lightning.files import home, read_json
@@ -157,11 +157,11 @@ def _teacher(folder: Path, section: DictConfig, checked: bool) -> Node:
         raise InputError(f"teacher.run: {folder} is not finished; run its command again")
     if checked:
         trust = [str(package) for package in section.get("trust") or ()]
-        check_trusted(config["student"]["model"], "teacher.run: student.model", trust)
+        check_trusted(student_model(config), "teacher.run: student.model", trust)
     data, name = config["data"], section.get("name")
     return {
         "name": str(metrics.get("name", folder.name)) if name == "run" else name,
-        "model": config["student"]["model"],
+        "model": student_model(config),
         "layers": config["student"].get("layers"),
         "checkpoint": str(folder / "student.safetensors"),
         "mean": data["mean"],

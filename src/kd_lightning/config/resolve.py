@@ -26,6 +26,7 @@ from kd_lightning.config.plan import (
     TrainerPlan,
     TrainingPlan,
 )
+from kd_lightning.config.stored import student_model
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Normalization
 
@@ -82,12 +83,12 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
         method=config["method"]["name"],
         student=TrainingPlan(
             name=config["student"]["name"],
-            model=config["student"]["model"],
+            model=student_model(config),
             terms=config["method"]["terms"],
             optimizer=config["optimizer"],
             scheduler=config["scheduler"],
             seed=config["seed"],
-            trainer=resolve_trainer(trainer_node(config), config["student"]["model"]),
+            trainer=resolve_trainer(trainer_node(config), student_model(config)),
             callbacks=config.get("callbacks") or {},
             update_bn=config.get("update_bn", False) or config.get("ema") is not None,
             ema=config.get("ema"),

@@ -1,4 +1,4 @@
-"""Configurations of runs on disk."""
+"""Configurations of runs, as they are stored on disk."""
 
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,12 @@ NEEDED = {
     "trainer.precision": str,
     "trainer.memory_format": str,
 }
+
+
+def student_model(config: Node) -> Node:
+    """The `_target_` node of a configuration's student, in the method's wrapper if it has one."""
+    model, wrapper = config["student"]["model"], config["method"].get("student_wrapper")
+    return model if wrapper is None else {**wrapper, "encoder": model}
 
 
 def read_config(folder: Path) -> Node:

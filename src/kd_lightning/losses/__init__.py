@@ -15,6 +15,7 @@ from kd_lightning.losses.nst import NST
 from kd_lightning.losses.ofd import OFD
 from kd_lightning.losses.own_teacher import OwnTeacher
 from kd_lightning.losses.reviewkd import ReviewKD
+from kd_lightning.losses.simkd import SimKD
 from kd_lightning.losses.term import Context, Reads, Targets, Term, TermBatch
 from kd_lightning.losses.tfkd import TfKD
 from kd_lightning.losses.vid import VID
@@ -38,6 +39,7 @@ __all__ = [
     "OwnTeacher",
     "Reads",
     "ReviewKD",
+    "SimKD",
     "Targets",
     "Term",
     "TermBatch",

@@ -4,6 +4,7 @@ from kd_lightning.models.cifar_resnet import CifarResNet
 from kd_lightning.models.convnet import ConvNet
 from kd_lightning.models.features import FeatureReader, Output, count_parameters, layer_shapes
 from kd_lightning.models.resnet9 import ResNet9
+from kd_lightning.models.reused_classifier import ReusedClassifier
 
 __all__ = [
     "CifarResNet",
@@ -11,6 +12,7 @@ __all__ = [
     "FeatureReader",
     "Output",
     "ResNet9",
+    "ReusedClassifier",
     "count_parameters",
     "layer_shapes",
 ]

@@ -61,8 +61,11 @@ class CifarResNet(nn.Module):
         first = BasicBlock(inputs, outputs, stride)
         return nn.Sequential(first, *(BasicBlock(outputs, outputs, 1) for _ in range(blocks - 1)))
 
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the map of the last stage."""
+        x = F.relu(self.bn1(self.conv1(images)))
+        return self.layer3(self.layer2(self.layer1(x)))
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to logits (B, num_classes)."""
-        x = F.relu(self.bn1(self.conv1(images)))
-        x = self.layer3(self.layer2(self.layer1(x)))
-        return self.linear(x.mean(dim=(2, 3)))
+        return self.linear(self.forward_features(images).mean(dim=(2, 3)))

@@ -103,9 +103,13 @@ class ConvNet(nn.Module):
             nn.Linear(hidden, num_classes),
         )
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images (B, 3, H, W) to logits (B, num_classes)."""
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to the map of the last stage."""
         x = images
         for stage in self.roles.stages:
             x = self.get_submodule(stage)(x)
-        return self.classifier(x)
+        return x
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W) to logits (B, num_classes)."""
+        return self.classifier(self.forward_features(images))

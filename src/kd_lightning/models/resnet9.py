@@ -55,7 +55,11 @@ class ResNet9(nn.Module):
             stage.append(Residual(_convolution(outputs, outputs), _convolution(outputs, outputs)))
         return stage
 
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Images (B, 3, H, W), H and W multiples of 8, to the map of the last stage."""
+        return self.stage3(self.stage2(self.stage1(self.stem(images))))
+
     def forward(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W), H and W multiples of 8, to logits (B, num_classes)."""
-        x = self.stage3(self.stage2(self.stage1(self.stem(images))))
-        return self.linear(F.adaptive_max_pool2d(x, 1).flatten(1)) * self.logit_scale
+        x = F.adaptive_max_pool2d(self.forward_features(images), 1).flatten(1)
+        return self.linear(x) * self.logit_scale

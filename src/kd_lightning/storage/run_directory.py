@@ -15,7 +15,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from kd_lightning.config.nodes import Node, build
-from kd_lightning.config.stored import read_config
+from kd_lightning.config.stored import read_config, student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.files import hold, read_json, write_json, write_text
 from kd_lightning.models.preparing import materialize
@@ -154,8 +154,8 @@ class RunDirectory:
             InputError: a file is missing or damaged, or refers to untrusted code.
         """
         config = self.read_config()
-        check_trusted(config["student"]["model"], "student.model", trust)
-        model = build(config["student"]["model"], "student.model")
+        check_trusted(student_model(config), "student.model", trust)
+        model = build(student_model(config), "student.model")
         materialize(model, config["data"]["image_size"], "student.model")
         load_weights(model, self.path / "student.safetensors")
         return model.eval(), config

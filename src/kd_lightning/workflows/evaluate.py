@@ -11,6 +11,7 @@ from kd_lightning.config.checks import trainer_node
 from kd_lightning.config.hardware import is_available
 from kd_lightning.config.nodes import build
 from kd_lightning.config.resolve import SUPERVISED, resolve_trainer
+from kd_lightning.config.stored import student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
@@ -47,7 +48,7 @@ def evaluate(
         raise InputError(
             f"{run_dir} contains a run that was never tested, such as those of a search"
         )
-    for path, node in (("student.model", config["student"]["model"]), ("data", config["data"])):
+    for path, node in (("student.model", student_model(config)), ("data", config["data"])):
         check_trusted(node, path, trust)
     if data_root is not None:
         config["data"]["root"] = data_root
@@ -55,9 +56,9 @@ def evaluate(
     if not is_available(settings["accelerator"]):
         settings["accelerator"] = "auto"  # trained on other hardware
     # The original test precision, unless the hardware differs.
-    plan = resolve_trainer(settings, config["student"]["model"])
+    plan = resolve_trainer(settings, student_model(config))
     module = DistillationModule(
-        student=config["student"]["model"],
+        student=student_model(config),
         terms=SUPERVISED,
         optimizer=config["optimizer"],
         scheduler=None,
