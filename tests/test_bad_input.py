@@ -40,7 +40,13 @@ def refused(train, tmp_path, monkeypatch):
     ("arguments", "parts"),
     [
         # groups and keys
-        (["method=magic"], ["method=magic", "attention, combined, logit, matching, none"]),
+        (
+            ["method=magic"],
+            [
+                "method=magic",
+                "attention, combined, dist, dkd, hard, logit, matching, mlkd, nkd, none, tfkd",
+            ],
+        ),
         (["student=tiny"], ["student=tiny", "large, medium, small"]),
         (["teacher=guru"], ["teacher=guru", "convnet", "resnet9"]),
         (["data=imagenet"], ["data=imagenet", "cifar10, digits, folder"]),
@@ -235,7 +241,7 @@ def test_exit_code_and_message_reach_the_shell(tmp_path):
     assert done.out == ""
     assert done.err == (
         "error: method=magic does not exist; "
-        "choose from attention, combined, logit, matching, none\n"
+        "choose from attention, combined, dist, dkd, hard, logit, matching, mlkd, nkd, none, tfkd\n"
     )
     assert not list(tmp_path.iterdir())
 

@@ -189,20 +189,16 @@ def test_terms_with_equal_targets_share_cached_logits(train, tmp_path, own):
     write_module(
         own / "mine.py",
         """
-        from kd_lightning.losses import Logit, Term
+        from kd_lightning.losses import Logit, LogitTerm
         class Derived(Logit):
             def forward(self, student, remembered, batch):
                 return (student.logits - remembered).square().mean()
-        class Independent(Term):
-            def remember(self, teacher):
-                return teacher.logits.float()
+        class Independent(LogitTerm):
             def forward(self, student, remembered, batch):
                 return (student.logits - remembered).abs().mean()
         class Clamped(Independent):
             def remember(self, teacher):
                 return teacher.logits.float().clamp(-20, 20)
-            def depends_on(self):
-                return {}
         """,
     )
     train("method=logit", *SETTING)

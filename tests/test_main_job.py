@@ -102,6 +102,33 @@ def test_every_method_runs(train, tmp_path, method):
 
 
 @pytest.mark.parametrize(
+    ("method", "augmentation"),
+    [
+        ("hard", "null"),
+        ("dist", "null"),
+        ("mlkd", "null"),
+        ("dkd", "mixup"),
+        ("nkd", "mixup"),
+        ("tfkd", "mixup"),
+    ],
+)
+def test_every_logit_method_trains_on_digits(train, tmp_path, method, augmentation):
+    done = train(
+        f"method={method}", f"augmentation={augmentation}", "data=digits", "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=2", "+teacher.trainer.limit_train_batches=1",
+        "trainer.log_every_n_steps=1", data=False,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    events = EventAccumulator(str(done.runs[0]))
+    events.Reload()
+    values = [event.value for event in events.Scalars(f"loss/{method}")]
+    assert len(values) == 2
+    assert np.isfinite(values).all()
+    assert [value > 0 for value in values] == [method != "dkd", True]  # DKD is warmed up from 0
+    assert (tmp_path / "outputs" / "teachers").exists() == (method != "tfkd")
+
+
+@pytest.mark.parametrize(
     "teacher",
     [
         ["teacher=resnet9", "+teacher.model.logit_scale=1.0"],

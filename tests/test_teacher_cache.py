@@ -19,7 +19,9 @@ from hypothesis import strategies as st
 from kd_lightning import api
 from kd_lightning.data import FolderDataModule
 from kd_lightning.data.views import PLAIN
+from kd_lightning.distill.caching import _term_key
 from kd_lightning.distill.teacher import FrozenTeacher, Normalization
+from kd_lightning.losses import DKD, Logit
 from kd_lightning.models import ConvNet, ResNet9
 from kd_lightning.storage import teacher_cache as memory
 from kd_lightning.storage.rows import DTYPES, Rows
@@ -479,12 +481,13 @@ def opened(tmp_path_factory):
     given = (*FOLDER, *TINY, f"data.root={write_folder(root / 'images')}", f"output_dir={root}")
 
     @cache
-    def folder(*overrides):
+    def folder(*overrides, method="attention"):
         base = [f"{owner}trainer.precision=bf16-mixed" for owner in ("", "+teacher.")]
-        job = student.prepare(api.compose(*given, "method=attention", *base, *overrides))
+        job = student.prepare(api.compose(*given, f"method={method}", *base, *overrides))
         job = job.with_teachers(find_teachers(job.plan, job.data))
         student.open_caches(job.module, job.plan, job.data, CPU)
-        return job.module.cache.rows["attention"].folder
+        (rows,) = job.module.cache.rows.values()
+        return rows.folder
 
     return folder
 
@@ -504,6 +507,15 @@ SAME_OUTPUTS = [
 @pytest.mark.parametrize("override", OTHER_OUTPUTS + SAME_OUTPUTS)
 def test_equal_outputs_share_a_cache(opened, override):
     assert (opened(override) == opened()) == (override in SAME_OUTPUTS)
+
+
+def test_logit_terms_share_a_cache(opened):
+    logits = opened(method="logit")
+    assert logits != opened()
+    for method in ("hard", "dkd", "dist", "nkd", "mlkd"):
+        assert opened(method=method) == logits
+    # A fixed name, so that existing caches remain valid.
+    assert _term_key(Logit()) == _term_key(DKD()) == {"class": "kd_lightning.losses.logit.Logit"}
 
 
 class Restless(FolderDataModule):

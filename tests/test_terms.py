@@ -11,7 +11,21 @@ from torch import nn
 from kd_lightning.data.views import Normalization
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import FrozenTeacher
-from kd_lightning.losses import Attention, Context, CrossEntropy, Logit, Reads, Term, TermBatch
+from kd_lightning.losses import (
+    DIST,
+    DKD,
+    MLKD,
+    NKD,
+    Attention,
+    Context,
+    CrossEntropy,
+    HardLabel,
+    Logit,
+    Reads,
+    Term,
+    TermBatch,
+    TfKD,
+)
 from kd_lightning.models import ConvNet, layer_shapes
 from kd_lightning.models.features import FeatureReader
 
@@ -80,6 +94,14 @@ TERMS = {
     "cross-entropy": CrossEntropy,
     "smoothed cross-entropy": lambda: CrossEntropy(label_smoothing=0.1),
     "logit": Logit,
+    "logit, standardized": lambda: Logit(2, standardize=True),
+    "hard label": HardLabel,
+    "dkd": lambda: DKD(warmup=0),
+    "dkd, standardized": lambda: DKD(9, 72, 2, warmup=0, standardize=True),
+    "dist": DIST,
+    "nkd": lambda: NKD(3.5, 3),
+    "mlkd": MLKD,
+    "tfkd": TfKD,
     "attention": lambda: Attention(LAYERS, LAYERS),
     "attention, norm": lambda: Attention(LAYERS, LAYERS, distance="norm"),
     "attention, inputs": lambda: Attention(pairs=[["stage2:input", "stage2:input"]]),
@@ -155,6 +177,29 @@ def test_loss_is_the_batch_mean_unless_relational(term):
     halves = [value(term, *read, IMAGES[part], LABELS[part]) for part in (slice(3), slice(3, 6))]
     mean = torch.stack(halves).mean()
     assert term.relational != torch.allclose(whole, mean, rtol=1e-4)
+
+
+def test_loss_of_one_image_is_finite(term, networks):
+    term, *read = term
+    loss = value(term, *read, IMAGES[:1], LABELS[:1], progress=1.0)
+    loss.backward()
+    assert loss.isfinite()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in networks[0].parameters())
+
+
+def test_loss_of_mixed_images(term):
+    """Equal to that of plain images if the share is 1, also of the partners; linear in between."""
+    term, *read = term
+    partners = LABELS.flip(0)
+
+    def mixed(share):
+        ratio = torch.full((len(LABELS),), share)
+        return value(term, *read, IMAGES, LABELS, partner_labels=partners, ratio=ratio)
+
+    plain = [value(term, *read, IMAGES, labels) for labels in (LABELS, partners)]
+    torch.testing.assert_close(mixed(1.0), plain[0])
+    torch.testing.assert_close(mixed(0.0), plain[1])
+    torch.testing.assert_close(mixed(0.25), 0.25 * plain[0] + 0.75 * plain[1])
 
 
 def test_loss_works_with_autocast(term):

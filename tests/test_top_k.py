@@ -3,8 +3,12 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from test_ensemble import teacher
 
+from kd_lightning.distill.ensemble import Ensemble
+from kd_lightning.distill.targets import TeacherTargets
 from kd_lightning.distill.top_k import chosen_k, reduce, restore
+from kd_lightning.losses import DIST, DKD, MLKD, NKD, HardLabel, Logit, LogitTerm
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.storage.rows import DTYPES, Rows
 from kd_lightning.storage.teacher_cache import stored
@@ -117,6 +121,49 @@ def test_training_with_reduced_rows(train, tmp_path, members):
     assert (dense.runs[0] / "student.safetensors").read_bytes() != weights[0]
     assert dense.metrics["config_key"] != first.metrics["config_key"]
     assert dense.metrics["teacher_test_accuracy"] == first.metrics["teacher_test_accuracy"]
+
+
+class Negated(Logit):
+    """Other targets than the logits."""
+
+    def remember(self, teacher):
+        return -teacher.logits.float()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reduced"),
+    [
+        (Logit(), True),
+        (HardLabel(), True),
+        (Logit(standardize=True), False),
+        (DKD(), False),
+        (DIST(), False),
+        (NKD(), False),
+        (MLKD(), False),
+        (Negated(), False),
+        (LogitTerm(), False),
+    ],
+)
+def test_terms_whose_logits_are_reduced(kind, reduced):
+    """Only those for which the class probabilities are enough; of an ensemble, if all are."""
+    images = torch.randn(5, 3, 16, 16)
+    single = TeacherTargets(teacher(0), {"a": Logit(), "b": kind}, classes=3)
+    both = TeacherTargets(Ensemble([teacher(0), teacher(1)]), {"a": Logit(), "b": kind}, classes=3)
+    for targets in (single, both):
+        names = ("a", "b") if targets is single else ("/0", "/1")
+        assert not any(targets.is_reduced(name) for name in names)
+        dense = targets.of_terms(targets.ask(images))
+        targets.top_k = 1
+        widths = {name: rows.shape[1] for name, rows in targets.ask(images).items()}
+        first = reduced if targets is both else True
+        expected = dict(zip(names, (first, reduced), strict=True))
+        assert {name: targets.is_reduced(name) for name in names} == expected
+        assert widths == {name: 7 if known else 3 for name, known in expected.items()}
+        assert not targets.is_reduced("c")
+        for name, value in targets.of_terms(targets.ask(images)).items():
+            assert value.shape == (5, 3)
+            if not reduced and name == "b":
+                assert torch.equal(value, dense[name])
 
 
 def test_invalid_top_k_is_rejected(train):

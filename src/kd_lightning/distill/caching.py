@@ -12,15 +12,18 @@ from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Augmentation
 from kd_lightning.distill.ensemble import members_of
 from kd_lightning.distill.module import DistillationModule
-from kd_lightning.distill.targets import remembers_logits
 from kd_lightning.distill.teacher import CHECKED_IMAGES
 from kd_lightning.distill.top_k import chosen_k
-from kd_lightning.losses import Logit, Term
+from kd_lightning.losses import Term
+from kd_lightning.losses.logit_term import remembers_logits
 from kd_lightning.storage.identity import source_sha256, targets
 from kd_lightning.storage.rows import DTYPES, Rows
 from kd_lightning.storage.teacher_cache import GIGABYTE, TeacherCache, folder_name, too_large
 
 log = logging.getLogger(__name__)
+
+LOGITS = "kd_lightning.losses.logit.Logit"
+"""The name of logits in a cache key: that of the first term that stored them."""
 
 _NOT_OF_THE_VIEWS = (
     "name", "root", "cache_dir", "batch_size", "eval_batch_size", "seed", "views",
@@ -74,8 +77,7 @@ def open_caches(
     why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
     module.reduce_logits(chosen_k(plan.cache.top_k, classes))
     parts = {
-        name: (number, _term_key(term, classes))
-        for name, (number, term) in module.target_parts().items()
+        name: (number, _term_key(term)) for name, (number, term) in module.target_parts().items()
     }
     for name, (_, key) in parts.items():
         if key is None:
@@ -149,14 +151,14 @@ def _views_key(plan: Plan, data: ImageDataModule) -> Node:
     }
 
 
-def _term_key(term: Term, classes: int) -> dict[str, Any] | None:
+def _term_key(term: Term) -> dict[str, Any] | None:
     """Cache key of a term's rows, besides teacher and view; None if the term does not define one.
 
-    Terms with identical targets share their rows: all that store the plain logits, and subclasses
-    that do not override `remember`. The term's name in the configuration is not part of the key.
+    Terms with identical targets share their rows: every `LogitTerm`, and subclasses that do not
+    override `remember`. The term's name in the configuration is not part of the key.
     """
-    if remembers_logits(term, classes):
-        return {"class": f"{Logit.__module__}.{Logit.__qualname__}"}
+    if remembers_logits(term):
+        return {"class": LOGITS}
     depends_on = term.depends_on()
     if depends_on is None:
         return None

@@ -3,13 +3,13 @@
 from collections.abc import Mapping
 from typing import cast
 
-import torch
 from torch import Tensor
 
 from kd_lightning.distill.ensemble import Ensemble, PerMember, members_of
 from kd_lightning.distill.teacher import Teacher
 from kd_lightning.distill.top_k import reduce, restore
-from kd_lightning.losses import Logit, Targets, Term
+from kd_lightning.losses import LogitTerm, Targets, Term
+from kd_lightning.losses.logit_term import remembers_logits
 from kd_lightning.models.features import Output
 
 LOGITS = ""
@@ -48,7 +48,7 @@ class TeacherTargets:
         found: dict[str, tuple[int, Term]] = {}
         for number in range(len(self.members)):
             if self._from_logits:
-                found[f"{LOGITS}/{number}"] = (number, Logit())
+                found[f"{LOGITS}/{number}"] = (number, LogitTerm())
             for name, term in self._terms.items():
                 if isinstance(term, PerMember):
                     found[f"{name}/{number}"] = (number, term.of_member(number))
@@ -56,8 +56,12 @@ class TeacherTargets:
 
     def is_reduced(self, name: str) -> bool:
         """Whether only the largest logits are kept of a target, one of `parts`."""
-        term = self.parts().get(name, (0, None))[1]
-        return self.top_k is not None and term is not None and remembers_logits(term, self.classes)
+        if self.top_k is None:
+            return False
+        if self._ensemble is not None and name.partition("/")[0] == LOGITS:
+            return all(_accepts_top_k(self._terms[reader]) for reader in self._from_logits)
+        part = self.parts().get(name)
+        return part is not None and _accepts_top_k(part[1])
 
     def ask(self, images: Tensor) -> dict[str, Tensor]:
         """Compute the targets for images (B, 3, H, W): (B, ...) by the names of `parts`, or by
@@ -86,34 +90,21 @@ class TeacherTargets:
                 targets[name] = value
         if self._ensemble is not None and self._from_logits:
             logits = cast(dict[str, Tensor], targets.pop(LOGITS))
+            reduced = self.is_reduced(f"{LOGITS}/0")
             for name in self._from_logits:
                 term = self._terms[name]
                 members = [
-                    self._restored(logits[str(number)], term) for number in range(len(self.members))
+                    self._restored(rows, term) if reduced else rows
+                    for rows in (logits[str(number)] for number in range(len(self.members)))
                 ]
                 targets[name] = term.remember(Output(self._ensemble.combine(members), {}))
         return targets
 
     def _restored(self, rows: Tensor, term: Term) -> Tensor:
-        """Dense logits (B, C) for a term."""
-        if self.top_k is None:
-            return rows
+        """Dense logits (B, C) for a term, from reduced rows."""
         return restore(rows, self.classes, float(getattr(term, "temperature", 1.0)))
 
 
-def remembers_logits(term: Term, classes: int) -> bool:
-    """Whether `remember` returns the logits unchanged, including infinities and NaN."""
-    scale = torch.tensor([0.0, 1e-30, 1e-3, 1.0, 10.0, 1e2, 1e4, 1e30, torch.inf, torch.nan])
-    logits = (
-        torch.linspace(-1.5, 2, len(scale) * classes).view(len(scale), classes) * scale[:, None]
-    )
-    try:
-        found = [term.remember(Output(logits.clone(), {})) for _ in range(2)]
-    except Exception:  # it reads features, or rejects such values
-        return False
-    return all(
-        isinstance(rows, torch.Tensor)
-        and rows.dtype == logits.dtype
-        and torch.equal(rows.view(torch.int32), logits.view(torch.int32))
-        for rows in found
-    )
+def _accepts_top_k(term: Term) -> bool:
+    """Whether a term can do with the largest of the teacher's logits."""
+    return isinstance(term, LogitTerm) and term.accepts_top_k and remembers_logits(term)

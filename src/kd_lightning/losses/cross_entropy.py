@@ -1,4 +1,4 @@
-"""Cross-entropy with the true labels: the only term that needs no teacher."""
+"""Cross-entropy with the true labels."""
 
 from typing import ClassVar
 
@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kd_lightning.losses.precision import at_least_float32
 from kd_lightning.losses.term import Term, TermBatch
 from kd_lightning.models.features import Output
 
@@ -31,11 +32,11 @@ class CrossEntropy(Term):
         For mixed images, the average over both labels, weighted with their shares (Zhang et al.
         2018, "mixup: Beyond Empirical Risk Minimization").
         """
-        logits, smoothing = student.logits.float(), self.label_smoothing
+        logits, smoothing = at_least_float32(student.logits), self.label_smoothing
         if batch.partner_labels is None or batch.ratio is None:
             return F.cross_entropy(logits, batch.labels, label_smoothing=smoothing)
         own, other = (
             F.cross_entropy(logits, labels, label_smoothing=smoothing, reduction="none")
             for labels in (batch.labels, batch.partner_labels)
         )
-        return torch.lerp(other, own, batch.ratio).mean()
+        return torch.lerp(other, own, batch.ratio.to(own.dtype)).mean()
