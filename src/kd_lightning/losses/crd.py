@@ -133,6 +133,7 @@ class CRD(VectorTerm):
             if not context.train_size:
                 raise ValueError("memory=true needs the number of training images")
             self.bank = MemoryBank(context.train_size, self.size, self.momentum)
+            self.bank.train(self.training)
         return reads
 
     def forward(self, student: Output, remembered: Tensor, batch: TermBatch) -> Tensor:
