@@ -128,6 +128,24 @@ def test_every_logit_method_trains_on_digits(train, tmp_path, method, augmentati
     assert (tmp_path / "outputs" / "teachers").exists() == (method != "tfkd")
 
 
+@pytest.mark.parametrize("method", ["sp", "rkd", "pkt", "crd", "crd with memory"])
+def test_every_relational_method_trains_on_digits(train, method):
+    name = method.split()[0]
+    memory = ["method.terms.crd.memory=true"] if "memory" in method else []
+    done = train(
+        f"method={name}", *memory, "data=digits", "trainer.max_epochs=1",
+        "+trainer.limit_train_batches=2", "+teacher.trainer.limit_train_batches=1",
+        "trainer.log_every_n_steps=1", data=False,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    events = EventAccumulator(str(done.runs[0]))
+    events.Reload()
+    values = [event.value for event in events.Scalars(f"loss/{name}")]
+    assert len(values) == 2
+    assert np.isfinite(values).all()
+    assert min(values) > 0
+
+
 @pytest.mark.parametrize(
     "teacher",
     [

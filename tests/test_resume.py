@@ -252,6 +252,24 @@ def test_bf16_is_reproducible(tmp_path, whole):
     assert left(tmp_path / "one") == left(tmp_path / "two")
 
 
+def test_resume_restores_the_memory_bank(tmp_path, whole):
+    root, _ = whole
+    memory = ("method=crd", "method.terms.crd.memory=true", "method.terms.crd.negatives=10")
+    config = configuration(root, *memory, "trainer.max_epochs=2")
+    training.run(config, tmp_path / "one")
+    with pytest.raises(Stopped):
+        training.run(config, tmp_path / "two", callbacks=[Ask(3)])
+    training.run(config, tmp_path / "two")
+    assert left(tmp_path / "one") == left(tmp_path / "two")
+    one, two = (
+        torch.load(RunDirectory(tmp_path / name).checkpoint().path, weights_only=True)["state_dict"]
+        for name in ("one", "two")
+    )
+    assert one["terms.crd.bank.steps"] == 2 * BATCHES
+    assert one.keys() == two.keys()
+    assert all(torch.equal(two[name], value) for name, value in one.items())
+
+
 def test_lost_cache_rows_are_recomputed_bit_identically(tmp_path):
     """For a part of the batch, the order of floating-point additions would differ."""
     training.run(configuration(tmp_path, "remember.dtype=float32"), tmp_path / "first")

@@ -1,6 +1,7 @@
 """Loss terms, the building blocks of methods, one per file."""
 
 from kd_lightning.losses.attention import Attention
+from kd_lightning.losses.crd import CRD
 from kd_lightning.losses.cross_entropy import CrossEntropy
 from kd_lightning.losses.dist import DIST
 from kd_lightning.losses.dkd import DKD
@@ -14,19 +15,26 @@ from kd_lightning.losses.nkd import NKD
 from kd_lightning.losses.nst import NST
 from kd_lightning.losses.ofd import OFD
 from kd_lightning.losses.own_teacher import OwnTeacher
+from kd_lightning.losses.pkt import PKT
 from kd_lightning.losses.reviewkd import ReviewKD
+from kd_lightning.losses.rkd import RKD
 from kd_lightning.losses.simkd import SimKD
+from kd_lightning.losses.sp import SP
 from kd_lightning.losses.term import Context, Reads, Targets, Term, TermBatch
 from kd_lightning.losses.tfkd import TfKD
 from kd_lightning.losses.vid import VID
 
 __all__ = [
+    "CRD",
     "DIST",
     "DKD",
     "MLKD",
     "NKD",
     "NST",
     "OFD",
+    "PKT",
+    "RKD",
+    "SP",
     "VID",
     "Attention",
     "Context",
