@@ -44,7 +44,8 @@ def refused(train, tmp_path, monkeypatch):
             ["method=magic"],
             [
                 "method=magic",
-                "attention, combined, dist, dkd, hard, logit, matching, mlkd, nkd, none, tfkd",
+                "attention, combined, dist, dkd, fitnet, hard, logit, matching, mlkd, nkd, none, "
+                "nst, ofd, reviewkd, tfkd, vid",
             ],
         ),
         (["student=tiny"], ["student=tiny", "large, medium, small"]),
@@ -241,7 +242,8 @@ def test_exit_code_and_message_reach_the_shell(tmp_path):
     assert done.out == ""
     assert done.err == (
         "error: method=magic does not exist; "
-        "choose from attention, combined, dist, dkd, hard, logit, matching, mlkd, nkd, none, tfkd\n"
+        "choose from attention, combined, dist, dkd, fitnet, hard, logit, matching, mlkd, nkd, "
+        "none, nst, ofd, reviewkd, tfkd, vid\n"
     )
     assert not list(tmp_path.iterdir())
 

@@ -8,7 +8,7 @@ from torch.nn.functional import relu
 
 from kd_lightning.losses.fitnet import hint_loss
 from kd_lightning.losses.nst import nst_loss
-from kd_lightning.losses.ofd import image_margin, normal_margin, partial_loss, stage_sum
+from kd_lightning.losses.ofd import normal_margin, partial_loss, stage_sum
 from kd_lightning.losses.pairs import pool
 from kd_lightning.losses.projectors import convolution_norm
 from kd_lightning.losses.reviewkd import AttentionFusion, hierarchical_loss
@@ -151,8 +151,3 @@ def test_attention_fusion(case):
         return hierarchical_loss(out, teacher)
 
     case.check(loss)
-
-
-def test_image_margin_is_the_mean_of_negative_values():
-    feature_map = torch.tensor([[[[-1.0, 2.0], [-3.0, 0.0]], [[0.0, 1.0], [2.0, 3.0]]]])
-    assert image_margin(feature_map).flatten().tolist() == [-2, 0]

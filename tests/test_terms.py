@@ -216,7 +216,8 @@ def test_loss_of_one_image_is_finite(term, networks):
     loss = value(term, *read, IMAGES[:1], LABELS[:1], progress=1.0)
     loss.backward()
     assert loss.isfinite()
-    assert all(p.grad is None or p.grad.isfinite().all() for p in networks[0].parameters())
+    trained = [*networks[0].parameters(), *term.parameters()]
+    assert all(p.grad is None or p.grad.isfinite().all() for p in trained)
 
 
 def test_loss_of_mixed_images(term):

@@ -1,0 +1,121 @@
+"""Terms that compare feature maps, with unlike architectures and through the command line."""
+
+import pytest
+import torch
+from torch import nn
+
+from kd_lightning.data.views import Normalization
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.losses import NST, OFD, VID, Context, FitNet, ReviewKD, TermBatch
+from kd_lightning.models import CifarResNet, ConvNet, layer_shapes
+from kd_lightning.models.features import FeatureReader
+
+TERMS = {
+    "fitnet": FitNet,
+    "vid": VID,
+    "nst": NST,
+    "ofd": OFD,
+    "reviewkd": lambda **layers: ReviewKD(warmup=0, **layers),
+}
+LABELS = torch.tensor([0, 1, 2, 0])
+
+
+def batch(progress=0.0, size=4):
+    index = torch.arange(size)
+    return TermBatch(LABELS[:size], index, index, progress)
+
+
+def images(size, count=4):
+    generator = torch.Generator().manual_seed(3)
+    return torch.randn(count, 3, size, size, generator=generator)
+
+
+class Tokens(nn.Module):
+    """A small vision transformer: patches of 4x4, a class token, two blocks."""
+
+    def __init__(self, size):
+        super().__init__()
+        self.patches = nn.Conv2d(3, 12, 4, 4)
+        self.first = nn.Parameter(torch.zeros(1, 1, 12))
+        self.position = nn.Parameter(torch.randn(1, (size // 4) ** 2 + 1, 12))
+        block = {"dropout": 0.0, "batch_first": True, "norm_first": True}
+        self.blocks = nn.ModuleList(
+            nn.TransformerEncoderLayer(12, 2, 16, **block) for _ in range(2)
+        )
+        self.head = nn.Linear(12, 3)
+
+    def forward(self, x):
+        x = self.patches(x).flatten(2).transpose(1, 2)
+        x = torch.cat([self.first.expand(len(x), -1, -1), x], dim=1) + self.position
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x[:, 0])
+
+
+NETWORKS = {
+    "convnet": lambda: ConvNet([4, 8], 8, 3, 16),
+    "resnet": lambda: CifarResNet(8, 3),
+    "tokens": lambda: Tokens(16),
+}
+UNLIKE = [(s, t) for s in NETWORKS for t in NETWORKS if s != t]
+
+
+@pytest.mark.parametrize(("student", "teacher"), UNLIKE)
+@pytest.mark.parametrize("name", TERMS)
+def test_unlike_architectures(name, student, teacher):
+    """Gradients reach the student and the term's own parameters."""
+    torch.manual_seed(0)
+    learner, term = NETWORKS[student](), TERMS[name]()
+    master = NETWORKS[teacher]().eval().requires_grad_(False)
+    reads = term.setup(Context(layer_shapes(learner, 16), layer_shapes(master, 16), 3))
+    kept = term.remember(FeatureReader(master, reads.teacher)(images(16)))
+    assert not {*master.parameters()} & {*term.parameters()}
+    loss = term(FeatureReader(learner, reads.student)(images(16)), kept, batch())
+    assert loss.isfinite()
+    gradients = torch.autograd.grad(
+        loss, [*learner.parameters(), *term.parameters()], allow_unused=True
+    )
+    count = len([*learner.parameters()])
+    assert any(g is not None and g.any() for g in gradients[:count])
+    assert all(g is not None and g.any() and g.isfinite().all() for g in gradients[count:])
+
+
+@pytest.mark.parametrize("name", ["FitNet", "VID", "OFD", "ReviewKD"])
+def test_own_parameters_are_trained_and_resumed_but_not_part_of_the_student(name):
+    half = Normalization((0.5,) * 3, (0.5,) * 3)
+    teacher = FrozenTeacher(ConvNet([6, 10], 12, 3, 16), expects=half, given=half)
+    node = {"_target_": "kd_lightning.models.ConvNet", "channels": [4, 8], "hidden": 8,
+            "num_classes": 3, "image_size": 16}  # fmt: skip
+    terms = {"term": {"_target_": f"kd_lightning.losses.{name}", "weight": 1.0}}
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.1}
+    module = DistillationModule(node, terms, sgd, None, 3, 16, train_size=7, teacher=teacher)
+    own = {name for name, _ in module.named_parameters() if name.startswith("terms.")}
+    assert own
+    assert own <= module.state_dict().keys()
+    plain = ConvNet([4, 8], 8, 3, 16).state_dict().keys()
+    assert module.student.state_dict().keys() == plain
+    assert not any(value is parameter for value in module.parameters()
+                   for parameter in teacher.model.parameters())  # fmt: skip
+
+
+@pytest.mark.parametrize("method", TERMS)
+def test_methods_train(train, method):
+    done = train(
+        f"method={method}", "data=digits", "data.image_size=16", "data.padding=2",
+        "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "data.batch_size=16",
+        data=False,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert done.metrics["status"] == "finished"
+    assert done.metrics["method"] == method
+
+
+def test_cached_maps_are_the_teachers(train):
+    """The second epoch reads from the cache what the first one computed."""
+    students = []
+    for remember in ("remember.disk_gb=0", "remember.dtype=float32"):
+        done = train("method=vid", "data.views=1", "trainer.precision=32-true", remember)
+        assert done.code == 0, done.err
+        students.append((done.runs[0] / "student.safetensors").read_bytes())
+    assert students[0] == students[1]
