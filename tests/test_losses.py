@@ -7,7 +7,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kd_lightning.losses import Attention, Context, CrossEntropy, Logit, Reads, Term, TermBatch
+from kd_lightning.losses import (
+    Attention,
+    Context,
+    CrossEntropy,
+    Logit,
+    OwnTeacher,
+    Reads,
+    Term,
+    TermBatch,
+)
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.losses.pairs import FeatureMap, pair_by_resolution
@@ -312,3 +321,39 @@ def test_terms_declare_their_needs():
     for method in (lambda: Term().remember(output()), lambda: Term()(output(), None, None)):
         with pytest.raises(NotImplementedError):
             method()
+
+
+# --- own teacher ---------------------------------------------------------------------------------
+
+
+def test_own_teacher_by_hand():
+    term = OwnTeacher(alpha=0.25, temperature=2.0, layers=["a", "b"])
+    reads = term.setup(Context({"a": (4, 8, 8), "b": (6, 4, 4)}, num_classes=3))
+    assert reads.student == ("a",)
+    (head,) = term.heads
+    assert head.convolution[0].weight.shape == (6, 4, 3, 3)
+    torch.manual_seed(0)
+    features, logits = torch.randn(5, 4, 8, 8), torch.randn(5, 3, requires_grad=True)
+    batch = labelled(0, 1, 2, 0, 1)
+    loss = term(output(logits, a=features), None, batch)
+    early = head(features)
+    labels = torch.nn.functional.cross_entropy(early, batch.labels)
+    softened = soft_target_loss(early, logits, 2.0)
+    torch.testing.assert_close(loss, 0.75 * labels + 0.25 * softened)
+    loss.backward()
+    assert logits.grad is None  # the teacher does not learn from its students
+    assert all(parameter.grad is not None for parameter in head.parameters())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [({"alpha": 1.5}, "alpha"), ({"temperature": 0}, "temperature")],
+)
+def test_own_teacher_rejects_invalid_arguments(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        OwnTeacher(**arguments)
+
+
+def test_own_teacher_needs_two_layers():
+    with pytest.raises(ValueError, match="at least two layers are needed, but only a"):
+        OwnTeacher(layers=["a"]).setup(Context({"a": (4, 8, 8)}))

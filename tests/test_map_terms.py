@@ -99,18 +99,6 @@ def test_own_parameters_are_trained_and_resumed_but_not_part_of_the_student(name
                    for parameter in teacher.model.parameters())  # fmt: skip
 
 
-@pytest.mark.parametrize("method", TERMS)
-def test_methods_train(train, method):
-    done = train(
-        f"method={method}", "data=digits", "data.image_size=16", "data.padding=2",
-        "trainer.max_epochs=1", "+trainer.limit_train_batches=2", "data.batch_size=16",
-        data=False,
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    assert done.metrics["status"] == "finished"
-    assert done.metrics["method"] == method
-
-
 def test_cached_maps_are_the_teachers(train):
     """The second epoch reads from the cache what the first one computed."""
     students = []

@@ -17,21 +17,19 @@ from kd_lightning.losses import (
     DKD,
     MLKD,
     NKD,
-<<<<<<< HEAD
     NST,
     OFD,
-    VID,
-=======
     PKT,
     RKD,
     SP,
->>>>>>> d6b1fdf8cc281fa36f159e29228d9e587f4f8c46
+    VID,
     Attention,
     Context,
     CrossEntropy,
     FitNet,
     HardLabel,
     Logit,
+    OwnTeacher,
     Reads,
     ReviewKD,
     Term,
@@ -117,7 +115,7 @@ TERMS = {
     "attention": lambda: Attention(LAYERS, LAYERS),
     "attention, norm": lambda: Attention(LAYERS, LAYERS, distance="norm"),
     "attention, inputs": lambda: Attention(pairs=[["stage2:input", "stage2:input"]]),
-<<<<<<< HEAD
+    "own teacher": OwnTeacher,
     "fitnet": FitNet,
     "fitnet, all": lambda: FitNet(pairs=[["stage1", "stage1"], ["stage2", "stage2"]]),
     "vid": VID,
@@ -126,7 +124,6 @@ TERMS = {
     "ofd, inputs": lambda: OFD(pairs=[["stage1.2:input", "stage1.2:input"]]),
     "reviewkd": lambda: ReviewKD(warmup=0),
     "reviewkd, maps": lambda: ReviewKD(embedding=False, warmup=0),
-=======
     "sp": SP,
     "sp, vectors": lambda: SP("embedding", "embedding"),
     "rkd": RKD,
@@ -135,7 +132,6 @@ TERMS = {
     "crd": lambda: CRD(size=8),
     # In evaluation mode the memory bank is not updated, so that every call gives the same loss.
     "crd, memory": lambda: CRD(size=8, memory=True, negatives=20).eval(),
->>>>>>> d6b1fdf8cc281fa36f159e29228d9e587f4f8c46
     "projected": Projected,
     "several": Several,
     "relations": Relations,

@@ -11,6 +11,7 @@ from kd_lightning.losses.arguments import positive
 from kd_lightning.losses.cross_entropy import CrossEntropy
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.losses.pairs import FeatureMap, feature_maps
+from kd_lightning.losses.projectors import convolution_norm
 from kd_lightning.losses.term import Context, Reads, Term, TermBatch
 from kd_lightning.models.features import Output
 from kd_lightning.models.roles import select
@@ -27,9 +28,7 @@ class AuxiliaryHead(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, classes: int) -> None:
         super().__init__()
-        self.convolution = nn.Sequential(
-            nn.Conv2d(inputs, outputs, 3, padding=1, bias=False), nn.BatchNorm2d(outputs), nn.ReLU()
-        )
+        self.convolution = nn.Sequential(*convolution_norm(inputs, outputs, 3), nn.ReLU())
         self.linear = nn.Linear(outputs, classes)
 
     def forward(self, feature_map: Tensor) -> Tensor:
