@@ -3,6 +3,7 @@
     python scripts/benchmark.py
     python scripts/benchmark.py --students small --methods logit --repetitions 9
     python scripts/benchmark.py --augmentations --students small
+    python scripts/benchmark.py --costs --students medium -- teacher=resnet9
     python scripts/benchmark.py --grid      # total time of nine distilled students
 
 For each student and method, images per second of
@@ -17,6 +18,8 @@ For each student and method, images per second of
 
 With --augmentations, images per second of `train.py` without a teacher for each choice of the group
 `augmentation`, and the time of a step relative to `standard`.
+
+With --costs, the time of a step of every method, live and remembered, relative to `none`.
 
 They alternate in one process. Figures are medians; a ratio is the median of the ratios within a
 round. `of peak` is the fraction of this machine's measured matrix-product rate (4096 x 4096, in the
@@ -47,6 +50,7 @@ from kd_lightning.config.hardware import device_type
 from kd_lightning.config.nodes import build, build_partial
 from kd_lightning.config.plan import CachePlan, Plan
 from kd_lightning.config.resolve import resolve
+from kd_lightning.config.tree import tree_folder
 from kd_lightning.data.loading import Batch
 from kd_lightning.data.transfer import synchronize
 from kd_lightning.distill.caching import open_caches
@@ -259,6 +263,34 @@ def compare_augmentations(student: str, repetitions: int, overrides: list[str]) 
         print(row(name, student, number(speed), number(cost, 3)), flush=True)
 
 
+def compare_costs(student: str, repetitions: int, overrides: list[str]) -> None:
+    """Measure one student with every method file, and print one row per method."""
+    folder = Path(tree_folder()) / "method"
+    names = sorted(path.stem for path in folder.glob("*.yaml") if path.stem != "none")
+    none = configuration("none", student, overrides)
+    steps = max(5, round(SECONDS * bare_loop(none, 3) / none.data.node["batch_size"]))
+    for name in names:
+        plan = configuration(name, student, overrides)
+        rounds: list[dict[str, float]] = []
+        with tempfile.TemporaryDirectory() as place:
+            ways: dict[str, tuple[Plan, int, Path | None]] = {"none": (none, steps, None)}
+            if plan.teachers:
+                ways["remembered"] = plan, steps, Path(place)
+                whole_loop(plan, steps, Path(place), epochs=1)
+            ways["live"] = plan, max(3, steps // 4 if plan.teachers else steps), None
+            for turn in range(repetitions):
+                order = list(ways) if turn % 2 else list(reversed(ways))
+                rounds.append({way: whole_loop(*ways[way]) for way in order})
+                gc.collect()  # trainers have reference cycles
+        costs = [
+            statistics.median(found["none"] / found[way] for found in rounds)
+            if way in ways
+            else None
+            for way in ("remembered", "live")
+        ]
+        print(row(name, student, *(number(cost, 2) for cost in costs)), flush=True)
+
+
 def measure_grid(overrides: list[str], epochs: int) -> None:
     """Compare nine distilled students with nine without a teacher, each nine by one command."""
     # `combined` first: it fills the cache for the other two.
@@ -349,6 +381,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--plain", action="store_true", help="the common implementation, too")
     parser.add_argument("--augmentations", action="store_true", help="the costs of augmentations")
+    parser.add_argument("--costs", action="store_true", help="the costs of all methods")
     parser.add_argument("--grid", action="store_true", help="a small grid instead, end to end")
     parser.add_argument("--epochs", type=int, default=3, help="of the small grid")
     parser.add_argument("overrides", nargs="*", help="configuration overrides, after --")
@@ -370,6 +403,12 @@ def main() -> None:
         print(row("views", "student", "live", "step"))
         for student in arguments.students:
             compare_augmentations(student, arguments.repetitions, arguments.overrides)
+        return
+    if arguments.costs:
+        print("time of a step, relative to none")
+        print(row("method", "student", "remembered", "live"))
+        for student in arguments.students:
+            compare_costs(student, arguments.repetitions, arguments.overrides)
         return
     heads = ["bare", "live", "live/bare", "remembered", "rem./none", "of peak", "memory"]
     heads += ["plain", "live/plain", "rem./plain"] if arguments.plain else []
