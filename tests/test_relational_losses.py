@@ -14,7 +14,7 @@ from kd_lightning.engine.launch import launch
 from kd_lightning.losses import CRD, PKT, RKD, SP, Context, TermBatch, rkd
 from kd_lightning.losses.crd import info_nce_loss, noise_contrastive_loss
 from kd_lightning.losses.memory_bank import MemoryBank
-from kd_lightning.losses.pkt import probability_transfer_loss
+from kd_lightning.losses.pkt import affinities, probability_transfer_loss
 from kd_lightning.losses.rkd import angle_loss, distance_loss
 from kd_lightning.losses.sp import similarity_loss
 from kd_lightning.losses.vectors import unit
@@ -121,6 +121,13 @@ def test_half_precision_is_computed_in_float32(loss, dtype):
     torch.testing.assert_close(found, expected)
 
 
+def test_affinities_of_opposite_vectors_are_not_negative():
+    """Where rounding can leave a cosine below -1."""
+    for _ in range(100):
+        vector = rows(1, 100)
+        assert affinities(torch.cat([vector, -vector])).min() >= 0
+
+
 @pytest.mark.parametrize("loss", [distance_loss, angle_loss])
 def test_no_cancellation_for_close_images(loss):
     """Images that differ by 1e-3 of their length, in float32; compared with float64."""
@@ -140,7 +147,16 @@ def test_parts_give_the_loss_and_gradient_of_the_whole(monkeypatch, loss):
     whole = loss(student, teacher)
     (expected,) = torch.autograd.grad(whole, student)
     monkeypatch.setattr(rkd, "LARGEST", 7 * 9 * 2)  # two images at a time, and one at the end
+    sizes = []
+    original = rkd.checkpoint
+
+    def recorded(function, anchors, *others, **options):
+        sizes.append(len(anchors))
+        return original(function, anchors, *others, **options)
+
+    monkeypatch.setattr(rkd, "checkpoint", recorded)
     parts = loss(student, teacher)
+    assert max(sizes) < 7
     (found,) = torch.autograd.grad(parts, student)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(found, expected)
@@ -226,6 +242,7 @@ def test_terms_with_the_same_vector_share_a_cache():
     assert vector == key(PKT(student_layer="stage1")) == key(CRD(size=4, memory=True))
     others = [key(RKD(teacher_layer=layer)) for layer in ("stage1", "stage2")] + [key(SP())]
     assert all(key != vector for key in others)
+    assert others[0]["layout"] == ["channels_first", 8, 8, 0]
 
 
 # --- the memory bank -----------------------------------------------------------------------------
@@ -328,6 +345,26 @@ def test_scale_is_that_of_the_first_batch():
     assert first.all()
     step(term, 1)
     assert torch.equal(term.bank.log_scale, first)
+
+
+@pytest.mark.parametrize("memory", [False, True])
+def test_crd_is_computed_in_float32(memory):
+    torch.manual_seed(0)
+    term = CRD(size=4, memory=memory).eval()
+    term.setup(Context({"embedding": (6,)}, {"embedding": (7,)}, train_size=30))
+    student, teacher = Output(rows(3, 3), {"embedding": rows(3, 6)}), rows(3, 7)
+    expected = term(student, teacher, batch_of([0, 1, 2]))
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(term(student, teacher, batch_of([0, 1, 2])), expected)
+
+
+def test_there_are_at_most_as_many_negatives_as_images():
+    losses = []
+    for negatives in (30, 100):
+        term = memory_term()
+        term.negatives = negatives
+        losses.append(step(term, 0)[0])
+    assert losses[0] == losses[1]
 
 
 def test_memory_needs_the_number_of_images():
