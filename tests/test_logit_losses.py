@@ -241,6 +241,13 @@ def test_equal_logits_have_no_gradient(value, dtype):
         assert not gradient.any()
 
 
+def test_rounding_errors_are_not_standardized():
+    values = torch.tensor([[3.3, 3.3, 3.3, 3.3]])
+    values[0, 0] = torch.nextafter(values[0, 0], torch.tensor(4.0))
+    assert not standardize(values).any()
+    assert standardize(values + torch.tensor([1e-4, 0, 0, 0])).any()
+
+
 def test_terms_standardize_both_logits():
     student, teacher = torch.randn(4, 5), torch.randn(4, 5)
     labels = torch.tensor([0, 1, 2, 3])

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from reference_cases import cases, check_digest
 
-from kd_lightning.losses.crd import log_scale, noise_contrastive_loss
+from kd_lightning.losses.crd import CRD, noise_contrastive_loss
 from kd_lightning.losses.memory_bank import MemoryBank
 from kd_lightning.losses.pkt import probability_transfer_loss
 from kd_lightning.losses.rkd import angle_loss, distance_loss
@@ -100,7 +100,6 @@ def test_noise_contrastive_loss(case):
 @pytest.mark.parametrize("case", cases("embeddings", "CRD"))
 def test_crd_with_memory(case):
     inputs = case.inputs()
-    temperature = case.params.get("T", 0.07)
     student, teacher = (
         unit(F.linear(inputs[features], inputs[weight], inputs[bias]))
         for features, weight, bias in (("student", "ws_", "bs"), ("teacher", "wt", "bt"))
@@ -108,23 +107,16 @@ def test_crd_with_memory(case):
     index, rows = inputs["y"], inputs["idx"][:, 1:]
     images, negatives = len(inputs["mem_s"]), rows.shape[1]
     drawn = torch.zeros(len(index), images).scatter_add_(1, rows, torch.ones(rows.shape))
+    term = CRD(temperature=case.params.get("T", 0.07), memory=True, negatives=negatives)
     bank = MemoryBank(images, student.shape[1]).double()
     bank.student, bank.teacher = inputs["mem_s"].detach(), inputs["mem_t"].detach()
-    losses, scales = [], []
-    for anchor, memory in ((student, bank.teacher), (teacher, bank.student)):
-        own = (anchor * memory[index]).sum(1) / temperature
-        other = anchor @ memory.T / temperature
-        scales.append(log_scale(own, other, drawn))
-        losses.append(
-            noise_contrastive_loss(own - scales[-1], other - scales[-1], drawn, negatives / images)
-        )
-    case.compare(inputs, losses[0] + losses[1])
+    bank.draw = lambda *_: drawn
+    loss = term.against_bank(bank, student, teacher, index, torch.zeros_like(index))
+    case.compare(inputs, loss)
     if case.content.get("right"):
         return  # a zero embedding, which is NaN in the authors' code
     outputs = case.content["outputs"]
-    for scale, name in zip(scales, ("Z_v1", "Z_v2"), strict=True):
+    for scale, name in zip(bank.log_scale, ("Z_v1", "Z_v2"), strict=True):
         assert math.exp(scale) == pytest.approx(outputs[name], rel=1e-9)
-    labels = torch.zeros_like(index)
-    bank.update(index, labels, student.detach(), teacher.detach(), torch.stack(scales))
     check_digest(bank.student, outputs["memory_v1_after"])
     check_digest(bank.teacher, outputs["memory_v2_after"])

@@ -1,11 +1,10 @@
-"""Losses on relations between images: values by hand, exceptional inputs, memory, and processes."""
+"""Losses on relations between images: values by hand, exceptional inputs, and two processes."""
 
 import math
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import nn
 
 from kd_lightning.distill.caching import _term_key
@@ -13,8 +12,7 @@ from kd_lightning.distill.gathering import gather
 from kd_lightning.engine.launch import launch
 from kd_lightning.losses import CRD, PKT, RKD, SP, Context, TermBatch, rkd
 from kd_lightning.losses.crd import info_nce_loss, noise_contrastive_loss
-from kd_lightning.losses.memory_bank import MemoryBank
-from kd_lightning.losses.pkt import probability_transfer_loss
+from kd_lightning.losses.pkt import affinities, probability_transfer_loss
 from kd_lightning.losses.rkd import angle_loss, distance_loss
 from kd_lightning.losses.sp import similarity_loss
 from kd_lightning.losses.vectors import unit
@@ -121,6 +119,13 @@ def test_half_precision_is_computed_in_float32(loss, dtype):
     torch.testing.assert_close(found, expected)
 
 
+def test_affinities_of_opposite_vectors_are_not_negative():
+    """Where rounding can leave a cosine below -1."""
+    for _ in range(100):
+        vector = rows(1, 100)
+        assert affinities(torch.cat([vector, -vector])).min() >= 0
+
+
 @pytest.mark.parametrize("loss", [distance_loss, angle_loss])
 def test_no_cancellation_for_close_images(loss):
     """Images that differ by 1e-3 of their length, in float32; compared with float64."""
@@ -140,7 +145,16 @@ def test_parts_give_the_loss_and_gradient_of_the_whole(monkeypatch, loss):
     whole = loss(student, teacher)
     (expected,) = torch.autograd.grad(whole, student)
     monkeypatch.setattr(rkd, "LARGEST", 7 * 9 * 2)  # two images at a time, and one at the end
+    sizes = []
+    original = rkd.checkpoint
+
+    def recorded(function, anchors, *others, **options):
+        sizes.append(len(anchors))
+        return original(function, anchors, *others, **options)
+
+    monkeypatch.setattr(rkd, "checkpoint", recorded)
     parts = loss(student, teacher)
+    assert max(sizes) < 7
     (found,) = torch.autograd.grad(parts, student)
     torch.testing.assert_close(parts, whole)
     torch.testing.assert_close(found, expected)
@@ -226,125 +240,7 @@ def test_terms_with_the_same_vector_share_a_cache():
     assert vector == key(PKT(student_layer="stage1")) == key(CRD(size=4, memory=True))
     others = [key(RKD(teacher_layer=layer)) for layer in ("stage1", "stage2")] + [key(SP())]
     assert all(key != vector for key in others)
-
-
-# --- the memory bank -----------------------------------------------------------------------------
-
-
-def bank(images=50, size=4, momentum=0.5):
-    torch.manual_seed(0)
-    return MemoryBank(images, size, momentum)
-
-
-def fill(memory, index, labels):
-    embeddings = unit(rows(len(index), 4)), unit(rows(len(index), 4))
-    memory.update(index, labels, *embeddings, torch.zeros(2))
-    return embeddings
-
-
-def test_negatives_are_of_other_classes_and_different_in_every_step():
-    memory = bank()
-    labels = torch.arange(50) % 5
-    fill(memory, torch.arange(40), labels[:40])
-    index = torch.arange(40)
-    drawn = memory.draw(index, labels[:40], 8)
-    assert not drawn[:, 40:].any()  # not seen, while there are enough others
-    assert not drawn[:, :40][labels[:40, None] == labels[:40]].any()
-    assert float(drawn.sum()) == pytest.approx(8 * 40, rel=0.2)
-    assert torch.equal(memory.draw(index, labels[:40], 8), drawn)
-    fill(memory, torch.arange(40), labels[:40])
-    assert not torch.equal(memory.draw(index, labels[:40], 8), drawn)
-
-
-def test_images_that_are_not_seen_serve_until_there_are_enough_others():
-    memory = bank()
-    drawn = memory.draw(torch.tensor([3, 7]), torch.tensor([0, 0]), 49)
-    assert drawn.sum(dim=1).tolist() == [49, 49]  # all except the image itself
-    assert not drawn[0, 3]
-    assert not drawn[1, 7]
-
-
-def test_negatives_do_not_depend_on_the_order_of_the_batch():
-    memory, index = bank(), torch.tensor([9, 2, 30, 4])
-    labels = index % 3
-    drawn, order = memory.draw(index, labels, 10), torch.tensor([2, 0, 3, 1])
-    assert torch.equal(memory.draw(index[order], labels[order], 10), drawn[order])
-
-
-def test_update_by_hand():
-    memory = bank(momentum=0.75)
-    before = memory.student.clone()
-    index, labels = torch.tensor([5, 1]), torch.tensor([2, 0])
-    student, _ = fill(memory, index, labels)
-    expected = F.normalize(0.75 * before[index] + 0.25 * student)
-    torch.testing.assert_close(memory.student[index], expected)
-    assert torch.equal(memory.student[2:5], before[2:5])
-    assert memory.labels[[0, 1, 5]].tolist() == [-1, 0, 2]
-    assert memory.steps == 1
-    memory.eval()
-    fill(memory, index, labels)
-    assert memory.steps == 1
-
-
-def memory_term(**arguments):
-    torch.manual_seed(0)
-    term = CRD(size=4, memory=True, negatives=10, **arguments)
-    term.setup(Context({"embedding": (6,)}, {"embedding": (7,)}, train_size=30))
-    return term
-
-
-def step(term, number):
-    generator = torch.Generator().manual_seed(number)
-    index = torch.randperm(30, generator=generator)[:8]
-    vectors = [torch.randn(8, size, generator=generator) for size in (6, 7)]
-    output = Output(torch.zeros(8, 3), {"embedding": vectors[0].requires_grad_()})
-    loss = term(output, vectors[1], batch_of((index % 3).tolist(), index))
-    loss.backward()
-    return loss, vectors[0].grad
-
-
-def test_memory_is_restored_bit_identically():
-    term = memory_term()
-    for number in range(3):
-        step(term, number)
-    state = {name: value.clone() for name, value in term.state_dict().items()}
-    expected = [step(term, number) for number in (3, 4)]
-    torch.manual_seed(1)
-    other = CRD(size=4, memory=True, negatives=10)
-    other.setup(Context({"embedding": (6,)}, {"embedding": (7,)}, train_size=30))
-    other.load_state_dict(state)
-    for number, (loss, gradient) in zip((3, 4), expected, strict=True):
-        again = step(other, number)
-        assert torch.equal(again[0], loss)
-        assert torch.equal(again[1], gradient)
-    for name, value in term.state_dict().items():
-        assert torch.equal(other.state_dict()[name], value)
-
-
-def test_scale_is_that_of_the_first_batch():
-    term = memory_term()
-    step(term, 0)
-    first = term.bank.log_scale
-    assert first.all()
-    step(term, 1)
-    assert torch.equal(term.bank.log_scale, first)
-
-
-def test_memory_needs_the_number_of_images():
-    with pytest.raises(ValueError, match="memory=true needs the number of training images"):
-        CRD(memory=True).setup(Context({"embedding": (6,)}, {"embedding": (7,)}))
-
-
-def test_mixed_images_count_as_the_class_of_the_larger_share():
-    torch.manual_seed(0)
-    term = CRD(size=4)
-    term.setup(Context({"embedding": (6,)}, {"embedding": (7,)}))
-    student, teacher = Output(rows(3, 3), {"embedding": rows(3, 6)}), rows(3, 7)
-    mixed = batch_of(
-        [0, 0, 0], partner_labels=torch.tensor([1, 1, 2]), ratio=torch.tensor([0.7, 0.3, 0.3])
-    )
-    assert term(student, teacher, mixed) == term(student, teacher, batch_of([0, 1, 2]))
-    assert term(student, teacher, batch_of([0, 0, 0])) == 0
+    assert others[0]["layout"] == ["channels_first", 8, 8, 0]
 
 
 # --- two processes -------------------------------------------------------------------------------

@@ -145,12 +145,21 @@ class CRD(VectorTerm):
             wanted = unit(self.teacher_embedding(remembered))
             if self.bank is None:
                 return info_nce_loss(given, wanted, labels, self.temperature)
-            return self._against(self.bank, given, wanted, batch.index.to(labels.device), labels)
+            index = batch.index.to(labels.device)
+            return self.against_bank(self.bank, given, wanted, index, labels)
 
-    def _against(
+    def against_bank(
         self, bank: MemoryBank, student: Tensor, teacher: Tensor, index: Tensor, labels: Tensor
     ) -> Tensor:
-        """The loss with negatives from the bank, which is updated afterwards."""
+        """The loss with negatives from a bank, which is updated afterwards; a scalar.
+
+        Args:
+            bank: the bank.
+            student: embeddings (B, D), of length 1.
+            teacher: embeddings (B, D), of length 1.
+            index: image indices (B,), on the device of the embeddings.
+            labels: (B,).
+        """
         images = len(bank.labels)
         negatives = min(self.negatives, images)
         drawn = bank.draw(index, labels, negatives)
