@@ -181,6 +181,16 @@ def test_mlkd_is_the_weighted_sum_of_its_parts():
     torch.testing.assert_close(loss, expected)
 
 
+def test_mlkd_relations_are_not_computed_in_half_precision():
+    student, teacher = torch.randn(8, 5), torch.randn(8, 5)
+    for loss in (class_relation_loss, batch_relation_loss):
+        expected = loss(student, teacher, 4)
+        exact = loss(student.double(), teacher.double(), 4)
+        assert expected.item() == pytest.approx(exact.item(), rel=1e-4)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(loss(student, teacher, 4), expected)
+
+
 def test_tfkd_by_hand():
     # softmax(0.9, 0.1) against (1/2, 1/2), averaged over two classes.
     q = 1 / (1 + math.exp(-0.8))
@@ -229,6 +239,13 @@ def test_equal_logits_have_no_gradient(value, dtype):
         (gradient,) = torch.autograd.grad(loss, student)
         assert loss.isfinite()
         assert not gradient.any()
+
+
+def test_rounding_errors_are_not_standardized():
+    values = torch.tensor([[3.3, 3.3, 3.3, 3.3]])
+    values[0, 0] = torch.nextafter(values[0, 0], torch.tensor(4.0))
+    assert not standardize(values).any()
+    assert standardize(values + torch.tensor([1e-4, 0, 0, 0])).any()
 
 
 def test_terms_standardize_both_logits():
