@@ -383,3 +383,10 @@ def test_keys_of_parts():
     key = {"class": "x", "parts": {"a": 1, "b": 2}}
     assert _part_key(key, "b") == {"class": "x", "part": 2}
     assert key["parts"] == {"a": 1, "b": 2}
+
+
+@pytest.mark.parametrize("term", [VID, NST, OFD])
+def test_targets_of_half_precision_maps_are_float32(term):
+    term, _ = of_shapes(term(**LAYERS))
+    half = {name: x.bfloat16() for name, x in random_maps().features.items()}
+    assert {rows.dtype for rows in term.remember(output(**half)).values()} == {torch.float32}

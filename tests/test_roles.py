@@ -52,7 +52,7 @@ def squeezenet():
         ),
         (torchvision.models.vit_b_16, (["encoder"], "heads.head:input", "heads.head")),
         (torchvision.models.mobilenet_v3_small, (None, "classifier.3:input", "classifier.3")),
-        (squeezenet, (None, "classifier.1:input", "classifier.1")),
+        (squeezenet, (["features"], "classifier.1:input", "classifier.1")),
     ],
     ids=["resnet18", "vit", "mobilenet", "squeezenet"],
 )
@@ -63,6 +63,7 @@ def test_roles_are_found_in_models_of_torchvision(model, expected):
     stages, embedding, classifier = expected
     roles = find_roles(layer_shapes(model, 64), 7)
     assert (roles.embedding, roles.classifier) == (embedding, classifier)
+    assert classifier not in roles.stages
     if stages is not None:
         assert list(roles.stages)[-len(stages) :] == stages
     sizes = [layer_shapes(model, 64)[stage] for stage in roles.stages]

@@ -64,7 +64,7 @@ def find_roles(shapes: LayerShapes, num_classes: int) -> Roles:
     stages: dict[tuple[int, int], str] = {}
     for name in shapes:
         layout = shapes.layouts.get(name)
-        if not name or layout is None or layout.size == (1, 1):
+        if name in ("", classifier) or layout is None or layout.size == (1, 1):
             continue
         # A whole stage rather than a layer inside the next one, before its pooling.
         if name.count(".") <= stages.get(layout.size, name).count("."):
