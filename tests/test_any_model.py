@@ -95,7 +95,7 @@ def batches(count):
             "labels": torch.arange(8),
             "index": torch.arange(8),
             "view": torch.zeros(8, dtype=torch.long),
-            "share": 1.0,
+            "loss_weight": 1.0,
         }
         for _ in range(count)
     ]

@@ -12,7 +12,7 @@ from test_tensorboard import CPU
 from torch import nn
 
 from kd_lightning.data.loading import ViewSampler
-from kd_lightning.distill.batchnorm import Lag, batch_statistics, images_needed, update_bn
+from kd_lightning.distill.batchnorm import Lag, batch_statistics, min_batch_size, update_bn
 from kd_lightning.engine.fitting import fit, test
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import InputError, Stopped
@@ -185,11 +185,11 @@ def test_every_process_has_enough_images_and_the_right_weight(images):
         total = len(one["index"]) + len(two["index"])
         assert min(len(one["index"]), len(two["index"])) >= 2
         for part in (one, two):
-            assert float(part["share"]) == pytest.approx(2 * len(part["index"]) / total)
+            assert float(part["loss_weight"]) == pytest.approx(2 * len(part["index"]) / total)
 
 
 def needed(model, size=16):
-    return images_needed(model, layer_shapes(model, size))
+    return min_batch_size(model, layer_shapes(model, size))
 
 
 def test_two_images_needed_if_a_layer_sees_one_value_per_image():

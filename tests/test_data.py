@@ -125,8 +125,8 @@ def test_prefetched_batches_match_the_sampler(folder):
     assert len(asked) == len(got) == len(loader) == 17
     for views, batch in zip(asked, got, strict=True):
         alone = data.render(views["index"], views["view"])
-        assert set(batch) == {"images", "labels", "index", "view", "share"}
-        assert batch["share"] == 1
+        assert set(batch) == {"images", "labels", "index", "view", "loss_weight"}
+        assert batch["loss_weight"] == 1
         for key, value in alone.items():
             assert torch.equal(batch[key], value), key
         assert batch["images"].is_contiguous(memory_format=torch.channels_last)

@@ -46,7 +46,7 @@ def batch(size=5):
     index = torch.arange(size)
     return {
         "images": torch.randn(size, 3, 16, 16), "labels": index % 3, "index": index,
-        "view": index * 0, "share": torch.tensor(1.0),
+        "view": index * 0, "loss_weight": torch.tensor(1.0),
     }  # fmt: skip
 
 

@@ -139,7 +139,7 @@ def _show_finished(metrics: dict[str, Any], run_dir: Path, in_a_grid: bool) -> N
 
 def _record_failure(composed: DictConfig, run_dir: Path, error: InputError) -> None:
     """Record a run that could not start, so that the grid's table shows it."""
-    from kd_lightning.workflows.student import record_failure
+    from kd_lightning.workflows.record import record_failure
 
     with contextlib.suppress(InputError, OSError, KeyError, TypeError):
         record_failure(plain(composed, HydraConfig.get().overrides.task), run_dir, error)

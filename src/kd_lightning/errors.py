@@ -5,7 +5,7 @@ from typing import Any
 
 
 class InputError(Exception):
-    """Invalid input, detected before training. Exit code 2.
+    """Invalid input, usually detected before training. Exit code 2.
 
     The message is one sentence: what is wrong, where, and how to fix it.
     """

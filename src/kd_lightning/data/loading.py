@@ -81,7 +81,7 @@ class ViewSampler(Sampler[Batch]):
         ends = [self.batch_size * (number + 1) for number in range(len(self) - 1)]
         for together in order.tensor_split(ends):
             index = together[self.rank :: self.world]
-            batch = {"share": torch.tensor(len(index) * self.world / len(together))}
+            batch = {"loss_weight": torch.tensor(len(index) * self.world / len(together))}
             if not len(index):  # every process must take part in every step
                 index = together[:1]
             yield {"index": index, "view": torch.full_like(index, view), **batch}

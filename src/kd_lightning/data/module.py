@@ -226,7 +226,7 @@ class ImageDataModule(LightningDataModule):
         rank, world, needed = 0, 1, 1
         if self.trainer is not None:
             rank, world = self.trainer.global_rank, self.trainer.world_size
-            needed = getattr(self.trainer.lightning_module, "images_needed", 1) if shuffle else 1
+            needed = getattr(self.trainer.lightning_module, "min_batch_size", 1) if shuffle else 1
             device = self.trainer.strategy.root_device
             self._pixels, self.labels = self._pixels.to(device), self.labels.to(device)
         if shuffle:

@@ -91,7 +91,7 @@ def update_bn(model: nn.Module, batches: Iterable[Tensor]) -> None:
         buffer.copy_(value)
 
 
-def images_needed(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int:
+def min_batch_size(model: nn.Module, shapes: Mapping[str, tuple[int, ...]]) -> int:
     """Minimum batch size for training: 2 if a BatchNorm layer sees a single value per channel and
     image, else 1.
 

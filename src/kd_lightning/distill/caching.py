@@ -1,8 +1,10 @@
 """Opening of the teacher-output caches: when outputs may be cached, and under which key."""
 
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -19,7 +21,7 @@ from kd_lightning.distill.top_k import chosen_k
 from kd_lightning.errors import InputError
 from kd_lightning.losses import Term
 from kd_lightning.losses.logit_term import remembers_logits
-from kd_lightning.storage.identity import source_sha256, targets
+from kd_lightning.storage.identity import source_sha256, target_paths
 from kd_lightning.storage.rows import DTYPES, Rows
 from kd_lightning.storage.teacher_cache import GIGABYTE, TeacherCache, folder_name, too_large
 
@@ -31,6 +33,30 @@ LOGITS = "kd_lightning.losses.logit.Logit"
 _NOT_OF_THE_VIEWS = (
     "name", "root", "cache_dir", "batch_size", "eval_batch_size", "seed", "views",
 )  # fmt: skip
+
+
+class _Place(NamedTuple):
+    """Where the outputs of a run's teachers are stored.
+
+    Attributes:
+        root: folder of the caches.
+        limit: size of all caches, in bytes.
+        names: of the members of an ensemble, or of the teacher.
+        keys: what the outputs of each depend on, besides the views.
+    """
+
+    root: Path
+    limit: float
+    names: tuple[str, ...]
+    keys: tuple[Node, ...]
+
+    def rows(
+        self, member: int, what: str, key: Node, images: int, shape: tuple[int, ...], dtype: str
+    ) -> Rows:
+        """The rows of one kind of output."""
+        key = {**self.keys[member], **key, "dtype": dtype}
+        name = folder_name(self.names[member], what, key)
+        return Rows(self.root / name, key, images, shape, DTYPES[dtype])
 
 
 def open_caches(
@@ -48,7 +74,6 @@ def open_caches(
     Raises:
         InputError: the outputs of a packed teacher do not fit, or the file is damaged.
     """
-    assert module.teacher is not None
     recorded = module.teacher if isinstance(module.teacher, RecordedTeacher) else None
     if plan.cache is None:
         if recorded is not None:
@@ -56,88 +81,112 @@ def open_caches(
         return
     index = data.splits["train"][:CHECKED_IMAGES]
     images = data.render(index, torch.zeros_like(index))["images"].cpu()
-    members = members_of(module.teacher)
-    keys = []
-    for member, settings in zip(members, plan.teachers, strict=True):
-        if len(images) > 1 and (why := member.why_not_stored(images)):
-            log.warning("the outputs of %s are not cached: %s", settings.name, why)
-            return
-        fingerprint = member.fingerprint()
-        if fingerprint is None:
-            log.warning("the outputs of %s are not cached: it has no fingerprint", settings.name)
-            return
-        keys.append(
-            _teacher_key(settings, plan, fingerprint, data.fingerprint(), device)
-            if recorded is None
-            else recorded.key(
-                data.fingerprint(), plan.student.trainer.precision, plan.data.normalization
-            )
-        )
+    keys = _teacher_keys(module, plan, data, images, device)
+    if keys is None:
+        return
     root, limit = plan.cache.root, plan.cache.limit
-    names = [part.name for part in plan.teachers]
+    place = _Place(root, limit, tuple(part.name for part in plan.teachers), keys)
     if recorded is not None:
-        root, limit = recorded.folder(root.with_name("packed")), 0.0
-        names = [recorded.packed.name]
-
-    def rows(
-        member: int, what: str, key: Node, images: int, shape: tuple[int, ...], dtype: str
-    ) -> Rows:
-        key = {**keys[member], **key, "dtype": dtype}
-        name = folder_name(names[member], what, key)
-        return Rows(root / name, key, images, shape, DTYPES[dtype])
+        packed = recorded.folder(root.with_name("packed"))
+        place = _Place(packed, 0.0, (recorded.packed.name,), keys)
 
     # Stored exactly: reported accuracies must not depend on rounding.
-    classes = plan.data.num_classes
-    kept = {
-        str(number): rows(number, "evaluation", {}, len(data.labels), (classes,), "float32")
-        for number in range(len(members))
+    shape = len(data.labels), (plan.data.num_classes,), "float32"
+    logits = {
+        str(number): place.rows(number, "evaluation", {}, *shape) for number in range(len(keys))
     }
-    module.evaluation_cache = TeacherCache(kept, root, limit)
+    module.evaluation_cache = TeacherCache(logits, place.root, place.limit)
     if recorded is not None:
-        recorded.check({"evaluation": kept["0"]}, [PLAIN])
+        recorded.check({"evaluation": logits["0"]}, [PLAIN])
 
-    why = "" if data.reproducible else f"the views of {data.name} are not reproducible"
-    module.reduce_logits(chosen_k(plan.cache.top_k, classes))
-    parts = {
-        name: (number, _term_key(term)) for name, (number, term) in module.target_parts().items()
-    }
-    for name, (_, key) in parts.items():
-        if key is None:
-            why = f"the term {name.partition('/')[0]} does not implement Term.depends_on"
-    if why:
+    module.reduce_logits(chosen_k(plan.cache.top_k, plan.data.num_classes))
+    if why := _why_not_training(module, data):
         if recorded is not None:
             raise InputError(f"teacher=packed cannot be used for this run: {why}")
         log.warning("the teacher's outputs on training views are not cached: %s", why)
         return
-    views = _views_key(plan, data)
-    kept = {}
-    for name, value in _sample(module, recorded, images).items():
-        owner = max((part for part in parts if _is_part(name, part)), key=len)
-        number, key = parts[owner]
-        assert key is not None
-        if module.is_reduced(name):
-            key = {**key, "top_k": chosen_k(plan.cache.top_k, classes)}
-        what = key["class"].rpartition(".")[2].lower()
-        part = name.removeprefix(owner).removeprefix("/")
-        whole = {**views, "term": _part_key(key, part)}
-        kept[name] = rows(
-            number, what, whole, data.train_size, tuple(value.shape[1:]), plan.cache.dtype
-        )
+    rows = _training_rows(module, plan, data, place, _sample(module, recorded, images))
     epochs = plan.student.trainer.arguments["max_epochs"]
     used = range(min(epochs, data.views or epochs))
     if recorded is not None:
-        recorded.check(kept, used)
-        recorded.unpack(root.parent)
-        module.cache = TeacherCache(kept, root, limit)
+        recorded.check(rows, used)
+        recorded.unpack(place.root.parent)
+        module.cache = TeacherCache(rows, place.root, place.limit)
         return
-    large = too_large(kept, used, root, limit)
+    large = too_large(rows, used, root, limit)
     for name, size in large.items():
         log.warning(
             "the targets of %s are not cached: those of %d views need %.3g GB, more than is left "
             "of remember.disk_gb=%g and of the disk; data.views=K uses K views",
             name, len(used), size / GIGABYTE, limit / GIGABYTE,
         )  # fmt: skip
-    module.cache = TeacherCache(kept, root, limit, live=tuple(large))
+    module.cache = TeacherCache(rows, root, limit, live=tuple(large))
+
+
+def _teacher_keys(
+    module: DistillationModule,
+    plan: Plan,
+    data: ImageDataModule,
+    images: Tensor,
+    device: torch.device,
+) -> tuple[Node, ...] | None:
+    """Cache keys of the members of an ensemble, or of the teacher; None if one must not be cached.
+
+    For the arguments see `open_caches`; the images are a few training views.
+    """
+    keys = []
+    for member, settings in zip(members_of(module.teacher), plan.teachers, strict=True):
+        fingerprint = member.fingerprint()
+        why = member.why_not_stored(images) if len(images) > 1 else ""
+        if why or fingerprint is None:
+            why = why or "it has no fingerprint"
+            log.warning("the outputs of %s are not cached: %s", settings.name, why)
+            return None
+        if isinstance(member, RecordedTeacher):
+            given = plan.student.trainer.precision, plan.data.normalization
+            keys.append(member.key(data.fingerprint(), *given))
+        else:
+            keys.append(_teacher_key(settings, plan, fingerprint, data.fingerprint(), device))
+    return tuple(keys)
+
+
+def _why_not_training(module: DistillationModule, data: ImageDataModule) -> str:
+    """Why the outputs on training views must not be cached; empty if they may."""
+    if not data.reproducible:
+        return f"the views of {data.name} are not reproducible"
+    for name, (_, term) in module.target_parts().items():
+        if _term_key(term) is None:
+            return f"the term {name.partition('/')[0]} does not implement Term.depends_on"
+    return ""
+
+
+def _training_rows(
+    module: DistillationModule,
+    plan: Plan,
+    data: ImageDataModule,
+    place: _Place,
+    sample: Mapping[str, Tensor],
+) -> dict[str, Rows]:
+    """The rows of all targets on training views.
+
+    For the arguments see `open_caches`; the sample contains the targets for a few images.
+    """
+    assert plan.cache is not None
+    parts, views = module.target_parts(), _views_key(plan, data)
+    rows = {}
+    for name, value in sample.items():
+        owner = max((part for part in parts if _is_part(name, part)), key=len)
+        number, term = parts[owner]
+        key = _term_key(term)
+        assert key is not None
+        if module.is_reduced(name):
+            key = {**key, "top_k": chosen_k(plan.cache.top_k, plan.data.num_classes)}
+        what = key["class"].rpartition(".")[2].lower()
+        part = name.removeprefix(owner).removeprefix("/")
+        whole = {**views, "term": _part_key(key, part)}
+        shape = tuple(value.shape[1:])
+        rows[name] = place.rows(number, what, whole, data.train_size, shape, plan.cache.dtype)
+    return rows
 
 
 def _sample(
@@ -157,7 +206,7 @@ def _is_part(name: str, part: str) -> bool:
 
 
 def _teacher_key(
-    teacher: TeacherPlan, plan: Plan, fingerprint: str, images: str, device: torch.device
+    teacher: TeacherPlan, plan: Plan, fingerprint: str, images_sha256: str, device: torch.device
 ) -> Node:
     """What the outputs of a teacher depend on, besides the views."""
     code = source_sha256(teacher.model)
@@ -165,7 +214,7 @@ def _teacher_key(
         "format": 1,
         "teacher": {**teacher.model, "weights": fingerprint},
         "normalization": [*teacher.normalization, *plan.data.normalization],
-        "images": images,
+        "images": images_sha256,
         "precision": plan.student.trainer.precision,
         # Omitted if empty, so that caches of earlier versions stay valid.
         **({"code": code} if code else {}),
@@ -178,7 +227,7 @@ def _views_key(plan: Plan, data: ImageDataModule) -> Node:
     node = plan.data.node
     views = node.get("augmentation"), node.get("mixing")
     # Of the data itself without its files, which are images.
-    code = source_sha256([{"_target_": target} for target in targets(node)], *views)
+    code = source_sha256([{"_target_": target} for target in target_paths(node)], *views)
     # A data module may define views of its own, which depend on any of its arguments.
     whole = without(node, *_NOT_OF_THE_VIEWS)
     standard = type(data.augmentation) is Augmentation  # a subclass may render anything

@@ -20,7 +20,7 @@ from kd_lightning.config.nodes import Node, build, without
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.data.loading import Batch
 from kd_lightning.distill import metrics
-from kd_lightning.distill.batchnorm import images_needed
+from kd_lightning.distill.batchnorm import min_batch_size
 from kd_lightning.distill.ensemble import Ensemble, PerMember, members_of
 from kd_lightning.distill.gathering import gather
 from kd_lightning.distill.optimizers import build_optimizer
@@ -56,13 +56,13 @@ class DistillationModule(LightningModule):
         num_classes: number of classes.
         image_size: height and width of the images, in pixels.
         channels_last: memory format of student and teacher.
-        train_size: number of training images, for terms that need it.
+        train_size: number of training and validation images, for terms that need it.
         teacher: required if a term needs one; neither a hyper-parameter nor saved.
         member_terms: `terms` for each member of an ensemble, if they differ; not saved either.
 
     Attributes:
         step_losses: unweighted loss of every term in the current step, detached float32 scalars.
-        images_needed: minimum batch size of a process.
+        min_batch_size: minimum batch size of a process.
         cache: cache of teacher outputs on training views, if any.
         evaluation_cache: cache of teacher logits on unaugmented images, if any, by the number of
             the member.
@@ -92,7 +92,7 @@ class DistillationModule(LightningModule):
         to_memory_format(self.student, self.memory_format)
         self.num_classes = num_classes
         self.optimizer_node, self.scheduler_node = optimizer, scheduler
-        self.weights = {name: float(node["weight"]) for name, node in terms.items()}
+        self.term_weights = {name: float(node["weight"]) for name, node in terms.items()}
         # Registered as submodules, so that parameters of a term (e.g. a projector) are trained.
         self.terms = ModuleDict(
             {name: self._build_term(name, node) for name, node in terms.items()}
@@ -137,7 +137,7 @@ class DistillationModule(LightningModule):
         """Set up every term, and the extraction of the layers that the terms read."""
         students = partial(layer_shapes, self.student, image_size)
         student = self._shapes(students, "student", num_classes, image_size)
-        self.images_needed = images_needed(self.student, student)
+        self.min_batch_size = min_batch_size(self.student, student)
         members: list[Shapes] = []
         if any(term.needs_teacher for term in self._terms.values()):
             if self.teacher is None:
@@ -223,7 +223,7 @@ class DistillationModule(LightningModule):
             if not self._gathers(term)
         }
         if len(losses) < len(self.terms):
-            whole = gather(output, targets, own, len(output.logits) if batch["share"] else 0)
+            whole = gather(output, targets, own, len(output.logits) if batch["loss_weight"] else 0)
             losses |= {
                 name: term(whole[0], whole[1].get(name), whole[2])
                 for name, term in self._terms.items()
@@ -274,9 +274,9 @@ class DistillationModule(LightningModule):
         """Return the weighted sum of all terms as ``loss``, and ``losses`` for `Curves`."""
         total_steps = float(self.trainer.estimated_stepping_batches)
         losses, logits = self.losses(batch, min(1.0, self.global_step / total_steps))
-        weighted = {name: self.weights[name] * value for name, value in losses.items()}
+        weighted = {name: self.term_weights[name] * value for name, value in losses.items()}
         loss = torch.stack([*weighted.values()]).sum()
-        if batch["share"]:
+        if batch["loss_weight"]:
             self.train_metrics.update(logits, _largest_labels(batch))
         self.step_losses = {name: value.detach() for name, value in losses.items()}
         shown = {"loss/total": loss.detach()}
@@ -294,9 +294,9 @@ class DistillationModule(LightningModule):
         # A relational term is already computed on the whole batch.
         whole = [value for name, value in weighted.items() if self._gathers(self._terms[name])]
         if not whole:
-            return loss * batch["share"]
+            return loss * batch["loss_weight"]
         gathered = torch.stack(whole).sum()
-        return (loss - gathered) * batch["share"] + gathered
+        return (loss - gathered) * batch["loss_weight"] + gathered
 
     def on_train_epoch_start(self) -> None:
         """Reset the training metrics."""
@@ -309,7 +309,7 @@ class DistillationModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate the student and, outside of training, the teacher."""
         logits = self(batch["images"])
-        if batch["share"]:
+        if batch["loss_weight"]:
             self.val_metrics.update(logits, batch["labels"])
         self.log_dict(self.val_metrics)
         if self.trainer.state.fn != TrainerFn.FITTING and self.teacher is not None:
@@ -318,13 +318,13 @@ class DistillationModule(LightningModule):
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Evaluate student and teacher, and the agreement of their predictions."""
         logits = self(batch["images"])
-        if batch["share"]:
+        if batch["loss_weight"]:
             self.test_metrics.update(logits, batch["labels"])
             self.confusion.update(logits, batch["labels"])
         self.log_dict(self.test_metrics)
         if self.teacher is not None:
             teacher = self._score_teacher(batch, "test")
-            if batch["share"]:
+            if batch["loss_weight"]:
                 self.agreement.update(logits, teacher.argmax(dim=1))
             self.log("test/agreement", self.agreement)
 
@@ -334,7 +334,7 @@ class DistillationModule(LightningModule):
         parts = self._fetch(self.evaluation_cache, batch, lambda: self.ask_logits(images))
         logits = [parts[str(number)] for number in range(len(parts))]
         whole = self.teacher.combine(logits) if isinstance(self.teacher, Ensemble) else logits[0]
-        if batch["share"]:
+        if batch["loss_weight"]:
             self.teacher_accuracy.update(whole, batch["labels"])
         self.log(f"{part}/teacher_accuracy", self.teacher_accuracy)
         return whole

@@ -160,7 +160,7 @@ class FrozenTeacher:
         """Reason why the outputs must not be cached; empty if they may.
 
         Args:
-            images: (B, 3, H, W), normalised as `given`, all different; B is at least 4.
+            images: (B, 3, H, W), normalised as `given`, all different; B is at least 2.
         """
         images = images[:CHECKED_IMAGES]
         half = len(images) // 2

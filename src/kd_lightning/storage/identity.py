@@ -87,7 +87,7 @@ def stamps(config: Node, memo: dict[Path, str] | None = None) -> str:
     """
     memo = {} if memo is None else memo
     nodes = {key: value for key, value in config.items() if key not in PLACES}
-    if any(_package(target) not in KNOWN for target in targets(nodes)):
+    if any(_package(target) not in KNOWN for target in target_paths(nodes)):
         return ""
     shared = Path(str(config["data_dir"])).expanduser()
     paths = {path for path in _paths(nodes) if path != shared}
@@ -113,8 +113,8 @@ def source_sha256(*nodes: Any) -> str | None:
         InputError: a `_target_` cannot be imported.
     """
     found: dict[str, str] = {}
-    own = {name for name in map(_package, targets(nodes)) if name not in KNOWN}
-    for target in targets(nodes):
+    own = {name for name in map(_package, target_paths(nodes)) if name not in KNOWN}
+    for target in target_paths(nodes):
         if _package(target) in own:
             thing = find_target(target, "the configuration")
             for name in {getattr(thing, "__module__", None), target.rpartition(".")[0]}:
@@ -182,7 +182,7 @@ def _paths(node: Any, key: str = "") -> Iterator[Path]:
                 yield path
 
 
-def targets(node: Any) -> Iterator[str]:
+def target_paths(node: Any) -> Iterator[str]:
     """All `_target_` values in a node, including its own, in order."""
     if isinstance(node, dict):
         if "_target_" in node:
@@ -190,10 +190,10 @@ def targets(node: Any) -> Iterator[str]:
             # Hydra's way to refer to a class or function without calling it.
             yield str(node.get("path")) if target.startswith("hydra.utils.get_") else target
         for value in node.values():
-            yield from targets(value)
+            yield from target_paths(value)
     elif isinstance(node, list | tuple):
         for value in node:
-            yield from targets(value)
+            yield from target_paths(value)
 
 
 def _package(name: str) -> str:

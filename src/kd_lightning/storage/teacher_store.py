@@ -41,15 +41,15 @@ class StoredTeacher:
         return self.path / "teacher.safetensors"
 
 
-def teacher_key(plan: TeacherPlan, images: str) -> str:
+def teacher_key(plan: TeacherPlan, images_sha256: str) -> str:
     """SHA-256, in hex, of everything that determines the teacher's weights.
 
     Args:
         plan: the plan of the teacher.
-        images: fingerprint of the data set.
+        images_sha256: fingerprint of the data set.
     """
     code = source_sha256(*plan.own_nodes)
-    recipe = {**plan.recipe, "images": images, **({"code": code} if code else {})}
+    recipe = {**plan.recipe, "images": images_sha256, **({"code": code} if code else {})}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 

@@ -20,7 +20,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.storage.rows import Rows
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.teacher_store import TeacherStore, teacher_key
-from kd_lightning.workflows.student import Job, prepare
+from kd_lightning.workflows.jobs import Job, prepare
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-3}
 """Largest accepted difference, relative to the largest value: storage and other batches round."""

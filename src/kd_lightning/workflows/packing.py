@@ -19,7 +19,7 @@ from kd_lightning.storage.packing import pack_teacher
 from kd_lightning.storage.rows import Rows
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows.check_cache import with_stored_weights
-from kd_lightning.workflows.student import Job, prepare
+from kd_lightning.workflows.jobs import Job, prepare
 
 
 def pack_runs(run_dirs: Sequence[Path], file: Path) -> dict[str, int]:

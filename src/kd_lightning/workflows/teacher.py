@@ -46,7 +46,7 @@ def build_teachers(plan: Plan) -> tuple[FrozenTeacher, ...]:
     return teachers
 
 
-def together(teachers: Sequence[FrozenTeacher], average: str) -> Teacher | None:
+def combine_teachers(teachers: Sequence[FrozenTeacher], average: str) -> Teacher | None:
     """A single teacher, an ensemble, or None.
 
     Raises:

@@ -43,7 +43,7 @@ class Curves(Callback):
         """Accumulate the losses; log them if the step is complete and due."""
         losses: dict[str, Tensor] = (outputs or {}).get("losses", {})
         if trainer.world_size > 1:
-            losses = {name: value * batch["share"] for name, value in losses.items()}
+            losses = {name: value * batch["loss_weight"] for name, value in losses.items()}
         if self._batches:
             losses = {name: value + self._sums[name] for name, value in losses.items()}
         self._sums, self._batches = losses, self._batches + 1

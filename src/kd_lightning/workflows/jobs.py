@@ -1,0 +1,145 @@
+"""First phase of a run, prepare: everything is built and checked, except the teacher's weights."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kd_lightning.config.nodes import Node
+from kd_lightning.config.plan import Plan
+from kd_lightning.config.resolve import check_devices, resolve
+from kd_lightning.data.module import ImageDataModule
+from kd_lightning.distill.caching import open_caches
+from kd_lightning.distill.module import DistillationModule
+from kd_lightning.distill.recorded import RecordedTeacher
+from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.engine.callbacks.users import build_callbacks
+from kd_lightning.engine.launch import launched, rank
+from kd_lightning.engine.trainer import try_trainer
+from kd_lightning.errors import InputError
+from kd_lightning.storage.identity import Contents, source_sha256, target_paths
+from kd_lightning.storage.teacher_store import StoredTeacher
+from kd_lightning.workflows.assembly import build_data, build_module, try_optimizer
+from kd_lightning.workflows.teacher import (
+    build_teachers,
+    combine_teachers,
+    content_sha256,
+    count_teachers,
+    load_teacher,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """A validated run that is ready to train.
+
+    Only the plan is pickled; other processes rebuild the rest from it.
+
+    Attributes:
+        plan: plan of the run.
+        data: the data module, set up.
+        teachers: the teacher, or the members of an ensemble; empty if the method needs none.
+        module: the student and the method's terms.
+        teacher_parameters: parameter count of the configured teacher, whether needed or not; None
+            if it cannot be built.
+        contents: hashes of the files and code that the configuration refers to.
+        stored: the teachers from the teacher store, None for checkpoints; empty before training.
+    """
+
+    plan: Plan
+    data: ImageDataModule
+    teachers: tuple[FrozenTeacher, ...]
+    module: DistillationModule
+    teacher_parameters: int | None
+    contents: Contents
+    stored: tuple[StoredTeacher | None, ...] = ()
+
+    @property
+    def processes(self) -> int:
+        """The number of training processes."""
+        return self.plan.student.trainer.processes
+
+    @property
+    def teacher_facts(self) -> dict[str, Any] | None:
+        """What is stored about a single trained teacher; None for checkpoints and ensembles."""
+        alone = self.stored[0] if len(self.stored) == 1 else None
+        return alone.facts if alone is not None else None
+
+    @property
+    def rank(self) -> int:
+        """The rank of this process under a launcher; otherwise 0."""
+        return rank(self.processes)
+
+    def with_teachers(self, stored: tuple[StoredTeacher | None, ...]) -> "Job":
+        """Load the weights of stored teachers."""
+        for teacher, part in zip(self.teachers, stored, strict=bool(stored)):
+            if part is not None:
+                load_teacher(teacher, part)
+        return replace(self, stored=stored)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickle the plan only."""
+        return _rebuild, (self.plan, self.teacher_parameters, self.contents, self.stored)
+
+
+def _rebuild(
+    plan: Plan, parameters: int | None, contents: Contents, stored: tuple[StoredTeacher | None, ...]
+) -> Job:
+    data = build_data(plan.data.node)
+    data.setup()
+    teachers = build_teachers(plan)
+    module = _build_module(plan, teachers, data)
+    return Job(plan, data, teachers, module, parameters, contents).with_teachers(stored)
+
+
+def _build_module(
+    plan: Plan, teachers: Sequence[FrozenTeacher], data: ImageDataModule
+) -> DistillationModule:
+    teacher = combine_teachers(teachers, plan.average)
+    return build_module(plan.student, plan.data, teacher, data.count(), plan.member_terms)
+
+
+def prepare(config: Node) -> Job:
+    """Check and build everything except the teacher's weights and the trainer.
+
+    Detects all invalid input, cheap checks first.
+
+    Raises:
+        InputError: the configuration, the data or a file is invalid.
+    """
+    check_devices(config)
+    if config["trainer"].get("num_nodes", 1) != 1 and not launched():
+        raise InputError(
+            "trainer.num_nodes is above 1: start one process per device on every node, with "
+            "torchrun or srun"
+        )
+    data = build_data(config["data"])
+    plan = resolve(config, data)
+    teachers = build_teachers(plan)
+    parameters = count_teachers(plan, teachers)
+    module = _build_module(plan, teachers, data)
+    try_optimizer(plan.student.optimizer, plan.student.scheduler)
+    for part in plan.teachers:
+        try_optimizer(part.training.optimizer, part.training.scheduler, "teacher.")
+    build_callbacks(plan.student.callbacks)
+    try_trainer(plan.student.trainer)
+    data.check_batch_size(module.min_batch_size * plan.student.trainer.processes)
+    data.setup()
+    if isinstance(module.teacher, RecordedTeacher):  # nothing could compute what is missing
+        open_caches(module, plan, data, torch.device("cpu"))
+    own_code = [config.get(part) for part in ("student", "method", "callbacks")]
+    contents = Contents(
+        images=data.fingerprint(),
+        teacher=content_sha256(plan, teachers),
+        code=source_sha256(
+            *own_code,
+            plan.student.optimizer,
+            plan.student.scheduler,
+            plan.data.node.get("augmentation"),
+            plan.data.node.get("mixing"),
+            # Of the data itself without its files, which are images.
+            [{"_target_": target} for target in target_paths(plan.data.node)],
+        ),
+    )
+    return Job(plan, data, teachers, module, parameters, contents)

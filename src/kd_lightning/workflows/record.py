@@ -1,0 +1,71 @@
+"""The record of a run: `metrics.json` and `config.yaml`, from its beginning."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+from kd_lightning.config.nodes import Node
+from kd_lightning.config.plan import Plan
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows.jobs import Job
+
+log = logging.getLogger(__name__)
+
+
+def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[str, Any], bool]:
+    """Write the initial metrics and the configuration of a run.
+
+    Returns:
+        The metrics, and whether to resume an interrupted training.
+    """
+    plan = job.plan
+    earlier = directory.read_metrics()
+    if changes := job.contents.changes(earlier):
+        place = plan.output_dir / "superseded" / directory.path.parent.name
+        aside = directory.set_aside(place)
+        log.warning(
+            "changed since %s was run: %s; retraining it, the earlier run is kept in %s",
+            directory.path.name, ", ".join(changes), aside,
+        )  # fmt: skip
+        earlier = {}
+    record = {
+        **_identity(plan),
+        "config_key": plan.key,
+        "baseline_key": plan.baseline_key,
+        **job.contents.as_metrics(),
+        "stamps": stamped,
+        "class_names": [str(name) for name in job.data.classes],
+    }
+    if not plan.teachers:
+        record["key_without_teacher"] = plan.key_without_teacher
+    directory.write_metrics(record)
+    directory.write_config(plan.config)
+    return record, earlier.get("config_key") == plan.key
+
+
+def _identity(plan: Plan) -> dict[str, Any]:
+    return {
+        "status": "running",
+        "name": plan.name,
+        "setting": plan.setting,
+        "method": plan.method,
+        "student": plan.student.name,
+        "teacher": plan.teacher_name,
+        "data": plan.data.name,
+        "seed": plan.student.seed,
+    }
+
+
+def record_failure(config: Node, run_dir: str | Path, error: Exception) -> None:
+    """Record a run of a grid that could not start, so that the grid's table shows it as failed."""
+    directory = RunDirectory(run_dir)
+    if directory.read_metrics().get("status") != "finished":
+        directory.write_metrics(
+            {
+                "status": "failed",
+                **{part: config[part] for part in ("name", "setting")},
+                **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},
+                "seed": config["seed"],
+                "error": str(error),
+            }
+        )
