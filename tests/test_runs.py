@@ -14,11 +14,11 @@ import yaml
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from kd_lightning.config import stored
 from kd_lightning.config.trust import TRUSTED, check_trusted
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.models import ConvNet
 from kd_lightning.storage import provenance, weights
-from kd_lightning.storage import run_directory as runs
 from kd_lightning.storage.provenance import device_name, versions
 from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
 from kd_lightning.storage.weights import fit_state, load_weights
@@ -83,10 +83,10 @@ def test_damaged_configuration_is_reported(run, content):
     assert str(refused.value) == f"{path} is damaged and cannot be read as YAML"
 
 
-@pytest.mark.parametrize("key", runs.NEEDED)
+@pytest.mark.parametrize("key", stored.NEEDED)
 def test_missing_configuration_keys_are_reported(run, key):
     *nest, last = key.split(".")
-    for wrong in (None, [], "a string" if runs.NEEDED[key] is int else 7):
+    for wrong in (None, [], "a string" if stored.NEEDED[key] is int else 7):
         config = json.loads(json.dumps(CONFIG))
         node = config
         for part in nest:

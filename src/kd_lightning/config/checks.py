@@ -98,6 +98,8 @@ def check(config: Node) -> None:
             )
         check_node(without(term, "weight"), f"method.terms.{name}")
     check_node(config["student"]["model"], "student.model")
+    if (wrapper := config["method"].get("student_wrapper")) is not None:
+        check_node(wrapper, "method.student_wrapper", {"encoder"})
     if not isinstance(config.get("update_bn", False), bool):
         raise InputError(f"update_bn must be true or false, not {config['update_bn']}")
     ema: Any = config.get("ema")

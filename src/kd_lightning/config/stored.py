@@ -23,8 +23,9 @@ NEEDED = {
 
 def student_model(config: Node) -> Node:
     """The `_target_` node of a configuration's student, in the method's wrapper if it has one."""
-    model, wrapper = config["student"]["model"], config["method"].get("student_wrapper")
-    return model if wrapper is None else {**wrapper, "encoder": model}
+    model, method = config["student"]["model"], config.get("method")
+    wrapper = method.get("student_wrapper") if isinstance(method, dict) else None
+    return {**wrapper, "encoder": model} if isinstance(wrapper, dict) else model
 
 
 def read_config(folder: Path) -> Node:
