@@ -5,6 +5,7 @@ import json
 import pytest
 from conftest import TINY, write_folder
 
+from kd_lightning import api
 from kd_lightning.errors import InputError
 
 tuning = pytest.importorskip("kd_lightning.workflows.tune")
@@ -72,6 +73,18 @@ def test_unpromising_trial_is_pruned(overrides):
     with pytest.raises(optuna.TrialPruned):
         callback.on_validation_end(Fitting, None)
     assert trial.reported == 5
+
+
+def test_every_method_has_a_search_space():
+    space = tuning.default_space(api.compose("data=digits", "method=dkd"))
+    assert space["method.terms.dkd.weight"] == tuning.Range(1 / 30, 30, log=True)
+    assert space["method.terms.dkd.temperature"] == tuning.Range(1, 20, log=True)
+    assert space["method.terms.cross_entropy.weight"] == tuning.Range(0, 1)
+    space = tuning.default_space(api.compose("data=digits", "method=crd"))
+    assert space["method.terms.crd.weight"].high == pytest.approx(24)
+    assert "method.terms.crd.temperature" not in space  # 0.07 has another meaning
+    alone = tuning.default_space(api.compose("data=digits", "method=matching"))
+    assert set(alone) == {"optimizer.lr", "method.terms.logit.temperature"}
 
 
 def test_search_space_can_be_given():

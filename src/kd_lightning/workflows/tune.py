@@ -29,10 +29,14 @@ class Range(NamedTuple):
     log: bool = False
 
 
+TEMPERATURE = Range(1.0, 20.0, log=True)
+WIDTH = 30.0
+"""Factor by which the weight of a term without a range of its own may change in a search."""
+
 # Default search space: key to range.
 SPACE = {
     "optimizer.lr": Range(0.02, 0.3, log=True),
-    "method.terms.logit.temperature": Range(1.0, 20.0, log=True),
+    "method.terms.logit.temperature": TEMPERATURE,
     "method.terms.cross_entropy.weight": Range(0.0, 1.0),
     "method.terms.logit.weight": Range(0.05, 2.0, log=True),
     "method.terms.attention.weight": Range(3.0, 3000.0, log=True),
@@ -55,12 +59,20 @@ def parse_range(text: str) -> tuple[str, Range]:
 
 
 def default_space(config: Node) -> dict[str, Range]:
-    """The part of `SPACE` that exists in this configuration; weights only with several terms."""
+    """The part of `SPACE` that exists in this configuration, and the weights and temperatures of
+    other terms; weights only with several terms.
+    """
     space = {}
     for key, values in SPACE.items():
         with contextlib.suppress(KeyError):
             select(config, key)
             space[key] = values
+    for name, term in config["method"]["terms"].items():
+        path, weight = f"method.terms.{name}", float(term["weight"])
+        if weight > 0:
+            space.setdefault(f"{path}.weight", Range(weight / WIDTH, weight * WIDTH, log=True))
+        if float(term.get("temperature", 0)) >= TEMPERATURE.low:  # not that of contrastive terms
+            space.setdefault(f"{path}.temperature", TEMPERATURE)
     if len(config["method"]["terms"]) == 1:
         return {key: values for key, values in space.items() if not key.endswith(".weight")}
     return space
