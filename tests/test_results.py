@@ -19,6 +19,16 @@ def tables(tmp_path_factory):
     return [line for line in lines if line.startswith("| ") and "---" not in line]
 
 
+def test_longer_trainings_follow_from_the_runs(tmp_path):
+    write_report([RUNS.with_name("hundred-epochs.csv")], tmp_path)
+    text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
+    rows = [line for line in (tmp_path / "results.md").read_text().splitlines()
+            if line.startswith("| small |")]  # fmt: skip
+    assert len(rows) >= 3
+    for row in rows:
+        assert row in text
+
+
 def test_results_follow_from_the_runs(tables):
     text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
     assert len(tables) > 30
