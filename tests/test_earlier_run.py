@@ -89,7 +89,7 @@ def test_earlier_run_inherits_all_but_method_student_and_teacher(tmp_path):
         "data=digits", "trainer.max_epochs=7", "optimizer.lr=0.02", f"output_dir={tmp_path}",
     ]  # fmt: skip
     own = [
-        "method=logit", "method.terms.logit.temperature=2", "student=large", "seed=3",
+        "method=logit", "method.terms.logit.temperature=2", "seed=3",
         "teacher=run", "teacher.seed=9", "optimizer@teacher.optimizer=adamw",
     ]  # fmt: skip
     naming.register()
@@ -100,6 +100,22 @@ def test_earlier_run_inherits_all_but_method_student_and_teacher(tmp_path):
     node = plain(earlier.config, earlier.overrides)
     assert node == api.compose(*shared, "seed=5", "method=none")
     assert earlier.folder == tmp_path / "runs" / node["setting"] / "none-small-s5"
+
+
+def test_student_is_inherited_unless_another_is_named():
+    shared, own = ["data=digits"], ["student=medium", "student.model.hidden=32", "method=logit"]
+    naming.register()
+    rules.install()
+
+    def student_of(run):
+        composed = compose("train", [*shared, *own, "teacher=run", f"teacher.run={run}"])
+        (earlier,) = earlier_runs(composed, [*shared, *own, "teacher=run"])
+        return plain(earlier.config, earlier.overrides)["student"]
+
+    with initialize_config_dir(tree_folder(), version_base="1.3"):
+        same, other = student_of("{method: none}"), student_of("{student: large}")
+    assert (same["name"], same["model"]["hidden"]) == ("medium", 32)
+    assert (other["name"], other["model"]["hidden"]) == ("large", 256)
 
 
 def test_results_do_not_depend_on_where_the_outputs_are(command, tmp_path):
@@ -119,6 +135,7 @@ def test_ensemble_of_runs(command):
     done = command("method=logit", "teacher=run", f"teacher.members=[{members}]")
     assert done.code == 0, done.err
     assert done.metrics["teacher_parameters"] == 2 * done.metrics["parameters"]
+    assert done.metrics["teacher"] == "+".join(metrics_of(run)["name"] for run in runs)
 
 
 @pytest.mark.parametrize(
@@ -128,9 +145,15 @@ def test_ensemble_of_runs(command):
         (["teacher=run", "teacher.run=nowhere"], "nowhere is not a run directory"),
         (["teacher=run", "teacher.run=[none]"], "teacher.run must be"),
         (["teacher=run", "teacher.run='method=none'"], "teacher.run must be"),
-        (["teacher=run", "teacher.run={methd: none}"], "did you mean method"),
+        (
+            ["teacher=run", "teacher.run={methd: none}"],
+            "teacher.run: there is no key 'methd'; did you",
+        ),
         (["teacher=run", "teacher.run={method: nothing}"], "method=nothing does not exist"),
-        (["teacher=run", "teacher.run={optimizer.lr: -1}"], "Invalid learning rate: -1"),
+        (
+            ["teacher=run", "teacher.run={optimizer.lr: -1}"],
+            "teacher.run: optimizer: Invalid learning rate: -1",
+        ),
     ],
 )
 def test_invalid_runs_are_rejected(command, arguments, words):

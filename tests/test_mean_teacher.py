@@ -76,6 +76,7 @@ def test_student_learns_from_its_average(train, tmp_path):
     assert metrics["teacher"] == "mean"
     assert metrics["teacher_parameters"] == metrics["parameters"]
     assert metrics["teacher_val_accuracy"] is None  # not before the training
+    assert "teacher mean" in done.out
     assert 0 < metrics["agreement"] <= 1
     assert not list(tmp_path.glob("outputs/teachers/*/teacher.safetensors"))
     assert not list(tmp_path.glob("outputs/teachers/remembered/*/*.rows"))
@@ -118,6 +119,7 @@ def test_resume_is_bit_exact(folder, tmp_path, monkeypatch):
     [
         (["teacher.decay=1"], "teacher.decay must be above 0 and below 1"),
         (["teacher.decay=often"], "teacher.decay must be above 0 and below 1"),
+        (["method=simkd"], "teacher.decay makes the student its own teacher"),
         (["teacher.checkpoint=x.pt"], "has no checkpoint"),
         (["teacher.members=[{seed: 0},{seed: 1}]"], "cannot be in an ensemble"),
     ],

@@ -84,7 +84,7 @@ def test_resume_of_a_distributed_grid(tmp_path, uninterrupted, how):
         assert results(tmp_path, method)[1:] == results(uninterrupted, method)[1:]
 
 
-@pytest.mark.parametrize("where", ["open_caches", "DistillationModule.on_train_epoch_end"])
+@pytest.mark.parametrize("where", ["student.open_caches", "DistillationModule.on_train_epoch_end"])
 @pytest.mark.parametrize("how", ["raise OSError('no more of it')", "os._exit(9)"])
 def test_failed_worker_is_reported(tmp_path, where, how):
     script = tmp_path / "breaks.py"
@@ -93,12 +93,13 @@ def test_failed_worker_is_reported(tmp_path, where, how):
         "from kd_lightning import cli\n"
         "from kd_lightning.engine import launch\n"
         "from kd_lightning.workflows import student\n"
-        f"works = student.{where}\n"
+        "from kd_lightning.distill.module import DistillationModule\n"
+        f"works = {where}\n"
         "def fails(*given):\n"
         "    if os.environ.get('LOCAL_RANK', '0') != '0':\n"
         f"        {how}\n"
         "    return works(*given)\n"
-        f"student.{where} = fails\n"
+        f"{where} = fails\n"
         f"launch.LATER = {5 if 'raise' in how else 1}\n"  # a worker that exited says nothing later
         "if __name__ == '__main__': cli.main()\n"
     )

@@ -77,6 +77,20 @@ def test_parameters_are_those_that_predict():
     assert not any("encoder.classifier" in name for name in model.state_dict())
 
 
+def with_sizes(model):
+    """With a last map of 16 channels and 4x4."""
+    model.layer3.append(nn.Sequential(nn.Conv2d(64, 16, 1), nn.AvgPool2d(2), nn.ReLU()))
+    model.linear = nn.Linear(16, 10)
+    return model
+
+
+class Twice(ResNet9):
+    """Logits that are not the output of the classifier."""
+
+    def forward(self, images):
+        return 2 * super().forward(images)
+
+
 @pytest.mark.parametrize("case", cases("maps", "SimKD"))
 def test_loss_and_logits_of_the_authors(case):
     def loss(student, teacher, w1, w2, w3, cw, cb):
@@ -106,7 +120,10 @@ def test_loss_and_logits_of_the_authors(case):
         (lambda: ConvNet([4, 6], 8), lambda: ResNet9(2), "select method=simkd"),
         (lambda: student(8), lambda: ResNet9(2), "channels=16"),
         (lambda: student(16, 8), lambda: ResNet9(2), "size=4"),
-        (lambda: student(), lambda: ConvNet([4, 16], 8), "not a linear layer on the 16 channels"),
+        (lambda: student(), lambda: with_sizes(CifarResNet(8)), "pooling=average"),
+        (lambda: student(64, 8), lambda: CifarResNet(8), r"channels=64 .*size=8 .*pooling=average"),
+        (lambda: student(), lambda: Twice(2), "cannot be reused"),
+        (lambda: student(), lambda: ConvNet([4, 16], 8), "cannot be reused"),
     ],
 )
 def test_student_that_does_not_fit_is_reported(model, teacher, words):

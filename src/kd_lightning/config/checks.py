@@ -132,6 +132,11 @@ def _check_teacher(config: Node, path: str) -> None:
     if teacher.get("outputs") is not None and teacher["checkpoint"] is not None:
         raise InputError(f"{path}.checkpoint cannot be used with {path}.outputs: omit one of them")
     decay: Any = teacher.get("decay")
+    if decay is not None and config["method"].get("student_wrapper") is not None:
+        raise InputError(
+            f"method={config['method']['name']} reuses the classifier of a teacher, but "
+            f"{path}.decay makes the student its own teacher: choose another teacher"
+        )
     if decay is not None and not (_is_number(decay) and 0 < decay < 1):
         raise InputError(f"{path}.decay must be above 0 and below 1, as 0.999, not {decay}")
     if decay is not None and (path != "teacher" or teacher["checkpoint"] is not None):

@@ -4,8 +4,8 @@
     teacher=run 'teacher.run={method: none, student: large}' of the run with these overrides
 
 The run of a dictionary has the other settings of the command (data, trainer, seed, ...), except
-those of method, student and teacher. It is trained first, unless it is finished; its teacher may be
-the student of a further run.
+those of method and teacher, and of the student if it names another. It is trained first, unless it
+is finished; its teacher may be the student of a further run.
 """
 
 import re
@@ -27,7 +27,7 @@ from kd_lightning.config.trust import check_trusted
 from kd_lightning.errors import InputError
 from kd_lightning.files import home, read_json
 
-_NOT_INHERITED = {"method", "student", "teacher", "name", "setting"}
+_NOT_INHERITED = {"method", "teacher", "name", "setting"}
 _EXAMPLE = "a run's folder, or overrides as {method: none, student: large}"
 
 
@@ -87,6 +87,10 @@ def fill_in_runs(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise InputError(f"teacher.run must be {_EXAMPLE}, not {run}")
         with open_dict(config):
             section.merge_with(_teacher(folder, section, checked=isinstance(run, str)))
+    members = [part.name for part in sections(config)[1:]]
+    if members and config.teacher.name == f"run x{len(members)}":
+        with open_dict(config):
+            config.teacher.name = "+".join(members)
     return config
 
 
@@ -106,13 +110,16 @@ def _compose(own: DictConfig, inherited: Sequence[str]) -> EarlierRun:
         own: overrides in `teacher.run`.
         inherited: those of the command.
     """
-    common = [override for override in inherited if not _sections(override) & _NOT_INHERITED]
     changes = cast(Node, OmegaConf.to_container(own))
+    dropped = _NOT_INHERITED | ({"student"} if "student" in changes else set())
+    common = [override for override in inherited if not _sections(override) & dropped]
     overrides = [*common, *(f"{key}={_written(value)}" for key, value in changes.items())]
-    check_overrides(overrides)
     loader = GlobalHydra.instance().config_loader()
     try:
+        check_overrides(overrides)
         config = loader.load_configuration("train", overrides, RunMode.RUN)
+    except InputError as error:
+        raise InputError(f"teacher.run: {error}") from error
     except (HydraException, OmegaConfBaseException) as error:
         raise InputError(f"teacher.run: {composition_error(error)}") from error
     with open_dict(config):

@@ -67,7 +67,7 @@ class RecordedShapes(LayerShapes):
 
     def __init__(self, layers: PackedLayers) -> None:
         dict.__init__(self, layers.shapes)
-        self.model = nn.Module()  # without layers
+        self.model, self.image_size = nn.Module(), 0  # without layers
         if layers.roles is not None:
             self.model.roles = Roles(*layers.roles)  # type: ignore[assignment]
         self.output = torch.zeros(1, *layers.shapes[""])

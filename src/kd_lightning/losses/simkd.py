@@ -7,10 +7,12 @@ from torch import Tensor, nn
 
 from kd_lightning.losses.fitnet import hint_loss
 from kd_lightning.losses.map_term import MapTerm
+from kd_lightning.losses.pairs import FeatureMap
 from kd_lightning.losses.term import Context, Reads, TermBatch
-from kd_lightning.models.features import LayerShapes, Output
-from kd_lightning.models.reused_classifier import ReusedClassifier
-from kd_lightning.models.roles import find_roles
+from kd_lightning.models.features import FeatureReader, LayerShapes, Output
+from kd_lightning.models.reused_classifier import POOLING, ReusedClassifier
+from kd_lightning.models.roles import Roles, find_roles
+from kd_lightning.models.trial import evaluation_mode
 
 
 class SimKD(MapTerm):
@@ -39,27 +41,31 @@ class SimKD(MapTerm):
             raise ValueError("the teacher's classifier is not known")
         reads = super().setup(context)
         (pair,) = self.layers.chosen
-        role = find_roles(context.teacher, context.num_classes).classifier
-        teacher = context.teacher.model.get_submodule(role)
-        if not isinstance(teacher, nn.Linear) or teacher.in_features != pair.teacher.channels:
+        roles = find_roles(context.teacher, context.num_classes)
+        modules = dict(context.teacher.model.named_modules(remove_duplicate=False))
+        if (teacher := modules.get(roles.classifier)) is None:
+            raise ValueError("the weights of the teacher's classifier are not known")
+        scale = float(getattr(context.teacher.model, "logit_scale", 1.0))
+        pooling = _poolings(context.teacher, pair.teacher, roles, scale)
+        if not isinstance(teacher, nn.Linear) or not pooling:
             raise ValueError(
-                f"the teacher's classifier {role} is not a linear layer on the "
-                f"{pair.teacher.channels} channels of its last feature map"
+                f"the teacher's classifier {roles.classifier} cannot be reused: it is not a linear "
+                "layer on the average or the maxima of its last feature map"
             )
-        wrapper = "method.student_wrapper"
-        if pair.student.channels != pair.teacher.channels:
-            raise ValueError(
-                f"the teacher's last map has {pair.teacher.channels} channels: set "
-                f"{wrapper}.channels={pair.teacher.channels}"
-            )
-        if pair.student.layout.height > pair.teacher.layout.height:
-            raise ValueError(
-                f"the teacher's last map has a height of {pair.teacher.layout.height}: set "
-                f"{wrapper}.size={pair.teacher.layout.height}"
-            )
+        if (
+            pair.student.channels != pair.teacher.channels
+            or pair.student.layout.height > pair.teacher.layout.height
+            or student.pooling not in pooling
+        ):
+            settings = {
+                "channels": pair.teacher.channels,
+                "size": pair.teacher.layout.height,
+                "pooling": pooling[0],
+            }
+            text = " ".join(f"method.student_wrapper.{k}={v}" for k, v in settings.items())
+            raise ValueError(f"for this teacher set {text}")
         # In a tuple, so that they are no submodules. The teacher's weights may be loaded later.
-        scale = getattr(context.teacher.model, "logit_scale", 1.0)
-        self._classifiers = student.classifier, teacher, float(scale)
+        self._classifiers = student.classifier, teacher, scale
         return reads
 
     def forward(self, student: Output, remembered: dict[str, Tensor], batch: TermBatch) -> Tensor:
@@ -77,3 +83,37 @@ class SimKD(MapTerm):
         own.weight.copy_(teacher.weight * scale)
         own.bias.zero_() if teacher.bias is None else own.bias.copy_(teacher.bias * scale)
         self._classifiers = None
+
+
+def _poolings(shapes: LayerShapes, last: FeatureMap, roles: Roles, scale: float) -> list[str]:
+    """How the teacher pools its last map before the classifier, tried on random images.
+
+    Args:
+        shapes: layers of the teacher.
+        last: its last map.
+        roles: its embedding and classifier.
+        scale: factor of the classifier's output.
+
+    Returns:
+        Those of `POOLING` that give its embedding; none if the logits are not the classifier's
+        output.
+    """
+    device = next(shapes.model.parameters()).device
+    images = torch.randn(
+        2, 3, shapes.image_size, shapes.image_size, generator=torch.Generator().manual_seed(0)
+    )
+    reader = FeatureReader(shapes.model, [last.layer, roles.embedding, roles.classifier])
+    try:
+        with evaluation_mode(shapes.model):
+            output = reader(images.to(device), complete=True)
+    finally:
+        reader.close()
+    if not torch.allclose(output.features[roles.classifier] * scale, output.logits):
+        return []
+    embedding = output.features[roles.embedding].flatten(1)
+    pooled = {name: pool(last.of(output), 1).flatten(1) for name, pool in POOLING.items()}
+    return [
+        name
+        for name, value in pooled.items()
+        if value.shape == embedding.shape and torch.allclose(value, embedding, atol=1e-6)
+    ]

@@ -2,10 +2,15 @@
 the Reused Teacher Classifier", section 3.2.
 """
 
+from collections.abc import Callable
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-POOLING = ("average", "max")
+POOLING: dict[str, Callable[[Tensor, int], Tensor]] = {
+    "average": F.adaptive_avg_pool2d,
+    "max": F.adaptive_max_pool2d,
+}
 
 
 class ReusedClassifier(nn.Module):
@@ -60,8 +65,7 @@ class ReusedClassifier(nn.Module):
         if x.shape[2] > self.size:
             x = F.adaptive_avg_pool2d(x, self.size)
         x = self.projector(x)
-        pool = F.adaptive_max_pool2d if self.pooling == "max" else F.adaptive_avg_pool2d
-        return self.classifier(pool(x, 1).flatten(1))
+        return self.classifier(POOLING[self.pooling](x, 1).flatten(1))
 
 
 def _without_classifier(encoder: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ class LayerShapes(dict[str, Shape]):
         image_size: height and width of the images, in pixels.
 
     Attributes:
-        model: the model.
+        model, image_size: as given.
         output: the model's output.
         others: layers without such a shape, with a description of their output.
         inputs: ``"layer:input"`` to the input shape of the layer, without the batch axis.
@@ -40,17 +40,17 @@ class LayerShapes(dict[str, Shape]):
         for name, _ in model.named_modules(remove_duplicate=False):
             if name not in self:
                 self.others.setdefault(name, "nothing, because it is not used in evaluation mode")
-        self.model, self._image_size = model, image_size
+        self.model, self.image_size = model, image_size
 
     @cached_property
     def layouts(self) -> dict[str, Layout]:
         """Layouts of the layers whose output is a map, or tokens that form a grid."""
-        return find_layouts(self.model, self, self._image_size)
+        return find_layouts(self.model, self, self.image_size)
 
     @cached_property
     def input_layouts(self) -> dict[str, Layout]:
         """The same for layer inputs, by ``"layer:input"``."""
-        return find_layouts(self.model, self.inputs, self._image_size)
+        return find_layouts(self.model, self.inputs, self.image_size)
 
 
 def layer_shapes(model: nn.Module, image_size: int) -> LayerShapes:

@@ -24,11 +24,14 @@ def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
     table.add_column()
     for column in ("parameters", "validation", "test"):
         table.add_column(column, justify="right")
-    if metrics["teacher_val_accuracy"] is not None:
+    if metrics["teacher_test_accuracy"] is not None:
         table.add_row(
             Text(printable(f"teacher {metrics['teacher']}")),
             f"{metrics['teacher_parameters']:,}",
-            percent(metrics["teacher_val_accuracy"]),
+            # A teacher that follows the student is not validated before the training.
+            "-"
+            if metrics["teacher_val_accuracy"] is None
+            else percent(metrics["teacher_val_accuracy"]),
             percent(metrics["teacher_test_accuracy"]),
         )
     table.add_row(

@@ -85,6 +85,8 @@ def with_stored_weights(job: Job) -> Job:
             raise InputError(
                 f"the teacher {part.name} is packed in {part.outputs}, without weights"
             )
+        if part.decay is not None:
+            raise InputError(f"the teacher {part.name} follows the student: it is not cached")
     store = TeacherStore(plan.output_dir / "teachers")
 
     def missing(folder: Path) -> dict[str, float]:

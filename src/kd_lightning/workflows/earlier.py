@@ -39,4 +39,7 @@ def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
             )
         quiet_lightning()
         say(f"the teacher is trained first: {earlier.folder}")
-        run(node, earlier.folder)
+        try:
+            run(node, earlier.folder)
+        except InputError as error:
+            raise InputError(f"teacher.run: {error}") from error
