@@ -2,12 +2,13 @@
 
 import pytest
 import torch
+from test_map_losses import batch, images
 from torch import nn
 
 from kd_lightning.data.views import Normalization
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import FrozenTeacher
-from kd_lightning.losses import NST, OFD, VID, Context, FitNet, ReviewKD, TermBatch
+from kd_lightning.losses import NST, OFD, VID, Context, FitNet, ReviewKD
 from kd_lightning.models import CifarResNet, ConvNet, layer_shapes
 from kd_lightning.models.features import FeatureReader
 
@@ -18,17 +19,6 @@ TERMS = {
     "ofd": OFD,
     "reviewkd": lambda: ReviewKD(warmup=0),
 }
-LABELS = torch.tensor([0, 1, 2, 0])
-
-
-def batch(progress=0.0, size=4):
-    index = torch.arange(size)
-    return TermBatch(LABELS[:size], index, index, progress)
-
-
-def images(size, count=4):
-    generator = torch.Generator().manual_seed(3)
-    return torch.randn(count, 3, size, size, generator=generator)
 
 
 class Tokens(nn.Module):

@@ -148,7 +148,7 @@ def _unreadable(override: str, following: Sequence[str]) -> str:
         return f"{override} cannot be read: write {key}={value.lstrip('=')}"
     if value[0:1] in BRACKETS:
         try:
-            text = _hydra_text(yaml.safe_load(value))
+            text = hydra_text(yaml.safe_load(value))
         except yaml.YAMLError:
             text = ""
         if text and _parsed(f"{key}={text}") is not None:
@@ -171,12 +171,12 @@ def _quoted(value: str) -> str:
     return QuotedString(value, Quote.double).with_quotes()
 
 
-def _hydra_text(value: Any) -> str:
+def hydra_text(value: Any) -> str:
     """Format a value in Hydra's override grammar."""
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{key}: {_hydra_text(part)}" for key, part in value.items()) + "}"
+        return "{" + ", ".join(f"{key}: {hydra_text(part)}" for key, part in value.items()) + "}"
     if isinstance(value, list):
-        return "[" + ", ".join(map(_hydra_text, value)) + "]"
+        return "[" + ", ".join(map(hydra_text, value)) + "]"
     if isinstance(value, str):
         plain = _parsed(f"x={value}")
         return value if plain is not None and plain.value() == value != "" else _quoted(value)

@@ -11,7 +11,7 @@ is finished; its teacher may be the student of a further run.
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple, cast
 
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import HydraException
@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from kd_lightning.config import naming
-from kd_lightning.config.commandline import check_overrides, composition_error
+from kd_lightning.config.commandline import check_overrides, composition_error, hydra_text
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.stored import read_config, student_model
 from kd_lightning.config.trust import check_trusted
@@ -113,7 +113,7 @@ def _compose(own: DictConfig, inherited: Sequence[str]) -> EarlierRun:
     changes = cast(Node, OmegaConf.to_container(own))
     dropped = _NOT_INHERITED | ({"student"} if "student" in changes else set())
     common = [override for override in inherited if not _sections(override) & dropped]
-    overrides = [*common, *(f"{key}={_written(value)}" for key, value in changes.items())]
+    overrides = [*common, *(f"{key}={hydra_text(value)}" for key, value in changes.items())]
     loader = GlobalHydra.instance().config_loader()
     try:
         check_overrides(overrides)
@@ -136,19 +136,6 @@ def _sections(override: str) -> set[str]:
     """
     key = override.lstrip("+~").partition("=")[0]
     return {re.split("[./]", part)[0] for part in key.split("@")}
-
-
-def _written(value: Any) -> str:
-    """A value in the grammar of Hydra's overrides."""
-    if isinstance(value, dict):
-        return "{" + ",".join(f"{key}:{_written(part)}" for key, part in value.items()) + "}"
-    if isinstance(value, list):
-        return "[" + ",".join(map(_written, value)) + "]"
-    if isinstance(value, str):
-        return "'" + value.replace("'", "\\'") + "'"
-    if isinstance(value, bool):
-        return str(value).lower()
-    return "null" if value is None else str(value)
 
 
 def _teacher(folder: Path, section: DictConfig, checked: bool) -> Node:

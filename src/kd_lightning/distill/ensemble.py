@@ -115,6 +115,11 @@ class PerMember(Term):
         """Set up the term of each member; what each reads."""
         return [self.of_member(number).setup(context) for number, context in enumerate(contexts)]
 
+    def begin(self) -> None:
+        """Begin with every copy."""
+        for number in range(len(self.copies)):
+            self.of_member(number).begin()
+
     def forward(self, student: Output, remembered: Mapping[str, Any], batch: TermBatch) -> Tensor:
         """The mean of the members' losses.
 

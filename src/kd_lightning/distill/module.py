@@ -340,7 +340,9 @@ class DistillationModule(LightningModule):
         return whole
 
     def on_fit_start(self) -> None:
-        """Move the teacher to the student's device."""
+        """Let the terms begin, and move the teacher to the student's device."""
+        for term in self._terms.values():
+            term.begin()
         self._place_teacher()
 
     def on_validation_start(self) -> None:

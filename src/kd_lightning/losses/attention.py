@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.pairs import LayerPairs
-from kd_lightning.losses.term import Context, Reads, Term, TermBatch
+from kd_lightning.losses.map_term import MapTerm
+from kd_lightning.losses.term import TermBatch
 from kd_lightning.models.features import Output
 
 
@@ -54,7 +54,7 @@ def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> T
     return F.normalize(energy.flatten(1), dim=1)
 
 
-class Attention(Term):
+class Attention(MapTerm):
     """Matches the attention maps of student and teacher for pairs of layers; see `LayerPairs`.
 
     Args:
@@ -72,19 +72,10 @@ class Attention(Term):
         pairs: Sequence[Sequence[str]] | None = None,
         distance: str = "mean_square",
     ) -> None:
-        super().__init__()
+        super().__init__(student_layers, teacher_layers, pairs)
         if distance not in ("mean_square", "norm"):
             raise ValueError(f"distance must be 'mean_square' or 'norm', not '{distance}'")
         self.distance = distance
-        self.layers = LayerPairs(student_layers, teacher_layers, pairs)
-
-    def setup(self, context: Context) -> Reads:
-        """Select the pairs.
-
-        Raises:
-            ValueError: a layer does not exist, or its output is not a map.
-        """
-        return self.layers.setup(context)
 
     def remember(self, teacher: Output) -> Tensor:
         """The teacher's attention maps, concatenated: (B, sum of h * w)."""

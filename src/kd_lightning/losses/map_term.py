@@ -7,7 +7,7 @@ from torch import Tensor
 
 from kd_lightning.losses.pairs import LayerPairs, pool
 from kd_lightning.losses.precision import at_least_float32
-from kd_lightning.losses.term import Context, Reads, Term
+from kd_lightning.losses.term import Context, Reads, Targets, Term
 from kd_lightning.models.features import Output
 
 
@@ -38,7 +38,7 @@ class MapTerm(Term):
         """
         return self.layers.setup(context)
 
-    def remember(self, teacher: Output) -> dict[str, Tensor]:
+    def remember(self, teacher: Output) -> Targets:
         """The teacher's map of each pair, by the pair's number: (B, C, h, w)."""
         return {
             str(number): pool(at_least_float32(pair.teacher.of(teacher)), pair.size)

@@ -19,9 +19,9 @@ class SimKD(MapTerm):
     """Matches the student's projected map with the teacher's last one; see `ReusedClassifier`.
 
     The student must be a `ReusedClassifier` (method=simkd makes it one), and the teacher's
-    classifier a linear layer after a global pooling. Its weights are copied to the student at the
-    first step. The mean squared difference is over all elements (equation 3); there is no other
-    loss.
+    classifier a linear layer after a global pooling. Its weights are copied to the student when
+    the training begins. The mean squared difference is over all elements (equation 3); there is
+    no other loss.
     """
 
     def __init__(self) -> None:
@@ -70,19 +70,16 @@ class SimKD(MapTerm):
 
     def forward(self, student: Output, remembered: dict[str, Tensor], batch: TermBatch) -> Tensor:
         """Mean squared difference of the maps; a scalar."""
-        self._copy_classifier()
         ((given, wanted),) = self.matched(student, remembered)
         return hint_loss(given, wanted)
 
     @torch.no_grad()
-    def _copy_classifier(self) -> None:
-        """Copy the teacher's classifier to the student, once."""
-        if self._classifiers is None:
-            return
+    def begin(self) -> None:
+        """Copy the teacher's classifier to the student."""
+        assert self._classifiers is not None
         own, teacher, scale = self._classifiers
         own.weight.copy_(teacher.weight * scale)
         own.bias.zero_() if teacher.bias is None else own.bias.copy_(teacher.bias * scale)
-        self._classifiers = None
 
 
 def _poolings(shapes: LayerShapes, last: FeatureMap, roles: Roles, scale: float) -> list[str]:

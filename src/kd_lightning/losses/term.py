@@ -95,6 +95,9 @@ class Term(nn.Module):
         """
         return Reads()
 
+    def begin(self) -> None:
+        """Called when the training begins: unlike in `setup`, the teacher's weights are loaded."""
+
     def remember(self, teacher: Output) -> Targets:
         """Compute the targets from the teacher's output: float32 (B, ...), or a dictionary."""
         raise NotImplementedError
