@@ -83,7 +83,10 @@ def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
     if not runs:
         if len(names) > 1:
             raise InputError(f"{names[0]} is no folder of a run; caches are packed one by one")
-        (entry,) = find(root, names)
+        entries = find(root, names)
+        if len(entries) != 1:
+            raise InputError(f"{root} has {len(entries)} caches, which are packed one by one")
+        (entry,) = entries
         print(f"{pack(entry.folder, file)} views: {file}")
         return
     if len(runs) < len(names):

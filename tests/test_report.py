@@ -14,7 +14,7 @@ from conftest import REPOSITORY
 from kd_lightning.errors import InputError
 from kd_lightning.reports import documents
 from kd_lightning.reports.documents import write_report
-from kd_lightning.reports.runs import read_runs
+from kd_lightning.reports.runs import read_runs, setting_columns
 from kd_lightning.reports.statistics import groups, interval, summarise
 
 PARAMETERS = {"small": 530_090, "medium": 2_117_962}
@@ -315,6 +315,28 @@ def test_baseline_of_another_setting_must_be_the_same_student(tmp_path, baseline
     runs = read_runs([tmp_path / "two"])
     assert list(runs["method"]) == (["none", "logit"] if found else ["logit"])
     assert list(summarise(runs)["pairs"])[-1] == int(found)
+
+
+def test_runs_without_a_teacher_join_the_table_of_every_teacher(tmp_path):
+    def write(setting, method, test, **extra):
+        folder = contents(
+            tmp_path / setting, method, 0, test,
+            images="a", setting=setting, baseline_key="k", **extra,
+        )  # fmt: skip
+        teacher = {"_target_": "a.Net", "depth": 20 if setting == "one" else 32}
+        (folder / "config.yaml").write_text(yaml.safe_dump({"teacher": {"model": teacher}}))
+
+    write("one", "none", 0.5, key_without_teacher="n")
+    write("one", "tfkd", 0.6, key_without_teacher="t")
+    write("one", "logit", 0.7)
+    write("two", "logit", 0.8)
+    runs = read_runs([tmp_path / "two"])
+    assert sorted(zip(runs["method"], runs["test_accuracy"], strict=True)) == [
+        ("logit", 0.8), ("none", 0.5), ("tfkd", 0.6),
+    ]  # fmt: skip
+    # They do not bring along the teacher of the setting in which they were trained.
+    assert set(read_runs([tmp_path])["setting"]) == {"one", "two"}
+    assert "teacher.model.depth" not in setting_columns(runs)
 
 
 def test_given_baseline_replaces_those_of_the_settings(tmp_path):

@@ -29,10 +29,10 @@ from kd_lightning.distill.targets import TeacherTargets
 from kd_lightning.distill.teacher import Teacher
 from kd_lightning.errors import InputError
 from kd_lightning.losses import Context, Reads, Targets, Term, TermBatch
-from kd_lightning.losses.term import Shapes
 from kd_lightning.models.features import FeatureReader, LayerShapes, layer_shapes
 from kd_lightning.models.outputs import find_logits
 from kd_lightning.models.preparing import cannot_take, materialize, to_memory_format
+from kd_lightning.models.shapes import Shapes
 from kd_lightning.storage.teacher_cache import TeacherCache
 
 AUTOCAST = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}

@@ -13,8 +13,9 @@ from kd_lightning.losses.map_term import MapTerm
 from kd_lightning.losses.pairs import pool
 from kd_lightning.losses.precision import at_least_float32
 from kd_lightning.losses.projectors import convolution_norm
-from kd_lightning.losses.term import Context, Reads, Shapes, TermBatch
+from kd_lightning.losses.term import Context, Reads, TermBatch
 from kd_lightning.models.features import LayerShapes, Output
+from kd_lightning.models.shapes import Shapes
 
 RARELY = 0.001
 """Probability of negative values below which their mean is not used as the margin."""

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 import torch.nn.functional as F
 from torch import Tensor
 
-from kd_lightning.losses.term import Context, Reads, Shapes
+from kd_lightning.losses.term import Context, Reads
 from kd_lightning.models.features import LayerShapes, Output, unknown_layer
 from kd_lightning.models.layouts import Layout
 from kd_lightning.models.roles import select
+from kd_lightning.models.shapes import Shapes
 
 
 class FeatureMap(NamedTuple):

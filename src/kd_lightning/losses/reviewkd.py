@@ -10,10 +10,11 @@ from kd_lightning.losses.map_term import MapTerm
 from kd_lightning.losses.pairs import FeatureMap, Pair, pool
 from kd_lightning.losses.precision import at_least_float32
 from kd_lightning.losses.projectors import convolution_norm
-from kd_lightning.losses.term import Context, Reads, Shapes, TermBatch
+from kd_lightning.losses.term import Context, Reads, TermBatch
 from kd_lightning.models.features import LayerShapes, Output
 from kd_lightning.models.layouts import Layout
 from kd_lightning.models.roles import select
+from kd_lightning.models.shapes import Shapes
 
 LEVELS = (4, 2, 1)
 MOST_CHANNELS = 512

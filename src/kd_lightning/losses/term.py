@@ -1,15 +1,12 @@
 """The interface of loss terms."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
 from kd_lightning.models.features import Output
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Layer name to the shape of its output without the batch axis; see `models.LayerShapes`."""
+from kd_lightning.models.shapes import Shapes
 
 Targets = Tensor | dict[str, Tensor]
 """A term's targets, computed from the teacher's output: (B, ...), or several of these by name."""

@@ -7,10 +7,11 @@ from torch import Tensor
 
 from kd_lightning.losses.pairs import feature_maps
 from kd_lightning.losses.precision import at_least_float32
-from kd_lightning.losses.term import Context, Reads, Shapes, Term
+from kd_lightning.losses.term import Context, Reads, Term
 from kd_lightning.models.features import LayerShapes, Output
 from kd_lightning.models.layouts import Layout
 from kd_lightning.models.roles import select
+from kd_lightning.models.shapes import Shapes
 
 
 def unit(vectors: Tensor, epsilon: float = 0.0) -> Tensor:

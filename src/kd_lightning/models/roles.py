@@ -1,15 +1,12 @@
 """The roles of layers: stages, embedding and classifier, found in any model."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import nn
 
-from kd_lightning.models.shapes import LayerShapes
+from kd_lightning.models.shapes import LayerShapes, Shapes
 from kd_lightning.models.trial import INPUT
-
-Shapes = Mapping[str, tuple[int, ...]]
-"""Layer name to the shape of its output without the batch axis; see `LayerShapes`."""
 
 
 class Roles(NamedTuple):

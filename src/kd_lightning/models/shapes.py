@@ -1,11 +1,15 @@
 """Output shapes of the layers of a model."""
 
+from collections.abc import Mapping
 from functools import cached_property
 
 from torch import nn
 
 from kd_lightning.models.layouts import Layout, Shape, find_layouts
 from kd_lightning.models.trial import INPUT, blank, record
+
+Shapes = Mapping[str, Shape]
+"""Layer name to the shape of its output without the batch axis; see `LayerShapes`."""
 
 
 class LayerShapes(dict[str, Shape]):

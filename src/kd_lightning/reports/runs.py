@@ -77,14 +77,23 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
         rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
         settings.append(reader.read(folder))
     if baseline is None:
-        added = list(_baselines(rows))
+        added = list(_runs_without_teacher(rows))
     else:
         kept = [number for number, row in enumerate(rows) if row.get("method") != "none"]
         rows, settings = [rows[n] for n in kept], [settings[n] for n in kept]
         added = list(_given_baselines(rows, Path(baseline)))
-    for metrics, folder in added:
-        rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
-        settings.append(reader.read(folder))
+    for metrics, folder, row in added:
+        rows.append(
+            {
+                **metrics,
+                **_of_teacher(row, metrics),
+                "variant": _suffix(metrics),
+                "folder": str(folder),
+            }
+        )
+        teacher = _teacher_settings(reader.read(Path(row["folder"])) if row.get("folder") else {})
+        own = reader.read(folder)
+        settings.append({k: v for k, v in own.items() if k not in _teacher_settings(own)} | teacher)
     rows = [{key: _shown(key, value) for key, value in row.items()} for row in rows]
     _tell_runs_of_a_cell_apart(rows, settings)
     runs = pd.DataFrame(rows, columns=list(COLUMNS))
@@ -115,34 +124,45 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
     return runs
 
 
-def _baselines(rows: Sequence[Mapping[str, Any]]) -> Iterator[tuple[dict[str, Any], Path]]:
-    """Runs of other settings that are the baseline of some of these runs.
+_Added = tuple[dict[str, Any], Path, Mapping[str, Any]]
+"""Metrics and folder of a run of another setting, and a run of the setting it is added to."""
 
-    A student without a teacher is trained only once, whatever the configured teacher. For other
-    teachers its run is found by the common part of the settings.
+
+def _runs_without_teacher(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Added]:
+    """Runs of other settings that used no teacher, `none` among them, and belong to these runs too.
+
+    They are trained only once, whatever the configured teacher. For other teachers they are found
+    by the common part of the settings.
     """
-    known = {
-        (row.get("baseline_key"), row.get("setting")) for row in rows if row.get("method") == "none"
-    }
+    known = {(*_without_teacher(row), row.get("setting")) for row in rows}
+    searched = set()
     for row in list(rows):
         key, folder = row.get("baseline_key"), row.get("folder")
-        if key is None or folder is None or (key, row["setting"]) in known:
+        if key is None or folder is None or (key, row["setting"]) in searched:
             continue
-        known.add((key, row["setting"]))
-        name = glob.escape(f"none-{row['student']}-s{row['seed']}")
-        for path in sorted(Path(folder).parent.parent.glob(f"*/{name}*/metrics.json")):
+        searched.add((key, row["setting"]))
+        name = glob.escape(f"-{row['student']}-s{row['seed']}")
+        for path in sorted(Path(folder).parent.parent.glob(f"*/*{name}*/metrics.json")):
             metrics = read_json(path)
+            identity = (*_without_teacher(metrics), row["setting"])
+            if identity[0] is None or identity in known:
+                continue
             same = all(metrics.get(k) == row.get(k) for k in ("baseline_key", "images_sha256"))
             # User code of the student must be the same; code of a term is the row's alone.
             same = same and metrics.get("code_sha256") in (None, row.get("code_sha256"))
             if same and metrics.get("status") == "finished" and not wrong_figure(metrics):
-                yield {**metrics, **_of_teacher(row, metrics)}, path.parent
-                break
+                known.add(identity)
+                yield metrics, path.parent, row
 
 
-def _given_baselines(
-    rows: Sequence[Mapping[str, Any]], folder: Path
-) -> Iterator[tuple[dict[str, Any], Path]]:
+def _without_teacher(metrics: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Equal in runs that differ only in an unused teacher; (None, None): the teacher is used."""
+    if metrics.get("method") == "none":
+        return "none", metrics.get("baseline_key")
+    return metrics.get("key_without_teacher"), None
+
+
+def _given_baselines(rows: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[_Added]:
     """Runs without a teacher in a folder, as the baseline of every setting."""
     found: dict[Any, Any] = {}
     for path in run_folders([folder]):
@@ -163,7 +183,11 @@ def _given_baselines(
     for (_, student, images), row in settings.items():
         for (other, _, same), (metrics, path) in found.items():
             if (other, same) == (student, images):
-                yield {**metrics, **_of_teacher(row, metrics)}, path
+                yield metrics, path, row
+
+
+def _teacher_settings(settings: Settings) -> Settings:
+    return {k: v for k, v in settings.items() if k == "teacher" or k.startswith("teacher.")}
 
 
 def _of_teacher(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:

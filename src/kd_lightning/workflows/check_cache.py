@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from kd_lightning.config.hardware import device_type
 from kd_lightning.config.plan import Plan
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import PLAIN
@@ -47,11 +48,11 @@ def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]
         InputError: the run has no teacher, or nothing is cached for it.
     """
     quiet_lightning()
-    config = RunDirectory(run_dir).read_config()
-    config["trainer"]["accelerator"] = "cpu"
-    job = with_stored_weights(prepare(config))
+    job = with_stored_weights(prepare(RunDirectory(run_dir).read_config()))
     module, plan = job.module, job.plan
-    open_caches(module, plan, job.data, torch.device("cpu"))
+    # Of the kind that trained: the cache of another kind is another one.
+    device = torch.device(device_type(plan.student.trainer.arguments["accelerator"]))
+    open_caches(module, plan, job.data, device)
     generator = torch.Generator().manual_seed(seed)
     found = []
     classes = plan.data.num_classes
@@ -60,7 +61,7 @@ def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]
         (module.evaluation_cache, module.ask_logits),
     ):
         for name, rows in cache.rows.items() if cache is not None else ():
-            recompute = partial(_recompute, module, plan, ask, name)
+            recompute = partial(_recompute, module, plan, device, ask, name)
             reduced = cache is module.cache and module.is_reduced(name)
             values = partial(_probabilities, classes) if reduced else torch.Tensor.float
             checked = _check(rows, job.data, recompute, values, count, generator)
@@ -141,12 +142,14 @@ def _probabilities(classes: int, rows: Tensor) -> Tensor:
 def _recompute(
     module: DistillationModule,
     plan: Plan,
+    device: torch.device,
     ask: Callable[[Tensor], dict[str, Tensor]],
     name: str,
     images: Tensor,
 ) -> Tensor:
     assert module.teacher is not None
     dtype = AUTOCAST.get(plan.student.trainer.precision)
-    module.teacher.prepare(torch.device("cpu"), module.memory_format, dtype)
-    with torch.autocast("cpu", dtype or torch.bfloat16, enabled=dtype is not None):
-        return ask(images.contiguous(memory_format=module.memory_format))[name]
+    module.teacher.prepare(device, module.memory_format, dtype)
+    images = images.to(device).contiguous(memory_format=module.memory_format)
+    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        return ask(images)[name].cpu()
