@@ -49,7 +49,7 @@ METHODS = ", ".join(sorted(path.stem for path in REPOSITORY.glob("configs/method
         ),
         (["student=tiny"], ["student=tiny", "large, medium, small"]),
         (["teacher=guru"], ["teacher=guru", "convnet", "resnet9"]),
-        (["data=imagenet"], ["data=imagenet", "cifar10, digits, folder"]),
+        (["data=mnist"], ["data=mnist", "cifar10, cifar100, digits, folder"]),
         (["typo=1"], ["'typo'"]),
         (["+typo=1"], ["'typo'", "seed"]),
         (["+traner.max_epochs=1"], ["'traner'", "trainer"]),

@@ -283,7 +283,7 @@ def read_only(monkeypatch, folder):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(folder))
 
-    monkeypatch.setattr("kd_lightning.data.cifar10.FileLock", refuse)
+    monkeypatch.setattr("kd_lightning.data.cifar.FileLock", refuse)
     monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 

@@ -277,7 +277,7 @@ def test_first_frame_of_several_is_used(tmp_path, name):
 
 @pytest.mark.parametrize(
     "suffix",
-    ".bmp .gif .jfif .jpe .jpeg .jpg .pbm .pgm .png .pnm .ppm .tif .tiff .webp".split(),
+    [".bmp", ".gif", ".jpg", ".jfif", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"],
 )
 @pytest.mark.parametrize("keep", [0.5, 0.9])
 def test_truncated_files_of_every_format_are_rejected(folder, suffix, keep):
