@@ -24,7 +24,7 @@ from kd_lightning.config.commandline import check_overrides
 from kd_lightning.config.complete import plain
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.tree import tree_folder
-from kd_lightning.data.decoding import read_image
+from kd_lightning.data.decoding import RESIZE, read_image
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as workflow
 from kd_lightning.workflows.earlier import train_earlier_runs
@@ -132,5 +132,5 @@ def load_student(run_dir: str | Path, trust: Iterable[str] = ()) -> Student:
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         config=config,
-        resize=data.get("resize", "squash"),
+        resize=data["resize"] if data.get("resize") in RESIZE else "squash",
     )

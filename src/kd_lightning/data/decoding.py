@@ -15,6 +15,8 @@ from kd_lightning.files import readable
 # the Windows API), which is unsafe for untrusted files; the others only if a plugin is installed.
 REFUSED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX", "MIC"}
 
+COMMON = {"JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"}
+
 RESIZE = ("squash", "crop", "pad")
 """How an image of any aspect ratio becomes a square; see `to_square`."""
 
@@ -89,7 +91,11 @@ def read_image(path: Path, size: int, resize: str = "squash") -> npt.NDArray[np.
             "it smaller or remove it"
         ) from error
     except Exception as error:  # Pillow may raise anything on damaged files
-        reason = "an unknown format" if isinstance(error, UnidentifiedImageError) else error
+        reason = (
+            "it is damaged or of an unknown format"
+            if isinstance(error, UnidentifiedImageError)
+            else error
+        )
         raise InputError(
             f"{readable(path)} is not a readable image ({reason}); repair or remove it"
         ) from error
@@ -198,6 +204,10 @@ def suffixes() -> frozenset[str]:
 
 @functools.cache
 def _formats() -> list[str]:
-    """The formats that this build of Pillow decodes by itself, most common first."""
+    """The formats that this build of Pillow decodes by itself.
+
+    Tried in this order: those that cannot be recognised by their first bytes are last.
+    """
     Image.init()
-    return [name for name in Image.ID if name in Image.OPEN and name not in REFUSED]
+    usable = [name for name in Image.ID if name in Image.OPEN and name not in REFUSED]
+    return sorted(usable, key=lambda name: (name not in COMMON, Image.OPEN[name][1] is None))

@@ -20,6 +20,7 @@ import torch
 
 from kd_lightning.data.annotations import WORDNET, read_annotations, readable_names
 from kd_lightning.data.decoding import is_image_name
+from kd_lightning.data.scanning import Scanner, is_hidden
 from kd_lightning.errors import InputError
 from kd_lightning.files import readable
 
@@ -27,12 +28,6 @@ log = logging.getLogger(__name__)
 
 VALIDATION = ("val", "valid", "validation")
 IMAGES = "images"  # a folder between class and images, in Tiny ImageNet
-
-# Files and folders created by file managers and file systems, in lower case.
-DROPPINGS = {
-    "thumbs.db", "ehthumbs.db", "desktop.ini", "icon\r", "__macosx", "@eadir", "#recycle",
-    "$recycle.bin", "system volume information", "lost+found",
-}  # fmt: skip
 
 
 class Files(NamedTuple):
@@ -74,10 +69,10 @@ class FolderListing:
     def __init__(self, root: Path, test_folder: str | None = None) -> None:
         self.root = root
         self._reason = ""  # why a validation folder is the test set
-        self._ignored: list[str] = []
+        self._scanner = Scanner(root)
         if not (root / "train").is_dir():
             raise self._missing("train")
-        train = _ClassFolders(root / "train", self)
+        train = _ClassFolders(root / "train", self._scanner)
         self.folders = self._find_folders(train.names, test_folder)
         self._parts: dict[str, _Part] = {"train": train} | {
             part: self._part(folder) for part, folder in self.folders.items() if part != "train"
@@ -108,7 +103,7 @@ class FolderListing:
         paths: list[str] = []
         labels: list[int] = []
         sizes: dict[str, int] = {}
-        self._ignored = []
+        self._scanner.ignored.clear()
         for role, part in self._parts.items():
             before = len(paths)
             for label, name in enumerate(self.names):
@@ -121,10 +116,10 @@ class FolderListing:
                 labels += [label] * len(members)
             sizes[role] = len(paths) - before
             digest.update(part.annotations)
-        if self._ignored:
+        if ignored := self._scanner.ignored:
             log.warning(
                 "%d files in class folders are not used, because their names are not those of "
-                "images: e.g. %s", len(self._ignored), readable(self._ignored[0]),
+                "images: e.g. %s", len(ignored), readable(ignored[0]),
             )  # fmt: skip
         return Files(
             paths,
@@ -153,7 +148,7 @@ class FolderListing:
             others = [
                 entry.name
                 for entry in entries
-                if entry.is_dir() and entry.name not in used and not _is_hidden(entry.name)
+                if entry.is_dir() and entry.name not in used and not is_hidden(entry.name)
             ]
         if others:
             log.warning(
@@ -162,14 +157,14 @@ class FolderListing:
                 ", ".join(readable(self.root / name) for name in sorted(others)),
             )
         for folder in self.folders.values():
-            loose = [entry.name for entry in self.visible(folder) if _is_image(entry)]
+            loose = [entry.name for entry in self._scanner.visible(folder) if _is_image(entry)]
             if loose:
                 log.warning(
                     "%d images in %s are not used, because they are not in a class folder: e.g. %s",
                     len(loose), readable(folder), readable(loose[0]),
                 )  # fmt: skip
 
-    def _find_folders(self, names: "Mapping[str, Path]", test: str | None) -> dict[str, Path]:
+    def _find_folders(self, names: Mapping[str, Path], test: str | None) -> dict[str, Path]:
         root = readable(self.root)
         # Include broken links, which are rejected later instead of being ignored.
         own = [
@@ -182,7 +177,8 @@ class FolderListing:
                 "the validation set; remove or rename the other"
             )
         if test is not None:
-            if test == "train" or not test or os.sep in test or not (self.root / test).is_dir():
+            wrong = not test or test in ("train", ".", "..") or os.sep in test
+            if wrong or not (self.root / test).is_dir():
                 raise InputError(
                     f"data.test_folder={test} is not a folder of data.root={root} besides 'train'"
                 )
@@ -201,16 +197,16 @@ class FolderListing:
         folders = {"train": "train", **dict.fromkeys(["val"][: len(own)], *own), "test": test}
         return {part: self.root / (name or "test") for part, name in folders.items()}
 
-    def _has_labels(self, folder: Path, names: "Mapping[str, Path]") -> bool:
+    def _has_labels(self, folder: Path, names: Mapping[str, Path]) -> bool:
         """Whether a folder has class folders or annotations."""
         if not folder.is_dir():
             return False
         if _annotations(folder).is_file():
             return True
-        inside = [entry.name for entry in self.visible(folder) if entry.is_dir()]
+        inside = [entry.name for entry in self._scanner.visible(folder) if entry.is_dir()]
         return bool(inside) and (inside != [IMAGES] or IMAGES in names)
 
-    def _published_as(self, own: str, names: "Mapping[str, Path]") -> str:
+    def _published_as(self, own: str, names: Mapping[str, Path]) -> str:
         """Why a validation folder is known to be the labelled test set; empty if it is not."""
         if _annotations(self.root / own).is_file():
             return "Tiny ImageNet has no labels of its test images"
@@ -227,8 +223,8 @@ class FolderListing:
 
     def _part(self, folder: Path) -> "_Part":
         if _annotations(folder).is_file():
-            return _AnnotatedFolder(folder, self)
-        return _ClassFolders(folder, self)
+            return _AnnotatedFolder(folder, self._scanner)
+        return _ClassFolders(folder, self._scanner)
 
     def _check_classes(self) -> None:
         train = self._parts["train"].names.keys()
@@ -236,58 +232,17 @@ class FolderListing:
         if len(train) < 2:
             raise InputError(f"{root}/train needs at least two class folders")
         for role, part in self._parts.items():
+            if not part.names:
+                folder = readable(self.folders[role])
+                raise InputError(
+                    f"{folder} has no class folders; expected is {folder}/<class>/*.png, with the "
+                    "classes of train"
+                )
             if different := sorted(part.names.keys() ^ train):
                 raise InputError(
                     f"{root}/train and {readable(self.folders[role])} must have the same classes; "
-                    f"only one of them has: {', '.join(different)}"
+                    f"only one of them has: {_few(different)}"
                 )
-
-    def visible(self, folder: Path) -> list[os.DirEntry[str]]:
-        """Entries of a folder, by name, without hidden ones and those of file managers.
-
-        Raises:
-            InputError: it cannot be read, or contains a link to outside `root`.
-        """
-        try:
-            with os.scandir(folder) as entries:
-                visible = sorted((e for e in entries if not _is_hidden(e.name)), key=_name)
-        except OSError as error:
-            raise InputError(f"{readable(folder)} cannot be read: {error.strerror}") from error
-        for entry in visible:
-            if entry.is_symlink():
-                self.check_link(Path(entry.path))
-        return visible
-
-    def images(self, folder: Path) -> list[os.DirEntry[str]]:
-        """Image files of a folder, by name; other files are ignored.
-
-        Raises:
-            InputError: there is a folder, or something else that is not a file.
-        """
-        found = []
-        for entry in self.visible(folder):
-            if is_image_name(entry.name) or entry.is_dir():
-                if not entry.is_file():
-                    raise InputError(
-                        f"{readable(entry.path)} is not an image file; remove it from the folder "
-                        "of its class"
-                    )
-                found.append(entry)
-            else:
-                self._ignored.append(entry.path)
-        return found
-
-    def check_link(self, link: Path) -> None:
-        """Reject links to outside `root`, so that untrusted data cannot read other files."""
-        try:
-            inside = link.resolve(strict=True).is_relative_to(self.root.resolve())
-        except (OSError, RuntimeError) as error:  # a broken link or a loop
-            raise InputError(f"{readable(link)} is a broken link; remove it") from error
-        if not inside:
-            raise InputError(
-                f"{readable(link)} is a link to outside data.root={readable(self.root)}; "
-                "copy the files there, or use the folder that contains them as data.root"
-            )
 
 
 class _Part(Protocol):
@@ -304,13 +259,13 @@ class _Part(Protocol):
 class _ClassFolders:
     """A folder per class."""
 
-    def __init__(self, folder: Path, listing: FolderListing) -> None:
-        self._listing = listing
+    def __init__(self, folder: Path, scanner: Scanner) -> None:
+        self._scanner = scanner
         self.annotations = b""
         if folder.is_symlink():
-            listing.check_link(folder)
+            scanner.check_link(folder)
         self.names: dict[str, Path] = {}
-        for entry in listing.visible(folder):
+        for entry in scanner.visible(folder):
             if not entry.is_dir():
                 continue
             # The same name may be composed (Linux) or decomposed (macOS) Unicode.
@@ -327,14 +282,14 @@ class _ClassFolders:
         folder = self.names[name]
         inner = folder / IMAGES
         if not inner.is_dir():
-            return self._listing.images(folder)
-        for entry in self._listing.visible(folder):
+            return self._scanner.images(folder)
+        for entry in self._scanner.visible(folder):
             if entry.name != IMAGES and (entry.is_dir() or is_image_name(entry.name)):
                 raise InputError(
                     f"{readable(folder)} has a folder '{IMAGES}', and '{readable(entry.name)}' "
                     "beside it; move all images of the class to one folder"
                 )
-        return self._listing.images(inner)
+        return self._scanner.images(inner)
 
     def without_images(self, name: str) -> str:
         """Error message."""
@@ -344,13 +299,12 @@ class _ClassFolders:
 class _AnnotatedFolder:
     """All images in one folder, and their classes in a text file."""
 
-    def __init__(self, folder: Path, listing: FolderListing) -> None:
-        self._listing, self._folder = listing, folder
+    def __init__(self, folder: Path, scanner: Scanner) -> None:
+        self._scanner, self._folder = scanner, folder
         if folder.is_symlink():
-            listing.check_link(folder)
+            scanner.check_link(folder)
+        scanner.visible(folder)  # checks links
         self._file = _annotations(folder)
-        if self._file.is_symlink():
-            listing.check_link(self._file)
         self.annotations, self._class_of = read_annotations(self._file)
         self.names = dict.fromkeys(self._class_of.values(), folder)
         self._by_class: dict[str, list[os.DirEntry[str]]] | None = None
@@ -362,11 +316,11 @@ class _AnnotatedFolder:
         return self._by_class[name]
 
     def _sort(self) -> dict[str, list[os.DirEntry[str]]]:
-        found = {entry.name: entry for entry in self._listing.images(self._folder / IMAGES)}
+        found = {entry.name: entry for entry in self._scanner.images(self._folder / IMAGES)}
         if different := sorted(found.keys() ^ self._class_of.keys()):
             raise InputError(
                 f"{readable(self._file)} must name each image of {readable(self._folder / IMAGES)} "
-                f"once; not in both are: {', '.join(map(readable, different[:5]))}"
+                f"once; not in both are: {_few(different)}"
             )
         by_class: dict[str, list[os.DirEntry[str]]] = {name: [] for name in self.names}
         for file, entry in found.items():
@@ -382,20 +336,17 @@ def _annotations(folder: Path) -> Path:
     return folder / f"{folder.name}_annotations.txt"
 
 
+def _few(names: list[str]) -> str:
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    return ", ".join(map(readable, names[:5])) + more
+
+
 def _add_to(digest: "hashlib._Hash", entry: os.DirEntry[str]) -> None:
     status = entry.stat()
     if not status.st_size:
         raise InputError(f"{readable(entry.path)} is empty; repair or remove it")
     digest.update(os.fsencode(entry.path))
     digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
-
-
-def _name(entry: os.DirEntry[str]) -> str:
-    return entry.name
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith(".") or name.lower() in DROPPINGS
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:
