@@ -71,9 +71,10 @@ class CifarDataModule(ImageDataModule):
     def load(self) -> Images:
         """Read the images; download and unpack the archive if necessary."""
         parts = self._read() or self._fetch()
-        pixels = torch.from_numpy(np.concatenate([part.data for part in parts]))
+        # torchvision's arrays are transposed views, and concatenation keeps their memory order.
+        pixels = np.ascontiguousarray(np.concatenate([part.data for part in parts]))
         labels = torch.tensor([label for part in parts for label in part.targets])
-        return Images(pixels, labels, train_size=len(parts[0].data))
+        return Images(torch.from_numpy(pixels), labels, train_size=len(parts[0].data))
 
     def _read(self) -> list[CIFAR10]:
         """Training and test part, if the archive is completely unpacked."""
