@@ -49,7 +49,7 @@ METHODS = ", ".join(sorted(path.stem for path in REPOSITORY.glob("configs/method
         ),
         (["student=tiny"], ["student=tiny", "large, medium, small"]),
         (["teacher=guru"], ["teacher=guru", "convnet", "resnet9"]),
-        (["data=imagenet"], ["data=imagenet", "cifar10, digits, folder"]),
+        (["data=mnist"], ["data=mnist", "cifar10, cifar100, digits, folder"]),
         (["typo=1"], ["'typo'"]),
         (["+typo=1"], ["'typo'", "seed"]),
         (["+traner.max_epochs=1"], ["'traner'", "trainer"]),
@@ -138,11 +138,6 @@ def test_file_that_is_not_an_image(refused, folder, part):
     path = folder / part / "class0" / "broken.png"
     path.write_bytes(b"not a picture")
     assert str(path) in refused()
-    path.unlink()
-    other = folder / part / "class0" / "notes.txt"
-    other.write_text("hello")
-    assert str(other) in refused()
-    assert other.read_text() == "hello"
 
 
 def test_truncated_image(refused, folder):

@@ -253,6 +253,20 @@ def test_cifar10_downloads_and_checks_the_archive(archive, tmp_path):
     assert (tmp_path / "data" / CIFAR10.filename).read_bytes() == archive.read_bytes()
 
 
+def test_cifar10_images_can_be_rendered_and_hashed(archive):
+    """Upright, and contiguous in memory, which the arrays of torchvision are not."""
+    data = cifar10(archive.parent)
+    data.setup()
+    assert len(data.fingerprint()) == 64
+    (batch,) = data.test_dataloader()
+    with tarfile.open(archive) as tar:
+        raw = pickle.load(tar.extractfile(f"{CIFAR10.base_folder}/test_batch"))
+    expected = torch.from_numpy(raw["data"]).view(20, 3, 32, 32) / 127.5 - 1
+    torch.testing.assert_close(batch["images"], expected)
+    assert batch["labels"].tolist() == raw["labels"]
+    assert len(next(iter(data.train_dataloader()))["images"]) == 8
+
+
 def test_truncated_archive_is_downloaded_again(archive, tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / CIFAR10.filename).write_bytes(archive.read_bytes()[:1000])
@@ -283,7 +297,7 @@ def read_only(monkeypatch, folder):
     def refuse(*_, **__):
         raise OSError(errno.EROFS, "Read-only file system", str(folder))
 
-    monkeypatch.setattr("kd_lightning.data.cifar10.FileLock", refuse)
+    monkeypatch.setattr("kd_lightning.data.cifar.FileLock", refuse)
     monkeypatch.setattr("urllib.request.urlopen", refuse)
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 from test_faults import Disk
 
 from kd_lightning.data import FolderDataModule, ImageDataModule, Images
-from kd_lightning.data.decoding import SUFFIXES, decode
+from kd_lightning.data.decoding import decode
 from kd_lightning.data.loading import ViewSampler
 from kd_lightning.data.views import Augmentation
 from kd_lightning.errors import InputError
@@ -275,7 +275,10 @@ def test_first_frame_of_several_is_used(tmp_path, name):
     assert np.abs(got.astype(int) - [255, 0, 0]).max() <= 3
 
 
-@pytest.mark.parametrize("suffix", sorted(SUFFIXES))
+@pytest.mark.parametrize(
+    "suffix",
+    [".bmp", ".gif", ".jpg", ".jfif", ".pbm", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"],
+)
 @pytest.mark.parametrize("keep", [0.5, 0.9])
 def test_truncated_files_of_every_format_are_rejected(folder, suffix, keep):
     format = Image.registered_extensions()[suffix]
@@ -401,7 +404,7 @@ def test_broken_link_as_validation_folder_is_rejected(folder):
 
 def test_validation_without_test_folder_gets_a_suggestion(folder):
     (folder / "test").rename(folder / "val")
-    with pytest.raises(InputError, match=r"no folder 'test'.*rename 'val' to 'test'"):
+    with pytest.raises(InputError, match=r"no folder 'test'.*data.test_folder=val"):
         folder_data(folder)
 
 

@@ -24,7 +24,7 @@ from kd_lightning.config.commandline import check_overrides
 from kd_lightning.config.complete import plain
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.tree import tree_folder
-from kd_lightning.data.decoding import decode
+from kd_lightning.data.decoding import RESIZE, read_image
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as workflow
 from kd_lightning.workflows.earlier import train_earlier_runs
@@ -76,6 +76,7 @@ class Student:
         mean: per-channel mean of pixel values scaled to [0, 1].
         std: per-channel standard deviation.
         config: the run's configuration.
+        resize: how image files are made square, as in training; see `decoding.to_square`.
     """
 
     model: nn.Module
@@ -84,6 +85,7 @@ class Student:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     config: Node
+    resize: str = "squash"
 
     def preprocess(self, images: Sequence[str | Path] | Tensor) -> Tensor:
         """Turn image files, or pixels (B, 3, H, W) in [0, 1], into model input.
@@ -92,7 +94,9 @@ class Student:
             InputError: a file is not a readable image.
         """
         if not isinstance(images, Tensor):
-            pixels = np.stack([decode(Path(path), self.image_size) for path in images])
+            pixels = np.stack(
+                [read_image(Path(path), self.image_size, self.resize) for path in images]
+            )
             images = torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255
         mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (self.mean, self.std))
         return (images.float() - mean) / std
@@ -128,4 +132,5 @@ def load_student(run_dir: str | Path, trust: Iterable[str] = ()) -> Student:
         mean=tuple(data["mean"]),
         std=tuple(data["std"]),
         config=config,
+        resize=data["resize"] if data.get("resize") in RESIZE else "squash",
     )

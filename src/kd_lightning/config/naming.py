@@ -32,6 +32,8 @@ SINCE: dict[str, Any] = {
     "remember.top_k": ("auto",),
     "data.augmentation": (None,),
     "data.mixing": (None,),
+    "data.resize": ("squash",),
+    "data.test_folder": (None,),
     "teacher.augmentation": (None,),
     "teacher.mixing": (None,),
     "teacher.members": (None,),

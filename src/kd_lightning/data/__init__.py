@@ -1,6 +1,6 @@
 """Data sets, augmented views, and batching."""
 
-from kd_lightning.data.cifar10 import CIFAR10DataModule
+from kd_lightning.data.cifar import CIFAR10DataModule, CIFAR100DataModule
 from kd_lightning.data.digits import DigitsDataModule
 from kd_lightning.data.folder import FolderDataModule
 from kd_lightning.data.mixing import CutMix, Mixing, Mixup
@@ -12,6 +12,7 @@ from kd_lightning.data.views import Augmentation, Views
 __all__ = [
     "Augmentation",
     "CIFAR10DataModule",
+    "CIFAR100DataModule",
     "CutMix",
     "DigitsDataModule",
     "FolderDataModule",

@@ -6,16 +6,22 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
-SUFFIXES = {
-    ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff",
-    ".ppm", ".pgm", ".pbm", ".pnm",
-}  # fmt: skip
+from kd_lightning.errors import InputError
+from kd_lightning.files import readable
 
-# Accepted formats, whatever the suffix. Pillow supports more, some through external programs (EPS
-# through Ghostscript), which is unsafe for untrusted files.
-FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "MPO", "DIB", "JPEG2000", "AVIF")
+# Formats that Pillow does not decode by itself: EPS and WMF through external programs (Ghostscript,
+# the Windows API), which is unsafe for untrusted files; the others only if a plugin is installed.
+REFUSED = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG", "FPX", "MIC"}
+
+COMMON = {"JPEG", "PNG", "WEBP", "TIFF", "GIF", "BMP", "PPM"}
+
+RESIZE = ("squash", "crop", "pad")
+"""How an image of any aspect ratio becomes a square; see `to_square`."""
+
+PADDING = (128, 128, 128)
+"""Grey, as cut-out pixels: 0 after the default normalisation."""
 
 BACKGROUND = (255, 255, 255)
 """Transparent images are composited over white, as img2dataset does."""
@@ -39,21 +45,23 @@ WHITE_IS_ZERO, UNSIGNED = 0, 1
 LOW_DEPTHS = {"L;2": 85, "L;4": 17}
 
 
-def decode(path: Path, size: int) -> npt.NDArray[np.uint8]:
-    """Decode the first frame of an image file, upright, and resize it.
+def decode(path: Path, size: int, resize: str = "squash") -> npt.NDArray[np.uint8]:
+    """Decode the first frame of an image file, upright, and make it a square.
 
     Args:
         path: the file.
         size: height and width of the result, in pixels.
+        resize: one of `RESIZE`; see `to_square`.
 
     Returns:
         (size, size, 3), RGB.
 
     Raises:
-        Exception: any exception of Pillow: the file is damaged, not an image, or has a pixel
-            format without a defined conversion to 8 bits.
+        Exception: any exception of Pillow: the file is damaged, not an image, larger than
+            `PIL.Image.MAX_IMAGE_PIXELS` times two, or has a pixel format without a defined
+            conversion to 8 bits.
     """
-    with Image.open(path, formats=_available()) as file:
+    with Image.open(path, formats=_formats()) as file:
         raw_mode = file.tile[0][3] if file.tile else None
         file.load()
         if raw_mode in LOW_DEPTHS and "transparency" in file.info:
@@ -64,9 +72,67 @@ def decode(path: Path, size: int) -> npt.NDArray[np.uint8]:
         turn = UPRIGHT.get(_orientation(file))
     if turn is not None:
         image = image.transpose(turn)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3)
-    return np.asarray(image)
+    return np.asarray(to_square(image, size, resize))
+
+
+def read_image(path: Path, size: int, resize: str = "squash") -> npt.NDArray[np.uint8]:
+    """`decode` with a message for people.
+
+    Raises:
+        InputError: the file cannot be decoded.
+    """
+    try:
+        return decode(path, size, resize)
+    except MemoryError:
+        raise
+    except Image.DecompressionBombError as error:
+        raise InputError(
+            f"{readable(path)} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make "
+            "it smaller or remove it"
+        ) from error
+    except Exception as error:  # Pillow may raise anything on damaged files
+        reason = (
+            "it is damaged or of an unknown format"
+            if isinstance(error, UnidentifiedImageError)
+            else error
+        )
+        raise InputError(
+            f"{readable(path)} is not a readable image ({reason}); repair or remove it"
+        ) from error
+
+
+def to_square(image: Image.Image, size: int, resize: str = "squash") -> Image.Image:
+    """Resize an RGB image, with bilinear interpolation and antialiasing.
+
+    Args:
+        image: of any size.
+        size: height and width of the result, in pixels.
+        resize: ``squash`` changes the aspect ratio, and keeps all of the image. ``crop`` keeps the
+            aspect ratio, and the centre of the longer side. ``pad`` keeps the aspect ratio and all
+            of the image, in the centre between two bars of `PADDING`.
+    """
+    width, height = image.size
+    if resize == "crop":
+        side = min(width, height)
+        left, top = (width - side) // 2, (height - side) // 2
+        return _resized(image, (size, size), (left, top, left + side, top + side))
+    if resize == "pad":
+        longer = max(width, height)
+        inner = (max(1, round(width * size / longer)), max(1, round(height * size / longer)))
+        square = Image.new("RGB", (size, size), PADDING)
+        square.paste(_resized(image, inner), ((size - inner[0]) // 2, (size - inner[1]) // 2))
+        return square
+    return _resized(image, (size, size))
+
+
+def _resized(
+    image: Image.Image, size: tuple[int, int], box: tuple[int, int, int, int] | None = None
+) -> Image.Image:
+    """The box (left, top, right, bottom) of an image, by default all of it, at a size."""
+    box = box or (0, 0, *image.size)
+    if (box[2] - box[0], box[3] - box[1]) == size:
+        return image.crop(box)
+    return image.resize(size, Image.Resampling.BILINEAR, box=box, reducing_gap=3)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -120,8 +186,28 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) else 1
 
 
+def is_image_name(name: str) -> bool:
+    """Whether a file name has the suffix of a format that is decoded here."""
+    return Path(name).suffix.lower() in suffixes()
+
+
 @functools.cache
-def _available() -> list[str]:
-    """The subset of `FORMATS` that this build of Pillow supports."""
+def suffixes() -> frozenset[str]:
+    """Suffixes of all formats that are decoded here, in lower case: ``.png``, ..."""
+    formats = set(_formats())
+    if "JPEG" in formats:
+        formats.add("MPO")  # several JPEG images in a file, opened by the JPEG plugin
+    return frozenset(
+        suffix for suffix, name in Image.registered_extensions().items() if name in formats
+    )
+
+
+@functools.cache
+def _formats() -> list[str]:
+    """The formats that this build of Pillow decodes by itself.
+
+    Tried in this order: those that cannot be recognised by their first bytes are last.
+    """
     Image.init()
-    return [name for name in FORMATS if name in Image.OPEN]
+    usable = [name for name in Image.ID if name in Image.OPEN and name not in REFUSED]
+    return sorted(usable, key=lambda name: (name not in COMMON, Image.OPEN[name][1] is None))
