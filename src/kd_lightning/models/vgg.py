@@ -51,7 +51,7 @@ class VGG(nn.Module):
 
     def forward_features(self, images: Tensor) -> Tensor:
         """Images (B, 3, H, W) to the map of the last block."""
-        x = self.block0(images)
+        x = self.get_submodule("block0")(images)
         for block in self.roles.stages:
             if block in self.halved:
                 x = F.max_pool2d(x, 2)
