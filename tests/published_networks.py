@@ -4,6 +4,7 @@ Derived from the public sources (RepDistiller: ``models/*.py``; mdistiller:
 ``mdistiller/models/cifar/*.py``, with the same names), independently of our networks.
 """
 
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -171,9 +172,15 @@ PUBLISHED: dict[str, Callable[[int], Shapes]] = {
 
 
 def state(name: str, classes: int, seed: int = 0) -> dict[str, Tensor]:
-    """Random weights as in a checkpoint of this network."""
+    """Random weights as in a checkpoint of this network; activations keep their magnitude."""
     generator = torch.Generator().manual_seed(seed)
-    return {
-        key: torch.rand(shape, generator=generator) if shape else torch.tensor(5)
-        for key, shape in PUBLISHED[name](classes)
-    }
+
+    def value(key: str, shape: tuple[int, ...]) -> Tensor:
+        if not shape:
+            return torch.tensor(5)  # num_batches_tracked
+        centred = torch.rand(shape, generator=generator) - 0.5
+        if len(shape) > 1:
+            return centred * 2 * math.sqrt(6 / math.prod(shape[1:]))
+        return centred + (key.endswith(("weight", "running_var")))
+
+    return {key: value(key, shape) for key, shape in PUBLISHED[name](classes)}

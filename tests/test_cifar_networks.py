@@ -50,6 +50,17 @@ PARAMETERS = {
     "shufflenetv2": 1_355_528,
     "resnet50_cifar": 23_705_252,
 }
+# First logits of RepDistiller's networks with the weights of `state(name, 10)`, in float64.
+LOGITS = {
+    "resnet20": [-28.8333, -20.8852, 33.6132, 10.0516],
+    "resnet8x4": [-3.1003, 3.9155, 0.1648, 2.6642],
+    "wrn_16_2": [-16.8752, -25.0266, -13.0461, -3.7858],
+    "vgg8": [1.4899, -4.4929, 1.8144, -3.219],
+    "mobilenetv2": [-24675.762, -11850.12, -10314.4642, -21749.6558],
+    "shufflenetv1": [45.612, -84.2245, 57.0751, 28.2893],
+    "shufflenetv2": [356.8604, 387.7526, -82.5422, 217.9085],
+    "resnet50_cifar": [-287.5349, -2735.0953, 2560.601, -1371.0682],
+}
 # One of each family, small: constructor, shapes of the stages for images of 32x32, embedding.
 FAMILIES = {
     "projection_resnet": (
@@ -108,6 +119,16 @@ def test_networks_have_the_parameters_of_the_literature(name):
     assert own == dict(PUBLISHED[name](100))
     assert node["name"] == name
     assert node["layers"] == list(model.roles.stages)
+
+
+@pytest.mark.parametrize("name", LOGITS)
+def test_logits_are_those_of_the_public_implementation(name):
+    model = build(section(name, classes=10)["model"], "student.model").double().eval()
+    model.load_state_dict(state(name, 10))
+    images = (torch.arange(3 * 32 * 32, dtype=torch.float64) * 0.37).sin().view(1, 3, 32, 32)
+    with torch.no_grad():
+        logits = model(images)[0, :4]
+    torch.testing.assert_close(logits, logits.new_tensor(LOGITS[name]), rtol=1e-6, atol=1e-4)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -212,9 +233,18 @@ def assert_same(state, other):
     assert all(torch.equal(state[key], other[key]) for key in state)
 
 
-@pytest.mark.parametrize("content", [repdistiller, mdistiller, lambda weights: {"model": weights}])
 @pytest.mark.parametrize(
-    "name", ["resnet20", "wrn_16_1", "vgg8", "mobilenetv2", "shufflenetv1", "shufflenetv2"]
+    ("name", "content"),
+    [
+        ("resnet20", repdistiller),
+        ("wrn_16_1", repdistiller),
+        ("vgg8", repdistiller),
+        ("mobilenetv2", repdistiller),
+        ("shufflenetv1", repdistiller),
+        ("shufflenetv2", repdistiller),
+        ("wrn_16_1", mdistiller),
+        ("wrn_16_1", lambda weights: {"model": weights}),
+    ],
 )
 def test_published_checkpoints_load_without_renaming(tmp_path, name, content):
     weights = state(name, classes=10)

@@ -96,8 +96,8 @@ def test_pair_of_unlike_families_trains(tmp_path):
     """By stages and embedding."""
     images = write_folder(tmp_path / "images", size=32)
     metrics = api.run(
-        "experiment=crd_pair", "student=mobilenetv2", "student.model.width=0.25", "teacher=wrn_16_1",
-        "teacher.model.depth=10", "method=reviewkd", "data=folder",
+        "experiment=crd_pair", "student=mobilenetv2", "student.model.width=0.25",
+        "teacher=wrn_16_1", "teacher.model.depth=10", "method=reviewkd", "data=folder",
         "+method.terms.crd={_target_: kd_lightning.losses.CRD, weight: 0.8}",
         f"data.root={images}", "data.batch_size=16", "trainer.max_epochs=1", "pictures=false",
         "teacher.trainer.max_epochs=1", "trainer.accelerator=cpu", f"output_dir={tmp_path}",
