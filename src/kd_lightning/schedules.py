@@ -1,7 +1,11 @@
-"""Learning-rate schedules: linear warm-up to the optimizer's learning rate, then decay to zero."""
+"""Learning-rate schedules, for any number of steps.
+
+`one_cycle` and `cosine` begin with a linear warm-up to the optimizer's learning rate, and decay to
+zero.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -23,6 +27,27 @@ def cosine(optimizer: Optimizer, total_steps: int, warmup_fraction: float = 0.05
     return _warm_up_and_decay(
         optimizer, total_steps, warmup_fraction, lambda done: (1 + math.cos(math.pi * done)) / 2
     )
+
+
+def multi_step(
+    optimizer: Optimizer, total_steps: int, milestones: Sequence[float], gamma: float = 0.1
+) -> LambdaLR:
+    """The optimizer's learning rate, multiplied by a factor at each milestone.
+
+    Args:
+        optimizer: its learning rate is that of the beginning.
+        total_steps: total number of optimizer steps.
+        milestones: fractions of the steps, in (0, 1); 0.625 is epoch 150 of 240.
+        gamma: the factor, above 0.
+    """
+    if not all(0 < milestone < 1 for milestone in milestones):
+        raise ValueError(
+            f"milestones must be fractions of the training, above 0 and below 1, not {milestones}"
+        )
+    if not gamma > 0:
+        raise ValueError(f"gamma must be above 0, not {gamma}")
+    ends = [round(total_steps * milestone) for milestone in milestones]
+    return LambdaLR(optimizer, lambda step: gamma ** sum(step >= end for end in ends))
 
 
 def _warm_up_and_decay(

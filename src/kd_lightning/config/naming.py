@@ -48,9 +48,10 @@ SINCE: dict[str, Any] = {
 
 
 def register() -> None:
-    """Register the OmegaConf resolvers `${setting:}` and `${name:}`."""
+    """Register the OmegaConf resolvers `${setting:}`, `${name:}` and `${choose:...}`."""
     OmegaConf.register_new_resolver("setting", setting, replace=True)
     OmegaConf.register_new_resolver("name", name, replace=True)
+    OmegaConf.register_new_resolver("choose", choose, replace=True)
 
 
 def setting(*, _root_: DictConfig) -> str:
@@ -72,6 +73,11 @@ def name(*, _root_: DictConfig) -> str:
     if HydraConfig.initialized():
         overrides = list(HydraConfig.get().overrides.task)
     return run_name(_root_, overrides)
+
+
+def choose(key: Any, values: Mapping[Any, Any], default: Any) -> Any:
+    """`${choose:${student.name},{small: 0.1},0.05}`: a value that depends on another."""
+    return values.get(key, default)
 
 
 def run_name(config: DictConfig, overrides: list[str]) -> str:

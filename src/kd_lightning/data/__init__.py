@@ -8,6 +8,7 @@ from kd_lightning.data.module import ImageDataModule, Images
 from kd_lightning.data.operations import RandomOperations
 from kd_lightning.data.resized_crop import ResizedCrop
 from kd_lightning.data.views import Augmentation, Views
+from kd_lightning.data.zero_padding import ZeroPadding
 
 __all__ = [
     "Augmentation",
@@ -23,4 +24,5 @@ __all__ = [
     "RandomOperations",
     "ResizedCrop",
     "Views",
+    "ZeroPadding",
 ]

@@ -16,7 +16,8 @@ from kd_lightning.models.trial import evaluation_mode
 
 
 class SimKD(MapTerm):
-    """Matches the student's projected map with the teacher's last one; see `ReusedClassifier`.
+    """Matches the student's projected map with the teacher's last one, which it pools to its
+    embedding; see `ReusedClassifier`.
 
     The student must be a `ReusedClassifier` (method=simkd makes it one), and the teacher's
     classifier a linear layer after a global pooling. Its weights are copied to the student when
@@ -25,7 +26,7 @@ class SimKD(MapTerm):
     """
 
     def __init__(self) -> None:
-        super().__init__("projector", "last_stage")
+        super().__init__("projector", "pooled")
         self._classifiers: tuple[nn.Linear, nn.Linear, float] | None = None
 
     def setup(self, context: Context) -> Reads:

@@ -18,14 +18,16 @@ class Roles(NamedTuple):
         stages: layers whose outputs are feature maps, from input to output.
         embedding: the features before the classifier.
         classifier: the layer that outputs the logits.
+        pooled: layer whose output is pooled to the embedding, if that is not the last stage.
     """
 
     stages: tuple[str, ...]
     embedding: str
     classifier: str
+    pooled: str = ""
 
 
-NAMES = ("stages", "last_stage", "embedding", "classifier")
+NAMES = ("stages", "last_stage", "pooled", "embedding", "classifier")
 """What `select` accepts in place of a layer name."""
 
 
@@ -87,7 +89,9 @@ def select(names: str | Sequence[str], shapes: Shapes, num_classes: int) -> tupl
             selected.append(name)
             continue
         roles = find_roles(shapes, num_classes)
-        if name.endswith("stage") or name == "stages":
+        if name == "pooled" and roles.pooled:
+            selected.append(roles.pooled)
+        elif name in ("stages", "last_stage", "pooled"):
             if not roles.stages:
                 raise ValueError("no layer outputs a feature map; name the layers")
             selected += roles.stages if name == "stages" else roles.stages[-1:]
