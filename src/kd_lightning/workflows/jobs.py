@@ -116,6 +116,8 @@ def prepare(config: Node) -> Job:
         )
     data = build_data(config["data"])
     plan = resolve(config, data)
+    if plan.data.node != config["data"]:
+        data = build_data(plan.data.node)  # with the student's own normalisation
     teachers = build_teachers(plan)
     parameters = count_teachers(plan, teachers)
     module = _build_module(plan, teachers, data)
@@ -140,6 +142,7 @@ def prepare(config: Node) -> Job:
             plan.data.node.get("mixing"),
             # Of the data itself without its files, which are images.
             [{"_target_": target} for target in target_paths(plan.data.node)],
+            more=[module.initial_sha256],
         ),
     )
     return Job(plan, data, teachers, module, parameters, contents)
