@@ -137,7 +137,7 @@ def test_image_size_is_part_of_the_fingerprint():
         (node("mobilenetv3_small_050"), 32),
         (node("test_vit", **VIT), 32),
         (node("test_convnext"), 64),
-        (node("mobilenet_v3_small", "torchvision"), 32),
+        (node("shufflenet_v2_x0_5", "torchvision"), 32),
     ],
     ids=lambda value: value["model_name"] if isinstance(value, dict) else None,
 )

@@ -32,6 +32,7 @@ def plain(config: DictConfig, overrides: Sequence[str] = ()) -> Node:
         key = error.full_key or "the configuration"
         reason = str(error).splitlines()[0]
         if "Missing mandatory value" in reason:
+            key = reason.rpartition("Missing mandatory value: ")[2] or key  # not what refers to it
             raise InputError(f"{key} must be given: add {key}=VALUE to the command") from error
         raise InputError(f"{key}: {reason}") from error
     return cast(Node, _expand_home(resolved))

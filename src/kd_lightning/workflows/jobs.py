@@ -116,8 +116,9 @@ def prepare(config: Node) -> Job:
         )
     data = build_data(config["data"])
     plan = resolve(config, data)
-    if plan.data.node != config["data"]:
-        data = build_data(plan.data.node)  # with the student's own normalisation
+    own = {key: plan.data.node[key] for key in ("mean", "std")}
+    if any(config["data"][key] != value for key, value in own.items()):
+        data = data.variant(**own)  # the student's normalisation
     teachers = build_teachers(plan)
     parameters = count_teachers(plan, teachers)
     module = _build_module(plan, teachers, data)
