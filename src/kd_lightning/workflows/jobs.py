@@ -116,8 +116,8 @@ def prepare(config: Node) -> Job:
         )
     data = build_data(config["data"])
     plan = resolve(config, data)
-    own = {key: plan.data.node[key] for key in ("mean", "std")}
-    if any(config["data"][key] != value for key, value in own.items()):
+    own = {key: tuple(plan.data.node[key]) for key in ("mean", "std")}
+    if any(tuple(config["data"][key]) != value for key, value in own.items()):
         data = data.variant(**own)  # the student's normalisation
     teachers = build_teachers(plan)
     parameters = count_teachers(plan, teachers)
