@@ -44,6 +44,15 @@ SINCE: dict[str, Any] = {
     "teacher.run": (None,),
     "teacher.trust": ([], None),
     "teacher.decay": (None,),
+    "teacher.pretrained": (False, None),
+    "teacher.finetune": (False, None),
+    "teacher.image_size": (None,),
+    "student.pretrained": (False, None),
+    "student.checkpoint": (None,),
+    "student.checkpoint_key": (None,),
+    "student.ignore_keys": ([], None),
+    "student.mean": (None,),
+    "student.std": (None,),
 }
 
 
@@ -92,8 +101,11 @@ def variant(overrides: list[str]) -> str:
         overrides: command-line overrides, e.g. `method.terms.logit.temperature=2`.
     """
     changes = []
+    named = any(override.lstrip("+").startswith("student.name=") for override in overrides)
     for override in sorted(overrides):
         key, _, value = override.lstrip("+~").partition("=")
+        if key == "student.model.model_name" and not named:
+            continue  # is the student's name
         if key.startswith(("method.", "student.")) and not key.endswith(".name"):
             sign = "no-" if override.startswith("~") else ""
             changes.append(

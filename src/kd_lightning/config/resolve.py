@@ -19,14 +19,14 @@ from kd_lightning.config.naming import config_key
 from kd_lightning.config.nodes import Node, build, find_target, without
 from kd_lightning.config.plan import (
     CachePlan,
-    CheckpointPlan,
     DataPlan,
     Plan,
     TeacherPlan,
     TrainerPlan,
     TrainingPlan,
 )
-from kd_lightning.config.stored import student_model
+from kd_lightning.config.pretrained import initial_weights, with_own_input
+from kd_lightning.config.stored import student_data, student_model
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Normalization
 
@@ -70,7 +70,8 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
     """
     written, config = config, _fill_in(config, data)
     check(config)
-    node = config["data"]
+    config = {**config, "student": with_own_input(config["student"], "student", config["data"])}
+    node = student_data(config)
     data_plan = DataPlan(
         name=node["name"],
         node=node,
@@ -95,8 +96,9 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
             update_bn=config.get("update_bn", False) or config.get("ema") is not None,
             ema=config.get("ema"),
             pictures=config.get("pictures", True),
+            initial=initial_weights(config["student"], "student"),
         ),
-        teachers=tuple(_resolve_teacher(part, data_plan) for part in single_teachers(config))
+        teachers=tuple(_resolve_teacher(part) for part in single_teachers(config))
         if needs_teacher(config)
         else (),
         member_terms=tuple(part["method"]["terms"] for part in single_teachers(config)),
@@ -132,21 +134,16 @@ def _fill_in(config: Node, data: ImageDataModule) -> Node:
     return fill(config)
 
 
-def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
-    teacher = config["teacher"]
+def _resolve_teacher(config: Node) -> TeacherPlan:
+    teacher = with_own_input(config["teacher"], "teacher", config["data"])
+    config = {**config, "teacher": teacher}
     trainer = resolve_trainer(trainer_node(config, teacher=True), teacher["model"])
-    checkpoint = None
-    if teacher["checkpoint"] is not None:
-        checkpoint = CheckpointPlan(
-            path=Path(str(teacher["checkpoint"])).expanduser(),
-            rename_keys=teacher["rename_keys"] or {},
-            ignore_keys=tuple(teacher.get("ignore_keys") or ()),
-            key=teacher.get("checkpoint_key"),
-        )
+    weights = initial_weights(teacher, "teacher")
+    finetune = teacher.get("finetune", False)
     return TeacherPlan(
         normalization=Normalization(
-            tuple(teacher["mean"] or data.normalization.mean),
-            tuple(teacher["std"] or data.normalization.std),
+            tuple(teacher["mean"] or config["data"]["mean"]),
+            tuple(teacher["std"] or config["data"]["std"]),
         ),
         training=TrainingPlan(
             name=teacher["name"],
@@ -160,15 +157,23 @@ def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
             update_bn=False,
             ema=None,
             pictures=config.get("pictures", True),
+            initial=weights if finetune else None,
         ),
         cutout=teacher["cutout"],
         augmentation=teacher.get("augmentation"),
         mixing=teacher.get("mixing"),
-        checkpoint=checkpoint,
+        weights=None if finetune else weights,
         recipe=teacher_recipe(config, trainer.precision),
         outputs=Path(teacher["outputs"]) if teacher.get("outputs") else None,
         decay=teacher.get("decay"),
+        image_size=_own_size(config),
     )
+
+
+def _own_size(config: Node) -> int | None:
+    """The size that a teacher's images are resized to; None if it is that of the data."""
+    size = config["teacher"].get("image_size")
+    return None if size is None or size == config["data"]["image_size"] else size
 
 
 def teacher_recipe(config: Node, precision: str) -> Node:
@@ -181,6 +186,8 @@ def teacher_recipe(config: Node, precision: str) -> Node:
     teacher = config["teacher"]
     trainer = without(trainer_node(config, teacher=True), *_NOT_OF_THE_TEACHER["trainer"])
     own = {key: teacher[key] for key in ("augmentation", "mixing") if teacher.get(key) is not None}
+    if (size := _own_size(config)) is not None:
+        own["image_size"] = size
     return {
         "format": TEACHER_FORMAT,
         **{part: teacher[part] for part in ("model", "seed", "cutout", "optimizer", "scheduler")},

@@ -116,6 +116,9 @@ def prepare(config: Node) -> Job:
         )
     data = build_data(config["data"])
     plan = resolve(config, data)
+    own = {key: tuple(plan.data.node[key]) for key in ("mean", "std")}
+    if any(tuple(config["data"][key]) != value for key, value in own.items()):
+        data = data.variant(**own)  # the student's normalisation
     teachers = build_teachers(plan)
     parameters = count_teachers(plan, teachers)
     module = _build_module(plan, teachers, data)
@@ -140,6 +143,7 @@ def prepare(config: Node) -> Job:
             plan.data.node.get("mixing"),
             # Of the data itself without its files, which are images.
             [{"_target_": target} for target in target_paths(plan.data.node)],
+            more=[module.initial_sha256],
         ),
     )
     return Job(plan, data, teachers, module, parameters, contents)

@@ -95,12 +95,12 @@ def _train_and_record(
 ) -> dict[str, Any]:
     """Train teacher and student; return the results. Under a launcher, only rank 0 writes."""
     if job.rank:
-        job = job.with_teachers(find_teachers(job.plan, job.data))
+        job = job.with_teachers(find_teachers(job.plan, job.data, job.teachers))
         launch(job.processes, train_student, job, directory.path, None, callbacks, test)
         return {}
     record, resumes = begin_record(job, directory, stamped)
     try:
-        job = job.with_teachers(find_teachers(job.plan, job.data))
+        job = job.with_teachers(find_teachers(job.plan, job.data, job.teachers))
         resume = directory.checkpoint() if resumes else None
         arguments = (job, directory.path, resume, callbacks, test)
         record |= launch(job.processes, train_student, *arguments)
