@@ -1,6 +1,6 @@
 """The roles of layers: stages, embedding and classifier, found in any model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
