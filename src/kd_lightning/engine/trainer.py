@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -26,7 +25,7 @@ from kd_lightning.engine.callbacks.progress import ProgressBar
 from kd_lightning.engine.callbacks.resuming import ExactResume
 from kd_lightning.engine.callbacks.speed import Speed
 from kd_lightning.engine.callbacks.stopping import StopWhenAsked
-from kd_lightning.engine.launch import started_by_a_launcher
+from kd_lightning.engine.worker import cluster_environment
 from kd_lightning.errors import InputError
 from kd_lightning.files import replacing
 from kd_lightning.storage.run_directory import LAST, Checkpoint
@@ -68,15 +67,13 @@ def build_trainer(
     checkpoints = folder / "checkpoints"
     steps = resume.steps if resume else None
     own_bar = any(isinstance(callback, LightningProgressBar) for callback in callbacks)
-    # Without a launcher, ignore a cluster's environment variables.
-    environment = [] if started_by_a_launcher(plan.processes) else [LightningEnvironment()]
     fixed = {
         "precision": plan.precision,
         "default_root_dir": str(folder),
         "logger": TensorBoardLogger(
             folder, name="", version="", default_hp_metric=False, purge_step=steps
         ),
-        "plugins": [AtomicCheckpoints(), *environment],
+        "plugins": [AtomicCheckpoints(), cluster_environment()],
         "callbacks": [
             ModelCheckpoint(
                 checkpoints, "best", monitor="val/accuracy", mode="max",
