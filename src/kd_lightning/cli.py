@@ -127,10 +127,15 @@ def _app(composed: DictConfig) -> float | None:
             # Torch and Lightning take seconds to import; delay until there is something to run.
             from kd_lightning.engine.quiet import quiet_lightning
             from kd_lightning.reports.summary import print_summary
+            from kd_lightning.workflows.cards import card_in_turn
             from kd_lightning.workflows.student import run
 
             quiet_lightning()
-            metrics = run(config, run_dir, wait=not in_a_grid)
+            if in_a_grid:
+                with card_in_turn(run_dir.parent, config["trainer"]):
+                    metrics = run(config, run_dir, wait=False)
+            else:
+                metrics = run(config, run_dir)
             if "folder" in metrics:
                 _show_finished(metrics, run_dir, in_a_grid)
             elif metrics:  # in rank 0

@@ -8,6 +8,9 @@ from torch import nn
 
 from kd_lightning.errors import InputError
 
+chosen_card: int | None = None
+"""The GPU for trainings on one, if chosen (`workflows.cards`); None: Lightning's choice."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 

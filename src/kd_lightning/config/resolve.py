@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from torch import nn
 
+from kd_lightning.config import hardware
 from kd_lightning.config.checks import AVERAGES, check, single_teachers, trainer_node
 from kd_lightning.config.hardware import (
     check_accelerator,
@@ -245,6 +246,8 @@ def resolve_trainer(trainer: Node, model: Node) -> TrainerPlan:
         "contiguous": torch.contiguous_format,
     }[trainer["memory_format"]]
     devices, nodes = _resolve_processes(trainer)
+    if devices == 1 and hardware.chosen_card is not None and device_type(accelerator) == "cuda":
+        devices = [hardware.chosen_card]
     arguments = {**trainer, "devices": devices, "num_nodes": nodes}
     return TrainerPlan(
         arguments=without(arguments, "memory_format", "precision"),

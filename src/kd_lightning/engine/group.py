@@ -71,13 +71,16 @@ class _RemoteWorker:
         self.rank, self.local_rank, self.host = rank, local_rank, host
         self.connection = connection
         self.place = f" ({host})"
+        self.lost = False
 
     def kill(self) -> None:
         """End the worker at once, and discard its messages."""
-        with contextlib.suppress(OSError, EOFError):
+        try:
             self.connection.send(("kill", None))
             while self.connection.recv()[0] != "killed":
                 pass
+        except (OSError, EOFError):
+            self.lost = True
 
 
 class Leader:
@@ -130,11 +133,11 @@ class Leader:
         """Stop what this process does alone, such as training a teacher, if a follower is lost or
         has received a signal: it has nothing else to say at that time.
         """
-        connections = [follower.connection for follower in self._followers]
         while not self._over:
             time.sleep(0.5)
             with self._busy, contextlib.suppress(OSError):
-                if not self._over and wait(connections, timeout=0):
+                present = [f.connection for f in self._followers if not f.lost]
+                if not self._over and wait(present, timeout=0):
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
 

@@ -15,6 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from kd_lightning.config.hardware import keep_freed_memory
 from kd_lightning.config.nodes import build_partial
 from kd_lightning.config.plan import TrainerPlan
+from kd_lightning.engine.callbacks.buffers import SameBuffers
 from kd_lightning.engine.callbacks.caching import FlushCaches
 from kd_lightning.engine.callbacks.curves import Curves
 from kd_lightning.engine.callbacks.divergence import StopWhenDiverged
@@ -92,6 +93,7 @@ def build_trainer(
             *([Pictures()] if pictures else []),
             *([] if own_bar else [ProgressBar(name)]),
             *callbacks,
+            SameBuffers(),
             ExactResume(),
             # Last: the checkpoint that it saves within an epoch contains the step of all others.
             StopWhenAsked(name, checkpoints / LAST),
