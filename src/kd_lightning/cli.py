@@ -99,7 +99,12 @@ def _join_others() -> None:
     Raises:
         InputError, RunError: see `launched_together` and `group.join`.
     """
-    launcher = launched_together(trainer_of(sys.argv[1:]))
+    try:
+        launcher = launched_together(trainer_of(sys.argv[1:]))
+    except InputError:
+        if (found := find_launcher()) is not None and found.rank:
+            sys.exit(2)  # rank 0 reports it
+        raise
     if launcher is None:
         return
     from kd_lightning.engine import group

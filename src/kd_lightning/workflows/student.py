@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning.config.checks import check_sections
-from kd_lightning.config.launcher import launched_together
+from kd_lightning.config.launcher import find_launcher, uses_several
 from kd_lightning.config.nodes import Node
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.mean_teacher import MeanTeacher
@@ -68,7 +68,7 @@ def run(
         RunError: the training failed.
     """
     check_sections(config)
-    launcher = launched_together(config["trainer"])
+    launcher = find_launcher() if uses_several(config["trainer"]) else None
     if launcher is None:
         return _run(config, run_dir, wait, callbacks, test)
     process = group.join(launcher)
