@@ -113,10 +113,10 @@ def _run(
     prepare: Callable[[], None] | None,
     *outputs: str,
 ) -> None:
-    from kd_lightning.engine import launch
+    from kd_lightning.engine import worker
     from kd_lightning.reports import documents
 
-    launch.START = "fork"  # cheap; test_gathering.py tests the real start method
+    worker.START = "fork"  # cheap; test_gathering.py tests the real start method
     if "pictures=false" in command:  # also those of a grid
         documents.draw = lambda *_: {}
     with contextlib.suppress(OSError):

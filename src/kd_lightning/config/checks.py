@@ -226,9 +226,10 @@ def check_trainer(trainer: Node, path: str) -> None:
                 f"{path}.{key} must be a whole number of at least 1, not {_named(trainer[key])}"
             )
     devices = trainer["devices"]
-    if devices != "auto" and (not _is_integer(devices) or devices < 1):
+    if devices != "auto" and not _are_devices(devices):
         raise InputError(
-            f"{path}.devices must be a whole number of at least 1, or auto, not {devices}"
+            f"{path}.devices must be a whole number of at least 1, or auto, or the numbers of GPUs "
+            f"as in [0,2], not {devices}"
         )
     if trainer.get("strategy", "auto") not in STRATEGIES:
         raise InputError(
@@ -265,7 +266,7 @@ def trainer_node(config: Node, teacher: bool = False) -> Node:
     """
     if not teacher:
         return dict(config["trainer"])
-    own = without(config["trainer"], "strategy")
+    own = without(config["trainer"], "strategy", "num_nodes")
     return {**own, "devices": 1, **config["teacher"]["trainer"]}
 
 
@@ -286,6 +287,14 @@ def _is_number(value: Any) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_devices(value: Any) -> bool:
+    """Whether a value is a number of devices, or a list of different numbers of GPUs."""
+    if isinstance(value, list):
+        numbers = [number for number in value if _is_integer(number) and number >= 0]
+        return 0 < len(value) == len({*numbers})
+    return _is_integer(value) and value >= 1
 
 
 def _named(value: Any) -> str:

@@ -130,6 +130,10 @@ def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
     parts = {key: value for key, value in config.items() if key not in (*ELSEWHERE, *without)}
     if "teacher" in parts:
         parts["teacher"] = _without_place(parts["teacher"])
+    trainer = parts.get("trainer")
+    if isinstance(trainer, Mapping) and isinstance(trainer.get("devices"), list):
+        # Which GPUs does not affect the result, only how many.
+        parts["trainer"] = {**trainer, "devices": len(trainer["devices"])}
     kept = ("dtype", "top_k")
     parts["remember"] = {k: v for k, v in parts["remember"].items() if k in kept}
     for path, defaults in SINCE.items():

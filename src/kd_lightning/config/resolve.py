@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from torch import nn
 
+from kd_lightning.config import hardware
 from kd_lightning.config.checks import AVERAGES, check, single_teachers, trainer_node
 from kd_lightning.config.hardware import (
     check_accelerator,
@@ -15,6 +16,7 @@ from kd_lightning.config.hardware import (
     choose_precision,
     device_type,
 )
+from kd_lightning.config.launcher import find_launcher, uses_several
 from kd_lightning.config.naming import config_key
 from kd_lightning.config.nodes import Node, build, find_target, without
 from kd_lightning.config.plan import (
@@ -29,6 +31,7 @@ from kd_lightning.config.pretrained import initial_weights, with_own_input
 from kd_lightning.config.stored import student_data, student_model
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Normalization
+from kd_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -137,7 +140,10 @@ def _fill_in(config: Node, data: ImageDataModule) -> Node:
 def _resolve_teacher(config: Node) -> TeacherPlan:
     teacher = with_own_input(config["teacher"], "teacher", config["data"])
     config = {**config, "teacher": teacher}
-    trainer = resolve_trainer(trainer_node(config, teacher=True), teacher["model"])
+    settings = trainer_node(config, teacher=True)
+    if isinstance(chosen := config["trainer"]["devices"], list):
+        settings["devices"] = chosen[:1]  # a GPU by its number
+    trainer = resolve_trainer(settings, teacher["model"])
     weights = initial_weights(teacher, "teacher")
     finetune = teacher.get("finetune", False)
     return TeacherPlan(
@@ -241,22 +247,52 @@ def resolve_trainer(trainer: Node, model: Node) -> TrainerPlan:
         trainer: the trainer section of the configuration.
         model: `_target_` node of the model to train.
     """
-    accelerator, devices = trainer["accelerator"], trainer["devices"]
+    accelerator = trainer["accelerator"]
     precision = _resolve_precision(trainer, model)
     memory_format = {
         "auto": choose_memory_format(precision, accelerator),
         "channels_last": torch.channels_last,
         "contiguous": torch.contiguous_format,
     }[trainer["memory_format"]]
-    if devices == "auto":
-        kind = AcceleratorRegistry[device_type(accelerator)]["accelerator"]
-        devices = kind.auto_device_count()
+    devices, nodes = _resolve_processes(trainer)
+    if devices == 1 and hardware.chosen_card is not None and device_type(accelerator) == "cuda":
+        devices = [hardware.chosen_card]
+    arguments = {**trainer, "devices": devices, "num_nodes": nodes}
     return TrainerPlan(
-        arguments=without(trainer, "memory_format", "precision"),
+        arguments=without(arguments, "memory_format", "precision"),
         precision=precision,
         channels_last=memory_format == torch.channels_last,
-        processes=devices * trainer.get("num_nodes", 1),
+        processes=(len(devices) if isinstance(devices, list) else devices) * nodes,
     )
+
+
+def _resolve_processes(trainer: Node) -> tuple[int | list[int], int]:
+    """The devices of each node, as their number or a list, and the number of nodes.
+
+    Raises:
+        InputError: the launcher has started a different number of processes.
+    """
+    devices, nodes = trainer["devices"], trainer.get("num_nodes")
+    launcher = find_launcher() if uses_several(trainer) else None
+    if launcher is None:
+        if devices == "auto":
+            kind = AcceleratorRegistry[device_type(trainer["accelerator"])]["accelerator"]
+            devices = kind.auto_device_count()
+        if (nodes or 1) > 1:
+            raise InputError(
+                f"trainer.num_nodes={nodes}: start the command on every node, with torchrun or srun"
+            )
+        return devices, 1
+    if devices == "auto":
+        devices = launcher.per_node
+    per_node = len(devices) if isinstance(devices, list) else devices
+    if (per_node, nodes or launcher.nodes) != (launcher.per_node, launcher.nodes):
+        raise InputError(
+            f"trainer.devices={per_node} and trainer.num_nodes={nodes or launcher.nodes} need "
+            f"{per_node * (nodes or launcher.nodes)} processes, but {launcher.name} has started "
+            f"{launcher.per_node} on each of {launcher.nodes} nodes; trainer=ddp uses all of them"
+        )
+    return devices, launcher.nodes
 
 
 def _resolve_precision(trainer: Node, model: Node) -> str:

@@ -16,7 +16,7 @@ from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST, DistillationModule
 from kd_lightning.distill.top_k import restore
-from kd_lightning.engine.launch import quiet_lightning
+from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError
 from kd_lightning.storage.rows import Rows
 from kd_lightning.storage.run_directory import RunDirectory
