@@ -273,7 +273,7 @@ def confusion_matrix(
             color="white" if value > 50 else "0.15",
         )
     bar = figure.colorbar(mesh, ax=axes, label="share of the true class (%)", shrink=0.8)
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     ticks = np.arange(len(classes)) + 0.5
     names = [text(name) for name in classes]
     axes.set_xticks(ticks, names, rotation=45)
