@@ -17,7 +17,7 @@ from kd_lightning.workflows import student
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter in the current model")
 
-STEPS = 10  # per training: two epochs of 33 images, batch size 8
+STEPS = 18  # per training: two epochs of 33 images, batch size 4
 EVERY = 5  # log_every_n_steps
 BETWEEN = 42  # synchronisations at the ends of both epochs
 
@@ -38,7 +38,7 @@ def run(root, folder, accelerator, *overrides, callbacks=(), goes_on=False):
         shutil.rmtree(root / "run", ignore_errors=True)
     config = api.compose(
         "data=folder", f"data.root={folder}", "data.image_size=16", "data.padding=2",
-        "data.batch_size=8", "data.eval_batch_size=4", f"output_dir={root / 'outputs'}",
+        "data.batch_size=4", "data.eval_batch_size=2", f"output_dir={root / 'outputs'}",
         f"data_dir={root / 'data'}", *TINY, f"trainer.accelerator={accelerator}",
         "trainer.precision=32-true",
         "trainer.memory_format=channels_last", f"trainer.log_every_n_steps={EVERY}", *overrides,
