@@ -1,4 +1,4 @@
-"""The data module: uint8 images in memory, batches of views rendered on the model's device."""
+"""The data module: uint8 images, batches of views rendered on the model's device."""
 
 import copy
 import functools
@@ -12,31 +12,32 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from kd_lightning.data.loading import Batch, ViewLoader, ViewSampler
-from kd_lightning.data.mixing import Mixing, blend
+from kd_lightning.data.mixing import Mixing, Mixture, blend
+from kd_lightning.data.sources import Fetched, InMemoryImages, PixelSource
 from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import PLAIN, Augmentation, Views, check_seed
 from kd_lightning.errors import InputError
 
 
 class Images(NamedTuple):
-    """Decoded images: training images first, test images last.
+    """Images: training images first, test images last.
 
     Attributes:
-        pixels: (N, H, W, 3), uint8.
+        pixels: (N, H, W, 3), uint8, or a source that delivers them by batches.
         labels: (N,), int64.
         train_size: number of training and validation images.
         val_size: how many of these, at the end, are the source's own validation set; 0: the
             validation set is split off the training images.
     """
 
-    pixels: Tensor
+    pixels: Tensor | PixelSource
     labels: Tensor
     train_size: int
     val_size: int = 0
 
 
 class ImageDataModule(LightningDataModule):
-    """Base class of data sets whose images are held in memory as uint8.
+    """Base class of data sets of uint8 images, in memory or streamed.
 
     A batch is a set of (index, view) pairs. Its pixels are rendered on the training device: crop,
     flip and normalisation of whole batches in a few tensor operations. Indices cover the training
@@ -176,7 +177,8 @@ class ImageDataModule(LightningDataModule):
         if self.splits:
             return
         images = Images(*self.load())
-        self._pixels, self.labels, train_size = images.pixels, images.labels, images.train_size
+        pixels, self.labels, train_size = images.pixels, images.labels, images.train_size
+        self.source: PixelSource = InMemoryImages(pixels) if isinstance(pixels, Tensor) else pixels
         self._val_size = images.val_size
         if images.val_size:
             train, val = torch.arange(train_size).split(
@@ -203,15 +205,16 @@ class ImageDataModule(LightningDataModule):
         return twin
 
     def fingerprint(self) -> str:
-        """SHA-256 of all pixels, labels and the sizes of the test set and of the source's own
-        validation set.
+        """SHA-256 of all pixels (of all files if they are streamed), labels and the sizes of the
+        test set and of the source's own validation set.
         """
         if not self._fingerprint:
-            sizes: tuple[Any, ...] = (tuple(self._pixels.shape), len(self.splits["test"]))
+            sizes: tuple[Any, ...] = (tuple(self.source.shape), len(self.splits["test"]))
             if self._val_size:
                 sizes = (*sizes, self._val_size)
             digest = hashlib.sha256(str(sizes).encode())
-            digest.update(self._pixels.cpu().numpy().data)
+            for part in self.source.contents():
+                digest.update(part)
             digest.update(self.labels.cpu().numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -228,13 +231,15 @@ class ImageDataModule(LightningDataModule):
             rank, world = self.trainer.global_rank, self.trainer.world_size
             needed = getattr(self.trainer.lightning_module, "min_batch_size", 1) if shuffle else 1
             device = self.trainer.strategy.root_device
-            self._pixels, self.labels = self._pixels.to(device), self.labels.to(device)
+            self.source, self.labels = self.source.to(device), self.labels.to(device)
         if shuffle:
             self.check_batch_size(needed * world)
         sampler = ViewSampler(
             self.splits[split], size, shuffle, self.seed, self.views, rank, world, needed * world
         )
-        return ViewLoader(sampler, cut=self._cut, finish=self._finish)
+        limit = self.source.batch_limit
+        fetch = None if limit is None else self._fetch
+        return ViewLoader(sampler, self._cut, self._finish, fetch, limit)
 
     def check_batch_size(self, needed: int) -> None:
         """Check that a training batch is large enough for BatchNorm.
@@ -277,22 +282,48 @@ class ImageDataModule(LightningDataModule):
         """
         return self._finish({"index": index, "view": view, **self._cut(index, view)})
 
-    def _cut(self, index: Tensor, view: Tensor) -> Batch:
-        device = self._pixels.device
-        mixed = self.mixing is not None and bool((view != PLAIN).any())
-        images = self.augmentation.render(self._pixels, index, view)
+    def _fetch(self, index: Tensor, view: Tensor) -> list[Fetched]:
+        """The pixels of a batch and, if it is mixed, of the partners."""
+        fetched = [self.source.fetch(index)]
+        if self._is_mixed(view):
+            size = (self.image_size, self.image_size)
+            partner = self._mixture(index, view, size).partner
+            fetched.append(self.source.fetch(partner))
+        return fetched
+
+    def _is_mixed(self, view: Tensor) -> bool:
+        return self.mixing is not None and bool((view != PLAIN).any())
+
+    def _mixture(self, index: Tensor, view: Tensor, size: tuple[int, int]) -> Mixture:
+        assert self.mixing is not None
+        return self.mixing.mixture(index, view, self.splits["train"], size)
+
+    def _cut(self, index: Tensor, view: Tensor, fetched: list[Fetched] | None = None) -> Batch:
+        """Render views.
+
+        Args:
+            index: image indices (B,), int64.
+            view: view numbers (B,), int64.
+            fetched: result of `_fetch`.
+        """
+        own, *others = self._fetch(index, view) if fetched is None else fetched
+        device = self.source.device
+        images = self._render(own, index, view)
         batch = {"labels": self.labels[to_device(index, device)]}
-        if mixed:
-            assert self.mixing is not None
-            size = (images.shape[2], images.shape[3])
-            mixture = self.mixing.mixture(index, view, self.splits["train"], size)
-            others = self.augmentation.render(self._pixels, mixture.partner, view)
-            images = blend(images, others, mixture)
+        if others:
+            mixture = self._mixture(index, view, (images.shape[2], images.shape[3]))
+            images = blend(images, self._render(others[0], mixture.partner, view), mixture)
             batch |= {
                 "partner_labels": self.labels[to_device(mixture.partner, device)],
                 "ratio": to_device(mixture.ratio, device),
             }
         return {"images": images, **batch}
+
+    def _render(self, fetched: Fetched, index: Tensor, view: Tensor) -> Tensor:
+        images, rows = fetched
+        if rows is None:  # also of classes without that parameter
+            return self.augmentation.render(images, index, view)
+        return self.augmentation.render(images, index, view, rows)
 
     def _finish(self, batch: Batch) -> Batch:
         return {**batch, "images": self._normalize(batch["images"])}

@@ -189,9 +189,12 @@ class RandomOperations:
         applied = (again < self.probability * 2**32) & (view != PLAIN)
         return torch.where(applied, chosen, -1), strength
 
-    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+    def render(
+        self, images: Tensor, index: Tensor, view: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
         """Render a batch of views; see `Views.render`."""
-        rendered = (self.of or Augmentation()).render(images, index, view).permute(0, 2, 3, 1)
+        given = (images, index, view) if rows is None else (images, index, view, rows)
+        rendered = (self.of or Augmentation()).render(*given).permute(0, 2, 3, 1)
         for number in range(self.number):
             chosen, strength = self.parameters(index, view, number)
             for position, name in enumerate(self.operations or OPERATIONS):

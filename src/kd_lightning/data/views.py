@@ -76,13 +76,18 @@ class Views(Protocol):
     settings, without any (random) state. The view `PLAIN` is the original image.
     """
 
-    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+    def render(
+        self, images: Tensor, index: Tensor, view: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
         """Render a batch of views.
 
         Args:
-            images: all images (N, H, W, 3), uint8, on the training device.
+            images: (M, H, W, 3), uint8, on the training device: all images of the data set, or,
+                with `rows`, some.
             index: image indices (B,), int64, on the CPU.
             view: view numbers (B,), int64, on the CPU; see `counter_random`.
+            rows: position of each image in `images` (B,), int64, on the CPU; None: its index. A
+                class without this parameter cannot render streamed images.
 
         Returns:
             (B, 3, H, W), uint8, channels-last in memory.
@@ -131,13 +136,16 @@ class Augmentation:
             ((bits & 1) == 1) & ~plain & self.flip,
         )
 
-    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+    def render(
+        self, images: Tensor, index: Tensor, view: Tensor, rows: Tensor | None = None
+    ) -> Tensor:
         """Render the views of a whole batch with a single gather.
 
         Args:
-            images: all images (N, H, W, C), contiguous, any dtype.
+            images: (M, H, W, C), contiguous, any dtype.
             index: image indices (B,), int64.
             view: view numbers (B,), int64.
+            rows: position of each image in `images` (B,), int64; None: its index.
 
         Returns:
             (B, C, H, W), channels-last in memory, with the dtype of the images.
@@ -145,15 +153,16 @@ class Augmentation:
         count, height, width, channels = images.shape
         index, view = to_device(index, images.device), to_device(view, images.device)
         top, left, flip = self.parameters(index, view)
+        place = index if rows is None else to_device(rows, images.device)
         row = torch.arange(height, device=index.device)
         column = torch.arange(width, device=index.device)
         column = torch.where(flip[:, None], width - 1 - column, column)
-        rows = _reflect(top[:, None] - self.padding + row, height)
-        columns = _reflect(left[:, None] - self.padding + column, width)
+        row = _reflect(top[:, None] - self.padding + row, height)
+        column = _reflect(left[:, None] - self.padding + column, width)
         # One index per pixel of the batch: int32 halves the memory traffic.
         small = torch.int32 if count * height * width < 2**31 else torch.int64
-        first = ((index[:, None] * height + rows) * width).to(small)
-        pixels = first[:, :, None] + columns.to(small)[:, None, :]
+        first = ((place[:, None] * height + row) * width).to(small)
+        pixels = first[:, :, None] + column.to(small)[:, None, :]
         batch = images.view(count * height * width, channels).index_select(0, pixels.flatten())
         batch = batch.view(len(index), height, width, channels)
         if self.cutout:
