@@ -82,7 +82,9 @@ class DecodedRows:
         tails = np.zeros((len(index), 2), np.uint32)
         for number, row in enumerate(index.tolist()):
             try:
-                got = os.preadv(self._file, [into[number], tails[number]], row * self._stride)
+                got = os.preadv(
+                    self._file, [into[number].data, tails[number].data], row * self._stride
+                )
             except OSError:
                 continue
             if got == self._stride and tails[number, 0] == MAGIC:
@@ -97,7 +99,7 @@ class DecodedRows:
         for number, row in zip(index.tolist(), rows, strict=True):
             tail[:] = MAGIC, _checksum(number, row)
             try:
-                os.pwritev(self._file, [row, tail], number * self._stride)
+                os.pwritev(self._file, [row.data, tail.data], number * self._stride)
             except OSError as error:
                 self._give_up(str(error))
                 return
@@ -112,9 +114,10 @@ class DecodedRows:
         self._writable = False
 
     def __del__(self) -> None:
-        if getattr(self, "_file", None) is not None:
-            os.close(self._file)
+        file = getattr(self, "_file", None)
+        if file is not None:
+            os.close(file)
 
 
 def _checksum(number: int, row: Bytes) -> int:
-    return zlib.crc32(row, number & 0xFFFFFFFF)
+    return zlib.crc32(row.data, number & 0xFFFFFFFF)

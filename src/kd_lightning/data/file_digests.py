@@ -80,7 +80,7 @@ def _stamps(paths: Sequence[str], now: int) -> tuple[npt.NDArray[np.uint64], npt
     recent = np.zeros(len(paths), np.bool_)
     for number, path in enumerate(paths):
         try:
-            status = os.stat(path)
+            status = os.stat(path)  # noqa: PTH116 (twice as fast)
         except OSError as error:
             raise _unreadable(path, error) from error
         what = (path, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns)
@@ -98,7 +98,7 @@ def _read_digests(paths: Sequence[str], numbers: npt.NDArray[np.int64], workers:
         for number in range(first, min(first + CHUNK, len(numbers))):
             path = paths[numbers[number]]
             try:
-                with open(path, "rb") as file:
+                with Path(path).open("rb") as file:
                     digest = hashlib.file_digest(file, "sha256").digest()
             except OSError as error:
                 raise _unreadable(path, error) from error

@@ -3,6 +3,7 @@
 import copy
 import functools
 import hashlib
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
@@ -196,6 +197,13 @@ class ImageDataModule(LightningDataModule):
         test = torch.arange(train_size, len(self.labels))
         self.splits = {"train": train, "val": val, "test": test}
 
+    def why_not_streamed(self) -> str:
+        """Why views of images that are not in memory cannot be rendered; empty if they can."""
+        if "rows" in inspect.signature(self.augmentation.render).parameters:
+            return ""
+        name = type(self.augmentation).__name__
+        return f"{name}.render has no parameter 'rows'; see data.views.Views"
+
     def variant(self, **attributes: Any) -> "ImageDataModule":
         """A copy that shares the images but has another seed, mean, std or augmentation."""
         twin = copy.copy(self)
@@ -238,7 +246,7 @@ class ImageDataModule(LightningDataModule):
             self.splits[split], size, shuffle, self.seed, self.views, rank, world, needed * world
         )
         limit = self.source.batch_limit
-        fetch = None if limit is None else self._fetch
+        fetch = None if limit is None else self._fetch_pixels
         return ViewLoader(sampler, self._cut, self._finish, fetch, limit)
 
     def check_batch_size(self, needed: int) -> None:
@@ -282,7 +290,7 @@ class ImageDataModule(LightningDataModule):
         """
         return self._finish({"index": index, "view": view, **self._cut(index, view)})
 
-    def _fetch(self, index: Tensor, view: Tensor) -> list[Fetched]:
+    def _fetch_pixels(self, index: Tensor, view: Tensor) -> list[Fetched]:
         """The pixels of a batch and, if it is mixed, of the partners."""
         fetched = [self.source.fetch(index)]
         if self._is_mixed(view):
@@ -304,9 +312,9 @@ class ImageDataModule(LightningDataModule):
         Args:
             index: image indices (B,), int64.
             view: view numbers (B,), int64.
-            fetched: result of `_fetch`.
+            fetched: result of `_fetch_pixels`.
         """
-        own, *others = self._fetch(index, view) if fetched is None else fetched
+        own, *others = self._fetch_pixels(index, view) if fetched is None else fetched
         device = self.source.device
         images = self._render(own, index, view)
         batch = {"labels": self.labels[to_device(index, device)]}
@@ -323,6 +331,8 @@ class ImageDataModule(LightningDataModule):
         images, rows = fetched
         if rows is None:  # also of classes without that parameter
             return self.augmentation.render(images, index, view)
+        if why := self.why_not_streamed():
+            raise InputError(f"the images of {self.name} cannot be streamed: {why}")
         return self.augmentation.render(images, index, view, rows)
 
     def _finish(self, batch: Batch) -> Batch:

@@ -87,7 +87,8 @@ class ResizedCrop:
 
         across, down = column_weight[:, None, :, None], row_weight[:, :, None, None]
         upper, lower = (
-            (one := corner(side, 0)) * 2**_BITS + (corner(side, 1) - one) * across for side in (0, 1)
+            (one := corner(side, 0)) * 2**_BITS + (corner(side, 1) - one) * across
+            for side in (0, 1)
         )
         mixed = upper * 2**_BITS + (lower - upper) * down
         mixed = (mixed + 2 ** (2 * _BITS - 1)).bitwise_right_shift(2 * _BITS)

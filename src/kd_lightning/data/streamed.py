@@ -4,7 +4,6 @@ import base64
 import copy
 import functools
 import hashlib
-import os
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -18,14 +17,15 @@ import torch
 from torch import Tensor
 
 from kd_lightning.data.decoded_rows import DecodedRows
-from kd_lightning.data.decoding import decode, decode_file
+from kd_lightning.data.decoding import decode, read_image
 from kd_lightning.data.file_digests import digest_of, file_digests
+from kd_lightning.data.machine import available_cores
 from kd_lightning.data.sources import Fetched
 from kd_lightning.data.transfer import copies_in_background
 from kd_lightning.errors import InputError
 from kd_lightning.files import readable
 
-GROUP = 2**24
+GROUP = 2**23
 """Bytes that are fetched at once: large enough for small images, whose batches are grouped."""
 
 CHUNK = 16  # images per task of a worker
@@ -39,7 +39,7 @@ PROBE = (
     "xceKbAqvJYadcRuJsL4r2WxoeV+CbK8L0DKa9FKu7oOnBdK+yiEVl27YMYRl4X3g52oaEFlWwhVFWMYS5NaZTho/"
     "/9k="
 )
-"""A JPEG image with subsampled colours: libraries that decode such images differ in their pixels."""
+"""A JPEG image with subsampled colours, which libraries decode to different pixels."""
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -58,6 +58,7 @@ class StreamedImages:
         decoder: version of the decoding.
         cache_dir: folder of the files of decoded images and of the digests of their contents; None:
             images are decoded every time.
+        name: name of the file of the digests: one for each folder of images.
         workers: number of threads that decode; None: as many as processor cores.
 
     Raises:
@@ -71,15 +72,13 @@ class StreamedImages:
         resize: str,
         decoder: str,
         cache_dir: Path | None,
+        name: str = "images",
         workers: int | None = None,
     ) -> None:
         self.paths, self.size, self.resize = paths, size, resize
         self.device = torch.device("cpu")
         workers = workers or available_cores()
-        memo = None
-        if cache_dir:  # one for each folder
-            folder = hashlib.sha256(os.fsencode(os.path.dirname(os.path.abspath(paths[0]))))
-            memo = cache_dir / f"{folder.hexdigest()[:32]}.digests"
+        memo = cache_dir / f"{name}.digests" if cache_dir else None
         self._digests = file_digests(paths, memo, workers)
         self._decoder = f"{decoder} {size} {resize} {_decoder_behaviour(size, resize)}"
         row = size * size * 3
@@ -147,7 +146,7 @@ class StreamedImages:
             raise InputError(
                 f"{readable(path)} has changed since the start of the run; run the command again"
             )
-        return decode_file(path, self.size, self.resize, content)
+        return read_image(Path(path), self.size, self.resize, content)
 
 
 @functools.lru_cache(maxsize=8)
@@ -155,14 +154,3 @@ def _decoder_behaviour(size: int, resize: str) -> str:
     """SHA-256, in hex, of the pixels that this machine's libraries decode `PROBE` to."""
     pixels = decode(BytesIO(base64.b64decode(PROBE)), size, resize)
     return hashlib.sha256(pixels.tobytes()).hexdigest()
-
-
-def available_cores() -> int:
-    """Number of processor cores for this process, if the machine's are shared evenly with the other
-    processes of its training.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        cores = len(os.sched_getaffinity(0))
-    else:
-        cores = os.cpu_count() or 1
-    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
