@@ -18,7 +18,7 @@ from test_faults import Disk
 from torchvision.datasets import CIFAR10
 
 from kd_lightning.data import CIFAR10DataModule, DigitsDataModule, FolderDataModule
-from kd_lightning.data.module import stratified_split
+from kd_lightning.data.splits import stratified_split
 from kd_lightning.errors import InputError
 
 

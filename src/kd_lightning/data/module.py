@@ -4,7 +4,6 @@ import copy
 import functools
 import hashlib
 import inspect
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -15,6 +14,7 @@ from torch import Tensor
 from kd_lightning.data.loading import Batch, ViewLoader, ViewSampler
 from kd_lightning.data.mixing import Mixing, Mixture, blend
 from kd_lightning.data.sources import Fetched, InMemoryImages, PixelSource
+from kd_lightning.data.splits import stratified_split
 from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import PLAIN, Augmentation, Views, check_seed
 from kd_lightning.errors import InputError
@@ -146,6 +146,8 @@ class ImageDataModule(LightningDataModule):
         self.splits: dict[str, Tensor] = {}
         self._val_size = 0
         self._fingerprint = ""
+        # Height and width of the views, if those of the loaded images are larger.
+        self.view_size: int | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -197,12 +199,17 @@ class ImageDataModule(LightningDataModule):
         test = torch.arange(train_size, len(self.labels))
         self.splits = {"train": train, "val": val, "test": test}
 
-    def why_not_streamed(self) -> str:
-        """Why views of images that are not in memory cannot be rendered; empty if they can."""
-        if "rows" in inspect.signature(self.augmentation.render).parameters:
+    def cannot_render(self, *parameters: str) -> str:
+        """Why the renderer of the views cannot be used; empty if it can.
+
+        Args:
+            parameters: optional parameters of `Views.render` that are needed.
+        """
+        known = inspect.signature(self.augmentation.render).parameters
+        missing = [name for name in parameters if name not in known]
+        if not missing:
             return ""
-        name = type(self.augmentation).__name__
-        return f"{name}.render has no parameter 'rows'; see data.views.Views"
+        return f"{type(self.augmentation).__name__}.render has no parameter '{missing[0]}'"
 
     def variant(self, **attributes: Any) -> "ImageDataModule":
         """A copy that shares the images but has another seed, mean, std or augmentation."""
@@ -220,6 +227,8 @@ class ImageDataModule(LightningDataModule):
             sizes: tuple[Any, ...] = (tuple(self.source.shape), len(self.splits["test"]))
             if self._val_size:
                 sizes = (*sizes, self._val_size)
+            if self.view_size is not None:
+                sizes = (*sizes, f"views of {self.view_size}")
             digest = hashlib.sha256(str(sizes).encode())
             for part in self.source.contents():
                 digest.update(part)
@@ -329,11 +338,11 @@ class ImageDataModule(LightningDataModule):
 
     def _render(self, fetched: Fetched, index: Tensor, view: Tensor) -> Tensor:
         images, rows = fetched
-        if rows is None:  # also of classes without that parameter
-            return self.augmentation.render(images, index, view)
-        if why := self.why_not_streamed():
-            raise InputError(f"the images of {self.name} cannot be streamed: {why}")
-        return self.augmentation.render(images, index, view, rows)
+        optional: dict[str, Any] = {"rows": rows, "size": self.view_size}
+        given = {name: value for name, value in optional.items() if value is not None}
+        if given and (why := self.cannot_render(*given)):
+            raise InputError(f"images of {self.name} cannot be streamed or stored larger: {why}")
+        return self.augmentation.render(images, index, view, **given)
 
     def _finish(self, batch: Batch) -> Batch:
         return {**batch, "images": self._normalize(batch["images"])}
@@ -369,34 +378,3 @@ def _shift_and_scale(
     average, deviation = torch.tensor((mean, std)).double()  # on the CPU: not all GPUs have float64
     shift, scale = -average / deviation, 1 / (255 * deviation)
     return shift.float().repeat(pixels).to(device), scale.float().repeat(pixels).to(device)
-
-
-def stratified_split(
-    labels: Tensor, fraction: float, seed: int, classes: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Split off validation images, stratified by class.
-
-    Args:
-        labels: (N,) int64.
-        fraction: fraction of the validation part, in (0, 1).
-        seed: seed of the split.
-        classes: class names.
-
-    Returns:
-        Indices of the training part and of the validation part, each in ascending order.
-
-    Raises:
-        InputError: a class has fewer than two images.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label, name in enumerate(classes):
-        members = (labels == label).nonzero().flatten()
-        if len(members) < 2:
-            raise InputError(
-                f"class '{name}' has {len(members)} training images; it needs at least 2, "
-                "one of them for validation"
-            )
-        count = min(max(1, math.floor(len(members) * fraction + 0.5)), len(members) - 1)
-        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()

@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -190,11 +191,18 @@ class RandomOperations:
         return torch.where(applied, chosen, -1), strength
 
     def render(
-        self, images: Tensor, index: Tensor, view: Tensor, rows: Tensor | None = None
+        self,
+        images: Tensor,
+        index: Tensor,
+        view: Tensor,
+        rows: Tensor | None = None,
+        size: int | None = None,
     ) -> Tensor:
         """Render a batch of views; see `Views.render`."""
-        given = (images, index, view) if rows is None else (images, index, view, rows)
-        rendered = (self.of or Augmentation()).render(*given).permute(0, 2, 3, 1)
+        given: dict[str, Any] = {"rows": rows, "size": size}
+        given = {name: value for name, value in given.items() if value is not None}
+        rendered = (self.of or Augmentation()).render(images, index, view, **given)
+        rendered = rendered.permute(0, 2, 3, 1)
         for number in range(self.number):
             chosen, strength = self.parameters(index, view, number)
             for position, name in enumerate(self.operations or OPERATIONS):

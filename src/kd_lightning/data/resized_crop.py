@@ -39,13 +39,16 @@ class ResizedCrop:
             raise ValueError(f"ratio must be two ascending numbers above 0, not {self.ratio}")
         check_seed("seed", self.seed)
 
-    def boxes(self, index: Tensor, view: Tensor, size: tuple[int, int]) -> Tensor:
+    def boxes(
+        self, index: Tensor, view: Tensor, size: tuple[int, int], plain: int | None = None
+    ) -> Tensor:
         """Top, left, height and width of each part, (B, 4), int64; the whole image for `PLAIN`.
 
         Args:
             index: image indices (B,), int64.
             view: view numbers (B,), int64.
             size: height and width of the images, in pixels.
+            plain: height and width of the part for `PLAIN`, the centre; None: the whole image.
         """
         area, shape, place = (
             counter_random(index, view, self.seed ^ stream)
@@ -59,19 +62,27 @@ class ResizedCrop:
         top = place.bitwise_right_shift(16) % (size[0] - height + 1)
         left = place.bitwise_and(0xFFFF) % (size[1] - width + 1)
         box = torch.stack([top, left, height, width], dim=1)
-        return torch.where((view == PLAIN)[:, None], torch.tensor([0, 0, *size]), box)
+        tall, wide = size if plain is None else (plain, plain)
+        whole = torch.tensor([(size[0] - tall) // 2, (size[1] - wide) // 2, tall, wide])
+        return torch.where((view == PLAIN)[:, None], whole, box)
 
     def render(
-        self, images: Tensor, index: Tensor, view: Tensor, rows: Tensor | None = None
+        self,
+        images: Tensor,
+        index: Tensor,
+        view: Tensor,
+        rows: Tensor | None = None,
+        size: int | None = None,
     ) -> Tensor:
         """Render a batch of views; see `Views.render`."""
         height, width, channels = images.shape[1:]
         flip = (counter_random(index, view, self.seed ^ 0x1F83D9AB) & 1 == 1) & (view != PLAIN)
         top, left, tall, wide = to_device(
-            self.boxes(index, view, (height, width)), images.device
+            self.boxes(index, view, (height, width), size), images.device
         ).unbind(dim=1)
-        row, row_weight = _positions(top, tall, height)
-        column, column_weight = _positions(left, wide, width)
+        shown = (height, width) if size is None else (size, size)
+        row, row_weight = _positions(top, tall, shown[0])
+        column, column_weight = _positions(left, wide, shown[1])
         if self.flip:
             flipped = to_device(flip, images.device)[:, None]
             column = [torch.where(flipped, part.flip(1), part) for part in column]
@@ -83,7 +94,7 @@ class ResizedCrop:
         def corner(lower: int, right: int) -> Tensor:
             position = (first + row[lower] * width)[:, :, None] + column[right][:, None, :]
             found = pixels.index_select(0, position.flatten())
-            return found.view(len(index), height, width, channels).to(torch.int32)
+            return found.view(len(index), *shown, channels).to(torch.int32)
 
         across, down = column_weight[:, None, :, None], row_weight[:, :, None, None]
         upper, lower = (
