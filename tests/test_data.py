@@ -176,7 +176,7 @@ def test_variant_shares_the_images(folder):
     data = folder_data(folder)
     data.setup()
     other = data.variant(seed=9)
-    assert other.source is data.source
+    assert other.pixel_source is data.pixel_source
     orders = [torch.cat([b["index"] for b in d.train_dataloader()]) for d in (data, other)]
     assert not torch.equal(*orders)
 

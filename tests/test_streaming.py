@@ -86,9 +86,9 @@ def count_decodes(monkeypatch):
 def test_batches_are_those_of_images_in_memory(images, tmp_path, settings, group, monkeypatch):
     monkeypatch.setattr(streamed, "GROUP", group)
     memory = module(images, streamed=False, **settings)
-    assert isinstance(memory.source, InMemoryImages)
+    assert isinstance(memory.pixel_source, InMemoryImages)
     stored, decoded = module(images, tmp_path, **settings), module(images, **settings)
-    assert isinstance(stored.source, StreamedImages)
+    assert isinstance(stored.pixel_source, StreamedImages)
     for epoch in (0, 1):  # decodes and stores, then reads
         expected = batches(memory, epoch)
         assert_same_batches(batches(stored, epoch), expected)
@@ -127,7 +127,7 @@ def test_a_renderer_for_images_in_memory_is_refused(images, monkeypatch, caplog)
         next(iter(data.variant(augmentation=Renderer()).train_dataloader()))
     monkeypatch.setattr(folder_module, "memory_limit", lambda: 100)
     data = module(images, streamed="auto", augmentation=Renderer())
-    assert isinstance(data.source, InMemoryImages)
+    assert isinstance(data.pixel_source, InMemoryImages)
     assert "cannot be streamed" in caplog.text
 
 
@@ -302,14 +302,14 @@ def test_a_damaged_file_is_an_error_of_one_sentence(tmp_path):
 def test_auto_streams_what_does_not_fit_into_memory(images, monkeypatch, caplog):
     caplog.set_level(logging.INFO)
     needed = 48 * 16 * 16 * 3
-    assert isinstance(module(images, streamed="auto").source, InMemoryImages)
+    assert isinstance(module(images, streamed="auto").pixel_source, InMemoryImages)
     monkeypatch.setattr(folder_module, "memory_limit", lambda: 2 * needed)
-    assert isinstance(module(images, streamed="auto").source, InMemoryImages)
+    assert isinstance(module(images, streamed="auto").pixel_source, InMemoryImages)
     assert not caplog.text
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert isinstance(module(images, streamed="auto").source, StreamedImages)
+    assert isinstance(module(images, streamed="auto").pixel_source, StreamedImages)
     assert "they are streamed" in caplog.text
-    assert isinstance(module(images, streamed=False).source, InMemoryImages)
+    assert isinstance(module(images, streamed=False).pixel_source, InMemoryImages)
 
 
 @pytest.mark.parametrize("settings", [{"streamed": "yes"}, {"workers": 0}])

@@ -259,8 +259,10 @@ def test_teacher_key_is_stable():
 def test_precision_and_images_are_in_the_key(data):
     key = key_of(CONFIG, data.fingerprint())
     assert key_of(CONFIG, data.fingerprint(), "bf16-mixed") != key
-    other = data.variant(source=InMemoryImages(data.source.pixels.clone()), _fingerprint="")
-    other.source.pixels[0, 0, 0, 0] ^= 1
+    other = data.variant(
+        pixel_source=InMemoryImages(data.pixel_source.pixels.clone()), _fingerprint=""
+    )
+    other.pixel_source.pixels[0, 0, 0, 0] ^= 1
     assert key_of(CONFIG, other.fingerprint()) != key
 
 

@@ -181,7 +181,9 @@ class ImageDataModule(LightningDataModule):
             return
         images = Images(*self.load())
         pixels, self.labels, train_size = images.pixels, images.labels, images.train_size
-        self.source: PixelSource = InMemoryImages(pixels) if isinstance(pixels, Tensor) else pixels
+        self.pixel_source: PixelSource = (
+            InMemoryImages(pixels) if isinstance(pixels, Tensor) else pixels
+        )
         self._val_size = images.val_size
         if images.val_size:
             train, val = torch.arange(train_size).split(
@@ -224,13 +226,13 @@ class ImageDataModule(LightningDataModule):
         test set and of the source's own validation set.
         """
         if not self._fingerprint:
-            sizes: tuple[Any, ...] = (tuple(self.source.shape), len(self.splits["test"]))
+            sizes: tuple[Any, ...] = (tuple(self.pixel_source.shape), len(self.splits["test"]))
             if self._val_size:
                 sizes = (*sizes, self._val_size)
             if self.view_size is not None:
                 sizes = (*sizes, f"views of {self.view_size}")
             digest = hashlib.sha256(str(sizes).encode())
-            for part in self.source.contents():
+            for part in self.pixel_source.contents():
                 digest.update(part)
             digest.update(self.labels.cpu().numpy().data)
             self._fingerprint = digest.hexdigest()
@@ -248,13 +250,13 @@ class ImageDataModule(LightningDataModule):
             rank, world = self.trainer.global_rank, self.trainer.world_size
             needed = getattr(self.trainer.lightning_module, "min_batch_size", 1) if shuffle else 1
             device = self.trainer.strategy.root_device
-            self.source, self.labels = self.source.to(device), self.labels.to(device)
+            self.pixel_source, self.labels = self.pixel_source.to(device), self.labels.to(device)
         if shuffle:
             self.check_batch_size(needed * world)
         sampler = ViewSampler(
             self.splits[split], size, shuffle, self.seed, self.views, rank, world, needed * world
         )
-        limit = self.source.batch_limit
+        limit = self.pixel_source.batch_limit
         fetch = None if limit is None else self._fetch_pixels
         return ViewLoader(sampler, self._cut, self._finish, fetch, limit)
 
@@ -301,11 +303,11 @@ class ImageDataModule(LightningDataModule):
 
     def _fetch_pixels(self, index: Tensor, view: Tensor) -> list[Fetched]:
         """The pixels of a batch and, if it is mixed, of the partners."""
-        fetched = [self.source.fetch(index)]
+        fetched = [self.pixel_source.fetch(index)]
         if self._is_mixed(view):
             size = (self.image_size, self.image_size)
             partner = self._mixture(index, view, size).partner
-            fetched.append(self.source.fetch(partner))
+            fetched.append(self.pixel_source.fetch(partner))
         return fetched
 
     def _is_mixed(self, view: Tensor) -> bool:
@@ -324,7 +326,7 @@ class ImageDataModule(LightningDataModule):
             fetched: result of `_fetch_pixels`.
         """
         own, *others = self._fetch_pixels(index, view) if fetched is None else fetched
-        device = self.source.device
+        device = self.pixel_source.device
         images = self._render(own, index, view)
         batch = {"labels": self.labels[to_device(index, device)]}
         if others:

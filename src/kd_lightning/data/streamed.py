@@ -4,6 +4,8 @@ import base64
 import copy
 import functools
 import hashlib
+import math
+import mmap
 import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -111,7 +113,7 @@ class StreamedImages:
             InputError: an image is damaged, or has changed since the start.
         """
         pinned = copies_in_background(self.device)
-        pixels = torch.empty((len(index), *self.shape[1:]), dtype=torch.uint8, pin_memory=pinned)
+        pixels = _buffer((len(index), *self.shape[1:]), pinned)
         numbers, rows = index.numpy(), pixels.view(len(index), -1).numpy()
 
         def fill(first: int) -> None:
@@ -147,6 +149,17 @@ class StreamedImages:
                 f"{readable(path)} has changed since the start of the run; run the command again"
             )
         return read_image(Path(path), self.size, self.resize, content)
+
+
+def _buffer(shape: tuple[int, ...], pinned: bool) -> Tensor:
+    """An uninitialised tensor, uint8.
+
+    Mapped: freed memory of a thread's own heap, as that of the thread that fetches, is not returned
+    to the system and not used by other threads.
+    """
+    if pinned:
+        return torch.empty(shape, dtype=torch.uint8, pin_memory=True)
+    return torch.frombuffer(mmap.mmap(-1, math.prod(shape)), dtype=torch.uint8).view(shape)
 
 
 @functools.lru_cache(maxsize=8)
