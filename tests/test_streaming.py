@@ -2,12 +2,15 @@
 
 import logging
 import os
+import tarfile
 import threading
+import weakref
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import write_folder
+from conftest import TINY, in_a_new_process, write_folder
 from PIL import Image
 
 from kd_lightning.data import (
@@ -22,6 +25,7 @@ from kd_lightning.data import (
 )
 from kd_lightning.data import folder as folder_module
 from kd_lightning.data.decoded_rows import DecodedRows
+from kd_lightning.data.loading import PREFETCHED
 from kd_lightning.data.sources import InMemoryImages
 from kd_lightning.data.streamed import StreamedImages
 from kd_lightning.errors import InputError
@@ -373,3 +377,47 @@ def test_stored_size_is_checked(images):
         module(images, stored_size=15)
     with pytest.raises(ValueError, match="stored_size must be null: Renderer"):
         module(images, stored_size=20, streamed=False, augmentation=Renderer())
+
+
+# --- memory ---------------------------------------------------------------------------------------
+
+
+def test_only_the_batches_that_are_being_prepared_are_in_memory(images, monkeypatch):
+    monkeypatch.setattr(streamed, "GROUP", 1)
+    original, buffers, alive = streamed._buffer, [], []
+
+    def counted(*given):
+        buffer = original(*given)
+        buffers.append(weakref.ref(buffer))
+        alive.append(sum(one() is not None for one in buffers))
+        return buffer
+
+    monkeypatch.setattr(streamed, "_buffer", counted)
+    assert len(list(module(images, batch_size=2).train_dataloader())) == 17
+    assert len(alive) == 17
+    # Those that are fetched, and the one that is rendered.
+    assert max(alive) <= PREFETCHED + 2
+
+
+@pytest.mark.slow
+def test_memory_does_not_depend_on_the_number_of_images(tmp_path):
+    """Part of Tiny ImageNet, ten times over."""
+    archive = Path(os.environ.get("KD_TEST_DATA", "nowhere")) / "tiny-imagenet-part.tar.gz"
+    if not archive.exists():
+        pytest.skip(f"KD_TEST_DATA is not a folder that contains {archive.name}")
+    with tarfile.open(archive) as tar:
+        tar.extractall(tmp_path / "ten", filter="data")
+    for path in list((tmp_path / "ten").glob("t*/*/*")):
+        for copy in range(9):
+            path.with_name(f"{copy}-{path.name}").symlink_to(path.name)
+    done = in_a_new_process(
+        "-c", "import runpy, resource, sys; sys.argv = sys.argv[1:]\n"
+        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "except SystemExit as end: assert not end.code\n"
+        "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)",
+        "train.py", "data=folder", f"data.root={tmp_path / 'ten'}", "data.image_size=64",
+        "data.streamed=true", f"output_dir={tmp_path / 'out'}", f"data_dir={tmp_path}",
+        "method=none", "+trainer.limit_train_batches=100", *TINY, "trainer.max_epochs=1",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert int(done.out.split("peak ")[1]) * 1024 < 1.5e9
