@@ -18,7 +18,7 @@ from test_faults import Disk
 from torchvision.datasets import CIFAR10
 
 from kd_lightning.data import CIFAR10DataModule, DigitsDataModule, FolderDataModule
-from kd_lightning.data.module import stratified_split
+from kd_lightning.data.splits import stratified_split
 from kd_lightning.errors import InputError
 
 
@@ -176,7 +176,7 @@ def test_variant_shares_the_images(folder):
     data = folder_data(folder)
     data.setup()
     other = data.variant(seed=9)
-    assert other._pixels is data._pixels
+    assert other.pixel_source is data.pixel_source
     orders = [torch.cat([b["index"] for b in d.train_dataloader()]) for d in (data, other)]
     assert not torch.equal(*orders)
 

@@ -15,6 +15,7 @@ from torch import nn
 
 from kd_lightning.config.resolve import teacher_recipe
 from kd_lightning.data import FolderDataModule
+from kd_lightning.data.sources import InMemoryImages
 from kd_lightning.errors import InputError
 from kd_lightning.storage.teacher_store import TeacherStore, teacher_key
 from kd_lightning.storage.weights import weights_sha256
@@ -258,8 +259,10 @@ def test_teacher_key_is_stable():
 def test_precision_and_images_are_in_the_key(data):
     key = key_of(CONFIG, data.fingerprint())
     assert key_of(CONFIG, data.fingerprint(), "bf16-mixed") != key
-    other = data.variant(_pixels=data._pixels.clone(), _fingerprint="")
-    other._pixels[0, 0, 0, 0] ^= 1
+    other = data.variant(
+        pixel_source=InMemoryImages(data.pixel_source.pixels.clone()), _fingerprint=""
+    )
+    other.pixel_source.pixels[0, 0, 0, 0] ^= 1
     assert key_of(CONFIG, other.fingerprint()) != key
 
 

@@ -23,6 +23,9 @@ AXES = ("method", "student", "seed")
 # Paths, names and plotting: results do not depend on them.
 ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures")
 
+# How a data set is read: results do not depend on it.
+READING = ("streamed", "workers")
+
 # Keys added since the first release, with the values equivalent to their absence. With such a value
 # a key is left out of every hash, so that a new feature does not rename existing runs.
 SINCE: dict[str, Any] = {
@@ -34,6 +37,7 @@ SINCE: dict[str, Any] = {
     "data.mixing": (None,),
     "data.resize": ("squash",),
     "data.test_folder": (None,),
+    "data.stored_size": (None,),
     "teacher.augmentation": (None,),
     "teacher.mixing": (None,),
     "teacher.members": (None,),
@@ -134,6 +138,8 @@ def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
     if isinstance(trainer, Mapping) and isinstance(trainer.get("devices"), list):
         # Which GPUs does not affect the result, only how many.
         parts["trainer"] = {**trainer, "devices": len(trainer["devices"])}
+    if isinstance(parts.get("data"), dict):
+        parts["data"] = {k: v for k, v in parts["data"].items() if k not in READING}
     kept = ("dtype", "top_k")
     parts["remember"] = {k: v for k, v in parts["remember"].items() if k in kept}
     for path, defaults in SINCE.items():

@@ -51,6 +51,9 @@ _NOT_OF_THE_TEACHER = {
         "cache_dir",
         "resize",  # this and the next: the fingerprint of the images is part of the key
         "test_folder",
+        "stored_size",
+        "streamed",
+        "workers",
         "eval_batch_size",
         "seed",
         "views",

@@ -1,8 +1,9 @@
 """Decoding of image files of any supported format to 8-bit RGB pixels."""
 
 import functools
+from io import BytesIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -45,11 +46,11 @@ WHITE_IS_ZERO, UNSIGNED = 0, 1
 LOW_DEPTHS = {"L;2": 85, "L;4": 17}
 
 
-def decode(path: Path, size: int, resize: str = "squash") -> npt.NDArray[np.uint8]:
+def decode(file: Path | BinaryIO, size: int, resize: str = "squash") -> npt.NDArray[np.uint8]:
     """Decode the first frame of an image file, upright, and make it a square.
 
     Args:
-        path: the file.
+        file: its path, or its content.
         size: height and width of the result, in pixels.
         resize: one of `RESIZE`; see `to_square`.
 
@@ -61,28 +62,37 @@ def decode(path: Path, size: int, resize: str = "squash") -> npt.NDArray[np.uint
             `PIL.Image.MAX_IMAGE_PIXELS` times two, or has a pixel format without a defined
             conversion to 8 bits.
     """
-    with Image.open(path, formats=_formats()) as file:
-        raw_mode = file.tile[0][3] if file.tile else None
-        file.load()
-        if raw_mode in LOW_DEPTHS and "transparency" in file.info:
-            file.info["transparency"] *= LOW_DEPTHS[raw_mode]
-        if raw_mode == "RGB;16B" and "transparency" in file.info:  # the upper halves were read
-            file.info["transparency"] = tuple(value >> 8 for value in file.info["transparency"])
-        image = to_rgb(file)
-        turn = UPRIGHT.get(_orientation(file))
+    with Image.open(file, formats=_formats()) as opened:
+        raw_mode = opened.tile[0][3] if opened.tile else None
+        opened.load()
+        info = opened.info
+        if raw_mode in LOW_DEPTHS and "transparency" in info:
+            info["transparency"] *= LOW_DEPTHS[raw_mode]
+        if raw_mode == "RGB;16B" and "transparency" in info:  # the upper halves were read
+            info["transparency"] = tuple(value >> 8 for value in info["transparency"])
+        image = to_rgb(opened)
+        turn = UPRIGHT.get(_orientation(opened))
     if turn is not None:
         image = image.transpose(turn)
     return np.asarray(to_square(image, size, resize))
 
 
-def read_image(path: Path, size: int, resize: str = "squash") -> npt.NDArray[np.uint8]:
+def read_image(
+    path: Path, size: int, resize: str = "squash", content: bytes | None = None
+) -> npt.NDArray[np.uint8]:
     """`decode` with a message for people.
+
+    Args:
+        path: the file.
+        size: height and width of the result, in pixels.
+        resize: see `decode`.
+        content: its content, if it has been read.
 
     Raises:
         InputError: the file cannot be decoded.
     """
     try:
-        return decode(path, size, resize)
+        return decode(path if content is None else BytesIO(content), size, resize)
     except MemoryError:
         raise
     except Image.DecompressionBombError as error:

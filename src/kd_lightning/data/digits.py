@@ -7,7 +7,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from kd_lightning.data.module import ImageDataModule, Images, stratified_split
+from kd_lightning.data.module import ImageDataModule, Images
+from kd_lightning.data.splits import stratified_split
 from kd_lightning.errors import InputError
 
 TEST_FRACTION = 0.2

@@ -1,7 +1,10 @@
 """The batch sampler of (image, view) pairs, and the loader that renders them."""
 
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +17,9 @@ Batch = dict[str, Tensor]
 AHEAD = 8
 """Number of batches rendered at once: for a small student, the overhead of launching many small
 operations per batch exceeds the cost of the rendering itself."""
+
+PREFETCHED = 2
+"""Number of such groups of batches whose pixels are fetched in the background."""
 
 
 class ViewSampler(Sampler[Batch]):
@@ -97,18 +103,27 @@ class ViewLoader:
         cut: renders indices (B,) and view numbers (B,) to uint8 ``images`` (B, 3, H, W), with their
             labels, on the training device.
         finish: normalises the images of a batch.
+        fetch: fetches the pixels of indices and view numbers, for `cut`, in a background thread;
+            None: `cut` needs no such help.
+        limit: maximum number of images that are fetched at once, unless a batch is larger.
     """
 
     def __init__(
         self,
         sampler: ViewSampler,
-        cut: Callable[[Tensor, Tensor], Batch],
+        cut: Callable[..., Batch],
         finish: Callable[[Batch], Batch],
+        fetch: Callable[[Tensor, Tensor], Any] | None = None,
+        limit: int | None = None,
     ) -> None:
         self.sampler = sampler
         self.batch_sampler = None
         self.cut = cut
         self.finish = finish
+        self.fetch = fetch
+        self.ahead = AHEAD
+        if limit is not None:
+            self.ahead = min(AHEAD, max(1, limit * sampler.world // sampler.batch_size))
         self._given = 0  # batches yielded in the current epoch
         self._resume: dict[str, int] = {}
 
@@ -128,11 +143,35 @@ class ViewLoader:
         """The batches of the sampler's current epoch."""
         resume, self._resume = self._resume, {}
         self._given = resume["batches"] if resume.get("epoch") == self.sampler.epoch else 0
-        batches = islice(self.sampler, self._given, None)
-        while ahead := list(islice(batches, AHEAD)):
-            index, view = (torch.cat([batch[key] for batch in ahead]) for key in ("index", "view"))
+        for ahead, cut in self._groups(islice(self.sampler, self._given, None)):
             sizes = [len(batch["index"]) for batch in ahead]
-            parts = {key: value.split(sizes) for key, value in self.cut(index, view).items()}
+            parts = {key: value.split(sizes) for key, value in cut.items()}
             for number, batch in enumerate(ahead):
                 self._given += 1
                 yield self.finish({**batch, **{key: part[number] for key, part in parts.items()}})
+
+    def _groups(self, batches: Iterator[Batch]) -> Iterator[tuple[list[Batch], Batch]]:
+        """Groups of batches, and the views of each group, rendered together."""
+        groups = iter(lambda: list(islice(batches, self.ahead)), [])
+        if self.fetch is None:
+            for group in groups:
+                yield group, self.cut(*_views(group))
+            return
+        waiting: deque[tuple[list[Batch], Future[Any]]] = deque()
+        pool = ThreadPoolExecutor(1, "prefetch")
+        try:
+            while True:
+                for group in islice(groups, PREFETCHED + 1 - len(waiting)):
+                    waiting.append((group, pool.submit(self.fetch, *_views(group))))
+                if not waiting:
+                    return
+                group, fetched = waiting.popleft()
+                yield group, self.cut(*_views(group), fetched.result())
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _views(group: list[Batch]) -> tuple[Tensor, Tensor]:
+    """Image indices and view numbers of all batches of a group."""
+    index, view = (torch.cat([batch[key] for batch in group]) for key in ("index", "view"))
+    return index, view

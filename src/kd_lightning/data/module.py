@@ -1,9 +1,9 @@
-"""The data module: uint8 images in memory, batches of views rendered on the model's device."""
+"""The data module: uint8 images, batches of views rendered on the model's device."""
 
 import copy
 import functools
 import hashlib
-import math
+import inspect
 from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,31 +12,33 @@ from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
 from kd_lightning.data.loading import Batch, ViewLoader, ViewSampler
-from kd_lightning.data.mixing import Mixing, blend
+from kd_lightning.data.mixing import Mixing, Mixture, blend
+from kd_lightning.data.sources import Fetched, InMemoryImages, PixelSource
+from kd_lightning.data.splits import stratified_split
 from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import PLAIN, Augmentation, Views, check_seed
 from kd_lightning.errors import InputError
 
 
 class Images(NamedTuple):
-    """Decoded images: training images first, test images last.
+    """Images: training images first, test images last.
 
     Attributes:
-        pixels: (N, H, W, 3), uint8.
+        pixels: (N, H, W, 3), uint8, or a source that delivers them by batches.
         labels: (N,), int64.
         train_size: number of training and validation images.
         val_size: how many of these, at the end, are the source's own validation set; 0: the
             validation set is split off the training images.
     """
 
-    pixels: Tensor
+    pixels: Tensor | PixelSource
     labels: Tensor
     train_size: int
     val_size: int = 0
 
 
 class ImageDataModule(LightningDataModule):
-    """Base class of data sets whose images are held in memory as uint8.
+    """Base class of data sets of uint8 images, in memory or streamed.
 
     A batch is a set of (index, view) pairs. Its pixels are rendered on the training device: crop,
     flip and normalisation of whole batches in a few tensor operations. Indices cover the training
@@ -144,6 +146,8 @@ class ImageDataModule(LightningDataModule):
         self.splits: dict[str, Tensor] = {}
         self._val_size = 0
         self._fingerprint = ""
+        # Height and width of the views, if those of the loaded images are larger.
+        self.view_size: int | None = None
 
     @property
     def classes(self) -> list[str]:
@@ -176,7 +180,10 @@ class ImageDataModule(LightningDataModule):
         if self.splits:
             return
         images = Images(*self.load())
-        self._pixels, self.labels, train_size = images.pixels, images.labels, images.train_size
+        pixels, self.labels, train_size = images.pixels, images.labels, images.train_size
+        self.pixel_source: PixelSource = (
+            InMemoryImages(pixels) if isinstance(pixels, Tensor) else pixels
+        )
         self._val_size = images.val_size
         if images.val_size:
             train, val = torch.arange(train_size).split(
@@ -194,6 +201,18 @@ class ImageDataModule(LightningDataModule):
         test = torch.arange(train_size, len(self.labels))
         self.splits = {"train": train, "val": val, "test": test}
 
+    def cannot_render(self, *parameters: str) -> str:
+        """Why the renderer of the views cannot be used; empty if it can.
+
+        Args:
+            parameters: optional parameters of `Views.render` that are needed.
+        """
+        known = inspect.signature(self.augmentation.render).parameters
+        missing = [name for name in parameters if name not in known]
+        if not missing:
+            return ""
+        return f"{type(self.augmentation).__name__}.render has no parameter '{missing[0]}'"
+
     def variant(self, **attributes: Any) -> "ImageDataModule":
         """A copy that shares the images but has another seed, mean, std or augmentation."""
         twin = copy.copy(self)
@@ -203,15 +222,18 @@ class ImageDataModule(LightningDataModule):
         return twin
 
     def fingerprint(self) -> str:
-        """SHA-256 of all pixels, labels and the sizes of the test set and of the source's own
-        validation set.
+        """SHA-256 of all pixels (of all files if they are streamed), labels and the sizes of the
+        test set and of the source's own validation set.
         """
         if not self._fingerprint:
-            sizes: tuple[Any, ...] = (tuple(self._pixels.shape), len(self.splits["test"]))
+            sizes: tuple[Any, ...] = (tuple(self.pixel_source.shape), len(self.splits["test"]))
             if self._val_size:
                 sizes = (*sizes, self._val_size)
+            if self.view_size is not None:
+                sizes = (*sizes, f"views of {self.view_size}")
             digest = hashlib.sha256(str(sizes).encode())
-            digest.update(self._pixels.cpu().numpy().data)
+            for part in self.pixel_source.contents():
+                digest.update(part)
             digest.update(self.labels.cpu().numpy().data)
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
@@ -228,13 +250,15 @@ class ImageDataModule(LightningDataModule):
             rank, world = self.trainer.global_rank, self.trainer.world_size
             needed = getattr(self.trainer.lightning_module, "min_batch_size", 1) if shuffle else 1
             device = self.trainer.strategy.root_device
-            self._pixels, self.labels = self._pixels.to(device), self.labels.to(device)
+            self.pixel_source, self.labels = self.pixel_source.to(device), self.labels.to(device)
         if shuffle:
             self.check_batch_size(needed * world)
         sampler = ViewSampler(
             self.splits[split], size, shuffle, self.seed, self.views, rank, world, needed * world
         )
-        return ViewLoader(sampler, cut=self._cut, finish=self._finish)
+        limit = self.pixel_source.batch_limit
+        fetch = None if limit is None else self._fetch_pixels
+        return ViewLoader(sampler, self._cut, self._finish, fetch, limit)
 
     def check_batch_size(self, needed: int) -> None:
         """Check that a training batch is large enough for BatchNorm.
@@ -277,22 +301,50 @@ class ImageDataModule(LightningDataModule):
         """
         return self._finish({"index": index, "view": view, **self._cut(index, view)})
 
-    def _cut(self, index: Tensor, view: Tensor) -> Batch:
-        device = self._pixels.device
-        mixed = self.mixing is not None and bool((view != PLAIN).any())
-        images = self.augmentation.render(self._pixels, index, view)
+    def _fetch_pixels(self, index: Tensor, view: Tensor) -> list[Fetched]:
+        """The pixels of a batch and, if it is mixed, of the partners."""
+        fetched = [self.pixel_source.fetch(index)]
+        if self._is_mixed(view):
+            size = (self.image_size, self.image_size)
+            partner = self._mixture(index, view, size).partner
+            fetched.append(self.pixel_source.fetch(partner))
+        return fetched
+
+    def _is_mixed(self, view: Tensor) -> bool:
+        return self.mixing is not None and bool((view != PLAIN).any())
+
+    def _mixture(self, index: Tensor, view: Tensor, size: tuple[int, int]) -> Mixture:
+        assert self.mixing is not None
+        return self.mixing.mixture(index, view, self.splits["train"], size)
+
+    def _cut(self, index: Tensor, view: Tensor, fetched: list[Fetched] | None = None) -> Batch:
+        """Render views.
+
+        Args:
+            index: image indices (B,), int64.
+            view: view numbers (B,), int64.
+            fetched: result of `_fetch_pixels`.
+        """
+        own, *others = self._fetch_pixels(index, view) if fetched is None else fetched
+        device = self.pixel_source.device
+        images = self._render(own, index, view)
         batch = {"labels": self.labels[to_device(index, device)]}
-        if mixed:
-            assert self.mixing is not None
-            size = (images.shape[2], images.shape[3])
-            mixture = self.mixing.mixture(index, view, self.splits["train"], size)
-            others = self.augmentation.render(self._pixels, mixture.partner, view)
-            images = blend(images, others, mixture)
+        if others:
+            mixture = self._mixture(index, view, (images.shape[2], images.shape[3]))
+            images = blend(images, self._render(others[0], mixture.partner, view), mixture)
             batch |= {
                 "partner_labels": self.labels[to_device(mixture.partner, device)],
                 "ratio": to_device(mixture.ratio, device),
             }
         return {"images": images, **batch}
+
+    def _render(self, fetched: Fetched, index: Tensor, view: Tensor) -> Tensor:
+        images, rows = fetched
+        optional: dict[str, Any] = {"rows": rows, "size": self.view_size}
+        given = {name: value for name, value in optional.items() if value is not None}
+        if given and (why := self.cannot_render(*given)):
+            raise InputError(f"images of {self.name} cannot be streamed or stored larger: {why}")
+        return self.augmentation.render(images, index, view, **given)
 
     def _finish(self, batch: Batch) -> Batch:
         return {**batch, "images": self._normalize(batch["images"])}
@@ -328,34 +380,3 @@ def _shift_and_scale(
     average, deviation = torch.tensor((mean, std)).double()  # on the CPU: not all GPUs have float64
     shift, scale = -average / deviation, 1 / (255 * deviation)
     return shift.float().repeat(pixels).to(device), scale.float().repeat(pixels).to(device)
-
-
-def stratified_split(
-    labels: Tensor, fraction: float, seed: int, classes: Sequence[str]
-) -> tuple[Tensor, Tensor]:
-    """Split off validation images, stratified by class.
-
-    Args:
-        labels: (N,) int64.
-        fraction: fraction of the validation part, in (0, 1).
-        seed: seed of the split.
-        classes: class names.
-
-    Returns:
-        Indices of the training part and of the validation part, each in ascending order.
-
-    Raises:
-        InputError: a class has fewer than two images.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    held_out = torch.zeros(len(labels), dtype=torch.bool)
-    for label, name in enumerate(classes):
-        members = (labels == label).nonzero().flatten()
-        if len(members) < 2:
-            raise InputError(
-                f"class '{name}' has {len(members)} training images; it needs at least 2, "
-                "one of them for validation"
-            )
-        count = min(max(1, math.floor(len(members) * fraction + 0.5)), len(members) - 1)
-        held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
-    return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()

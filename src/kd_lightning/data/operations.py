@@ -8,6 +8,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -189,9 +190,19 @@ class RandomOperations:
         applied = (again < self.probability * 2**32) & (view != PLAIN)
         return torch.where(applied, chosen, -1), strength
 
-    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+    def render(
+        self,
+        images: Tensor,
+        index: Tensor,
+        view: Tensor,
+        rows: Tensor | None = None,
+        size: int | None = None,
+    ) -> Tensor:
         """Render a batch of views; see `Views.render`."""
-        rendered = (self.of or Augmentation()).render(images, index, view).permute(0, 2, 3, 1)
+        given: dict[str, Any] = {"rows": rows, "size": size}
+        given = {name: value for name, value in given.items() if value is not None}
+        rendered = (self.of or Augmentation()).render(images, index, view, **given)
+        rendered = rendered.permute(0, 2, 3, 1)
         for number in range(self.number):
             chosen, strength = self.parameters(index, view, number)
             for position, name in enumerate(self.operations or OPERATIONS):

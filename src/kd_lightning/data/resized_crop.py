@@ -39,13 +39,16 @@ class ResizedCrop:
             raise ValueError(f"ratio must be two ascending numbers above 0, not {self.ratio}")
         check_seed("seed", self.seed)
 
-    def boxes(self, index: Tensor, view: Tensor, size: tuple[int, int]) -> Tensor:
+    def boxes(
+        self, index: Tensor, view: Tensor, size: tuple[int, int], plain: int | None = None
+    ) -> Tensor:
         """Top, left, height and width of each part, (B, 4), int64; the whole image for `PLAIN`.
 
         Args:
             index: image indices (B,), int64.
             view: view numbers (B,), int64.
             size: height and width of the images, in pixels.
+            plain: height and width of the part for `PLAIN`, the centre; None: the whole image.
         """
         area, shape, place = (
             counter_random(index, view, self.seed ^ stream)
@@ -59,32 +62,44 @@ class ResizedCrop:
         top = place.bitwise_right_shift(16) % (size[0] - height + 1)
         left = place.bitwise_and(0xFFFF) % (size[1] - width + 1)
         box = torch.stack([top, left, height, width], dim=1)
-        return torch.where((view == PLAIN)[:, None], torch.tensor([0, 0, *size]), box)
+        tall, wide = size if plain is None else (plain, plain)
+        whole = torch.tensor([(size[0] - tall) // 2, (size[1] - wide) // 2, tall, wide])
+        return torch.where((view == PLAIN)[:, None], whole, box)
 
-    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+    def render(
+        self,
+        images: Tensor,
+        index: Tensor,
+        view: Tensor,
+        rows: Tensor | None = None,
+        size: int | None = None,
+    ) -> Tensor:
         """Render a batch of views; see `Views.render`."""
         height, width, channels = images.shape[1:]
         flip = (counter_random(index, view, self.seed ^ 0x1F83D9AB) & 1 == 1) & (view != PLAIN)
         top, left, tall, wide = to_device(
-            self.boxes(index, view, (height, width)), images.device
+            self.boxes(index, view, (height, width), size), images.device
         ).unbind(dim=1)
-        rows, row_weight = _positions(top, tall, height)
-        columns, column_weight = _positions(left, wide, width)
+        shown = (height, width) if size is None else (size, size)
+        row, row_weight = _positions(top, tall, shown[0])
+        column, column_weight = _positions(left, wide, shown[1])
         if self.flip:
             flipped = to_device(flip, images.device)[:, None]
-            columns = [torch.where(flipped, part.flip(1), part) for part in columns]
+            column = [torch.where(flipped, part.flip(1), part) for part in column]
             column_weight = torch.where(flipped, column_weight.flip(1), column_weight)
-        first = to_device(index, images.device)[:, None] * (height * width)
+        place = to_device(index if rows is None else rows, images.device)
+        first = place[:, None] * (height * width)
         pixels = images.view(-1, channels)
 
-        def corner(row: int, column: int) -> Tensor:
-            place = (first + rows[row] * width)[:, :, None] + columns[column][:, None, :]
-            found = pixels.index_select(0, place.flatten())
-            return found.view(len(index), height, width, channels).to(torch.int32)
+        def corner(lower: int, right: int) -> Tensor:
+            position = (first + row[lower] * width)[:, :, None] + column[right][:, None, :]
+            found = pixels.index_select(0, position.flatten())
+            return found.view(len(index), *shown, channels).to(torch.int32)
 
         across, down = column_weight[:, None, :, None], row_weight[:, :, None, None]
         upper, lower = (
-            (one := corner(row, 0)) * 2**_BITS + (corner(row, 1) - one) * across for row in (0, 1)
+            (one := corner(side, 0)) * 2**_BITS + (corner(side, 1) - one) * across
+            for side in (0, 1)
         )
         mixed = upper * 2**_BITS + (lower - upper) * down
         mixed = (mixed + 2 ** (2 * _BITS - 1)).bitwise_right_shift(2 * _BITS)

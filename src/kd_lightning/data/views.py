@@ -76,13 +76,26 @@ class Views(Protocol):
     settings, without any (random) state. The view `PLAIN` is the original image.
     """
 
-    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+    def render(
+        self,
+        images: Tensor,
+        index: Tensor,
+        view: Tensor,
+        rows: Tensor | None = None,
+        size: int | None = None,
+    ) -> Tensor:
         """Render a batch of views.
 
         Args:
-            images: all images (N, H, W, 3), uint8, on the training device.
+            images: (M, H, W, 3), uint8, on the training device: all images of the data set, or,
+                with `rows`, some.
             index: image indices (B,), int64, on the CPU.
             view: view numbers (B,), int64, on the CPU; see `counter_random`.
+            rows: position of each image in `images` (B,), int64, on the CPU; None: its index. A
+                class without this parameter cannot render streamed images.
+            size: height and width of the views, at most those of the images; None: the same. The
+                view `PLAIN` is then the centre of the image. A class without this parameter cannot
+                render images that are stored larger.
 
         Returns:
             (B, 3, H, W), uint8, channels-last in memory.
@@ -95,7 +108,8 @@ class Augmentation:
     """Random crops with reflection padding, horizontal flips and cutout.
 
     Args:
-        padding: maximum shift of a crop, in pixels; the border is filled by reflection.
+        padding: maximum shift of a crop beyond the image, in pixels; the border is filled by
+            reflection.
         flip: whether half of the views are flipped horizontally.
         cutout: side of a random square that is made grey, in pixels (DeVries & Taylor 2017,
             "Improved Regularization of Convolutional Neural Networks with Cutout"); its centre is
@@ -114,48 +128,68 @@ class Augmentation:
                 raise ValueError(f"{name} must be 0 or more pixels, not {getattr(self, name)}")
         check_seed("seed", self.seed)
 
-    def parameters(self, index: Tensor, view: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Row offset, column offset (int64, 0 to 2 * padding) and flip (bool), each (B,).
+    def parameters(
+        self, index: Tensor, view: Tensor, extra: int = 0
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Row offset, column offset (int64, 0 to 2 * padding + extra) and flip (bool), each (B,).
 
-        `PLAIN` views have offset `padding` and no flip: the original image.
+        `PLAIN` views have offset `padding` + `extra` // 2 and no flip: the original image, or its
+        centre.
+
+        Args:
+            index: image indices (B,), int64.
+            view: view numbers (B,), int64.
+            extra: pixels by which the images are larger than the views.
         """
         bits = counter_random(index, view, self.seed)
-        offsets = 2 * self.padding + 1
+        offsets = 2 * self.padding + extra + 1
         # The low bit for the flip; the rest, modulo a much smaller number, for the offsets.
         position = (bits >> 1) % (offsets * offsets)
         rows = position.div(offsets, rounding_mode="floor")
         plain = view == PLAIN
         return (
-            torch.where(plain, self.padding, rows),
-            torch.where(plain, self.padding, position % offsets),
+            torch.where(plain, self.padding + extra // 2, rows),
+            torch.where(plain, self.padding + extra // 2, position % offsets),
             ((bits & 1) == 1) & ~plain & self.flip,
         )
 
-    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+    def render(
+        self,
+        images: Tensor,
+        index: Tensor,
+        view: Tensor,
+        rows: Tensor | None = None,
+        size: int | None = None,
+    ) -> Tensor:
         """Render the views of a whole batch with a single gather.
 
         Args:
-            images: all images (N, H, W, C), contiguous, any dtype.
+            images: (M, H, W, C), contiguous, any dtype.
             index: image indices (B,), int64.
             view: view numbers (B,), int64.
+            rows: position of each image in `images` (B,), int64; None: its index.
+            size: height and width of the views; None: those of the images. If the images are
+                larger, crops are anywhere in them.
 
         Returns:
             (B, C, H, W), channels-last in memory, with the dtype of the images.
         """
         count, height, width, channels = images.shape
         index, view = to_device(index, images.device), to_device(view, images.device)
-        top, left, flip = self.parameters(index, view)
-        row = torch.arange(height, device=index.device)
-        column = torch.arange(width, device=index.device)
-        column = torch.where(flip[:, None], width - 1 - column, column)
-        rows = _reflect(top[:, None] - self.padding + row, height)
-        columns = _reflect(left[:, None] - self.padding + column, width)
+        tall, wide = (height, width) if size is None else (size, size)
+        top, left, flip = self.parameters(index, view, height - tall)
+        place = index if rows is None else to_device(rows, images.device)
+        row = torch.arange(tall, device=index.device)
+        column = torch.arange(wide, device=index.device)
+        column = torch.where(flip[:, None], wide - 1 - column, column)
+        row = _reflect(top[:, None] - self.padding + row, height)
+        column = _reflect(left[:, None] - self.padding + column, width)
         # One index per pixel of the batch: int32 halves the memory traffic.
         small = torch.int32 if count * height * width < 2**31 else torch.int64
-        first = ((index[:, None] * height + rows) * width).to(small)
-        pixels = first[:, :, None] + columns.to(small)[:, None, :]
+        first = ((place[:, None] * height + row) * width).to(small)
+        pixels = first[:, :, None] + column.to(small)[:, None, :]
         batch = images.view(count * height * width, channels).index_select(0, pixels.flatten())
-        batch = batch.view(len(index), height, width, channels)
+        batch = batch.view(len(index), tall, wide, channels)
         if self.cutout:
             erase(batch, index, view, self.cutout, self.seed)
         return batch.permute(0, 3, 1, 2)

@@ -31,7 +31,8 @@ LOGITS = "kd_lightning.losses.logit.Logit"
 """The name of logits in a cache key: that of the first term that stored them."""
 
 _NOT_OF_THE_VIEWS = (
-    "name", "root", "cache_dir", "batch_size", "eval_batch_size", "seed", "views",
+    "name", "root", "cache_dir", "streamed", "workers", "stored_size",
+    "batch_size", "eval_batch_size", "seed", "views",
 )  # fmt: skip
 
 

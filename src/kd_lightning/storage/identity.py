@@ -159,7 +159,13 @@ def _stamp(path: Path) -> str:
                 else:
                     yield _status(entry)
 
-    return _digest(list(walk(str(path)) if path.is_dir() else [_status(path)]))
+    # The JSON text of the list of all files, one by one: there may be millions.
+    digest, separator = hashlib.sha256(b"["), ""
+    for status in walk(str(path)) if path.is_dir() else [_status(path)]:
+        digest.update(f"{separator}{json.dumps(status)}".encode())
+        separator = ", "
+    digest.update(b"]")
+    return digest.hexdigest()
 
 
 def _status(file: os.DirEntry[str] | Path) -> tuple[Any, ...]:
