@@ -134,7 +134,13 @@ def test(
     directory.write_table("per_class", module.quality.per_class(counts, names))
     directory.write_table("reliability", module.quality.reliability())
     results.setdefault("test_accuracy_at_best", results["test_accuracy"])
-    return results | module.quality.figures()
+    figures = module.quality.figures()
+    for logger in trainer.loggers:
+        logger.log_metrics(
+            {f"test/{name.removeprefix('test_')}": value for name, value in figures.items()},
+            step=trainer.global_step,
+        )
+    return results | figures
 
 
 def _columns(classes: Sequence[str]) -> list[str]:
