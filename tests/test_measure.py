@@ -57,12 +57,12 @@ def test_macs_of_a_published_network():
 
 
 def test_fused_attention_is_counted():
-    """Projections of 4 positions of width 8 to 3 x 8 and to 8, and two products of 4 x 4 x 8."""
+    """Projections of 12 positions of width 4 to 3 x 4 and to 4, two products of 12 x 12 x 4."""
     network = Apply(
-        lambda self, x: self.attention(*[x.flatten(2).transpose(1, 2)] * 3, need_weights=False)[0],
-        attention=nn.MultiheadAttention(3, 1, batch_first=True),
+        lambda self, x: self.attention(*[x.view(-1, 12, 4)] * 3, need_weights=False)[0],
+        attention=nn.MultiheadAttention(4, 2, batch_first=True),
     )
-    assert count_macs(network, 2) == 4 * 3 * 9 + 4 * 3 * 3 + 2 * 4 * 4 * 3
+    assert count_macs(network, 4) == 12 * 3 * 16 + 12 * 16 + 2 * 12 * 12 * 4
 
 
 def test_bytes_include_buffers():

@@ -69,8 +69,8 @@ def differences(
         )  # fmt: skip
         for axes, place in zip(row, places, strict=False):
             axes.imshow(pixels[place].numpy(), interpolation="nearest")
-            label, own, other = (text(names[number], 16) for number in classes[place])
-            axes.set_title(f"is {label}\nstudent {own}\nteacher {other}", fontsize="small")
+            true, student, teacher = (text(names[number], 16) for number in classes[place])
+            axes.set_title(f"is {true}\nstudent {student}\nteacher {teacher}", fontsize="small")
     return figure
 
 

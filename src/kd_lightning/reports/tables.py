@@ -38,9 +38,11 @@ def quality_and_cost(cells: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame | 
     taught = runs.dropna(subset="teacher_test_accuracy")
     if len(taught):
         row = {"student": DASH, "method": f"teacher {taught.iloc[0]['teacher']}"}
-        for title, (_, name) in known.items():
-            values = taught[name].dropna().astype(float) if name else pd.Series(dtype=float)
-            row[title] = FIGURE[name].show(values.median()) if name and len(values) else DASH
+        for title, (_, of_teacher) in known.items():
+            row[title] = DASH
+            if of_teacher is not None:
+                values = taught[of_teacher].dropna().astype(float)
+                row[title] = FIGURE[of_teacher].show(values.median() if len(values) else None)
         table = pd.concat([pd.DataFrame([row]), table], ignore_index=True)
     return table
 

@@ -49,12 +49,12 @@ class Answers(NamedTuple):
     """Predictions of student and teacher for N test images.
 
     Attributes:
-        index: (N,), of the images in the data module.
+        numbers: (N,), indices of the images in the data module.
         labels: (N,).
         student, teacher: (N, C), probabilities.
     """
 
-    index: Tensor
+    numbers: Tensor
     labels: Tensor
     student: Tensor
     teacher: Tensor
@@ -80,8 +80,8 @@ def explain(
         The number of ``images`` and of ``different`` predictions, and ``folder``.
 
     Raises:
-        InputError: the device does not exist, the run is not finished or has no single teacher with a network, a file is
-            missing or damaged or refers to untrusted code.
+        InputError: the device does not exist, the run is not finished or has no single teacher with
+            a network, or a file is missing or damaged or refers to untrusted code.
     """
     place, directory = find_device(device), RunDirectory(run_dir)
     config, metrics = directory.read_config(), directory.read_metrics()
@@ -109,7 +109,7 @@ def explain(
     _write_differences(directory, answers, names)
     table = _similarities(*grams)
     directory.write_table("explanation/cka", table)
-    chosen = answers.index[_interesting(answers)]
+    chosen = answers.numbers[_interesting(answers)]
     shown = slice(0, MOST_MAPS)
     figures = {
         "differences": explanation_plots.differences(*_of_differing(data, answers), names),
@@ -127,7 +127,7 @@ def explain(
                 dataformats="HWC",
             )  # fmt: skip
     different = int((answers.student.argmax(1) != answers.teacher.argmax(1)).sum())
-    return {"images": len(answers.index), "different": different, "folder": str(folder)}
+    return {"images": len(answers.numbers), "different": different, "folder": str(folder)}
 
 
 def _check_teacher(run_dir: str | Path, config: Node, metrics: Node) -> None:
@@ -293,7 +293,7 @@ def _order_of_differences(answers: Answers) -> Tensor:
 def _write_differences(directory: RunDirectory, answers: Answers, names: Sequence[str]) -> None:
     rows = []
     for place in _order_of_differences(answers).tolist():
-        row: dict[str, Any] = {"image": int(answers.index[place])}
+        row: dict[str, Any] = {"image": int(answers.numbers[place])}
         row["class"] = names[int(answers.labels[place])]
         for who in ("student", "teacher"):
             confidence, predicted = getattr(answers, who)[place].max(dim=0)
@@ -314,7 +314,7 @@ def _of_differing(
     kinds = (other == labels, own == labels, (own != labels) & (other != labels))
     shown = torch.cat([order[kind[order]][: explanation_plots.COLUMNS] for kind in kinds])
     classes = torch.stack([labels[shown], own[shown], other[shown]], dim=1).tolist()
-    return _pixels(data, answers.index[shown]), [(a, b, c) for a, b, c in classes]
+    return _pixels(data, answers.numbers[shown]), [(a, b, c) for a, b, c in classes]
 
 
 def _pixels(data: ImageDataModule, index: Tensor) -> Tensor:

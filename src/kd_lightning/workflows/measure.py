@@ -81,7 +81,7 @@ def measure(
             student, directory.path / "student.safetensors", teachers, size
         )
         nodes = [part["teacher"]["model"] for part in single_teachers(config)]
-        networks = {"": (student, student_model(config))}
+        networks: dict[str, tuple[nn.Module, Any]] = {"": (student, student_model(config))}
         if teachers:
             networks["teacher_"] = (_Together(teachers), nodes)
         for prefix, (network, node) in networks.items():
