@@ -152,7 +152,7 @@ def reliability_diagram(bins: "pd.DataFrame", title: str = "Reliability, test se
         upper.scatter(*place, s=500 * share[filled], marker=marker, color=colour, alpha=0.35)
         edges = [*part["lower"], float(part["upper"].iloc[-1])]
         lower.stairs(100 * share, edges, color=colour, linestyle=line, linewidth=1.5)
-    upper.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.03), title=text(title, 64))
+    upper.set(ylabel="accuracy", xlim=(0, 1.03), ylim=(0, 1.03), title=text(title, 64))
     figure.legend(loc="outside lower center", frameon=False, ncols=3, fontsize="small")
     lower.set(xlabel="confidence", ylabel="images (%)")
     for axes in (upper, lower):
