@@ -46,7 +46,8 @@ def test_two_processes_train_the_same_student_as_one(tmp_path):
     same_weights = load(same_weights)
     for name, weight in load(weights).items():
         torch.testing.assert_close(same_weights[name], weight, rtol=1e-3, atol=1e-4)
-    for key in ("val_accuracy", "test_accuracy", "agreement"):
+    probabilities = ("temperature", "test_nll", "test_ece", "teacher_kl", "teacher_test_nll")
+    for key in ("val_accuracy", "test_accuracy", "agreement", *probabilities):
         assert two[key] == pytest.approx(one[key], abs=0.01)
     assert two["teacher_key"] == one["teacher_key"]
     # Metrics cover all images, not only one process's part.

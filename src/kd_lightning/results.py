@@ -8,7 +8,9 @@ from dataclasses import dataclass
 from numbers import Real
 from typing import Any, Literal
 
-Kind = Literal["text", "count", "fraction", "number", "list"]
+Kind = Literal[
+    "text", "count", "fraction", "number", "score", "milliseconds", "bytes", "operations", "list"
+]
 DASH = "-"
 
 
@@ -18,7 +20,8 @@ class Figure:
 
     Attributes:
         name: its key.
-        kind: ``count`` is an integer, ``number`` any number, ``fraction`` is shown in per cent.
+        kind: ``count`` is an integer, ``number`` any number, ``fraction`` is shown in per cent,
+            ``score`` with three decimals, ``bytes`` and ``operations`` with a prefix (MB, M).
         meaning: short description, with its unit.
         over_seeds: aggregation over the runs of a cell; None: not aggregated.
         since: status from which every run has it. None: optional, because runs of older versions
@@ -38,7 +41,7 @@ class Figure:
     @property
     def is_number(self) -> bool:
         """Whether its values are numeric."""
-        return self.kind in ("count", "fraction", "number")
+        return self.kind not in ("text", "list")
 
     def fits(self, value: Any) -> bool:
         """Whether a value read from a file is valid for this figure."""
@@ -51,8 +54,53 @@ class Figure:
         """Format for display, without unit: `92.31`, `530,090`, `16.0`; a dash if missing."""
         if value is None or value != value:
             return DASH
-        formats = {"fraction": f"{100 * value:.2f}", "count": f"{value:,.0f}"}
+        formats = {
+            "fraction": f"{100 * value:.2f}",
+            "count": f"{value:,.0f}",
+            "score": f"{value:.3f}",
+            "milliseconds": f"{value:.3g}" if value < 100 else f"{value:,.0f}",
+            "bytes": _with_unit(value, ("B", "kB", "MB", "GB")),
+            "operations": _with_unit(value, ("", "k", "M", "G", "T")),
+        }
         return formats.get(self.kind, f"{value:.1f}")
+
+
+def _with_unit(value: float, units: tuple[str, ...]) -> str:
+    """`2.12 MB`: three significant digits, and a unit of 1000 to some power."""
+    power = 0
+    while power + 1 < len(units) and abs(value) >= 999.5:
+        value, power = value / 1000, power + 1
+    digits = f"{value:,.0f}" if abs(value) >= 99.95 else f"{value:.3g}"
+    return f"{digits} {units[power]}".strip()
+
+
+def _new(
+    name: str, kind: Kind, meaning: str, over_seeds: Literal["mean", "median"] | None = None
+) -> "Figure":
+    """A figure that runs and tables of older versions lack."""
+    return Figure(name, kind, meaning, over_seeds, old_tables_have_it=False)
+
+
+BATCHES = (1, 64)
+"""Batch sizes at which latency and memory are measured."""
+
+
+def _measured(prefix: str, over_seeds: Literal["mean", "median"] | None) -> tuple["Figure", ...]:
+    """The figures of `scripts/measure.py`, of the student or, with a prefix, of the teacher."""
+    whose = "of the teacher" if prefix else "of the student"
+    found = []
+    for batch in BATCHES:
+        for threads, how in (
+            ("one_thread", "one thread"),
+            ("all_threads", "all threads, or a GPU"),
+        ):
+            for part in ("p50", "p95"):
+                name = f"{prefix}latency_{batch}_{threads}_{part}"
+                meaning = f"{whose}: milliseconds for {batch} images, {how}, percentile {part[1:]}"
+                found.append(_new(name, "milliseconds", meaning, over_seeds))
+        name, meaning = f"{prefix}memory_{batch}", f"{whose}: peak memory for {batch} images"
+        found.append(_new(name, "bytes", meaning, over_seeds))
+    return tuple(found)
 
 
 FIGURES = (
@@ -80,6 +128,29 @@ FIGURES = (
     Figure("epochs", "count", "that were trained"),
     Figure("train_seconds", "count", "of training, validation included", "median"),
     Figure("images_per_second", "count", "of training, validation left out"),
+    # Probabilities on the test images, and the student beside its teacher.
+    _new("test_nll", "score", "negative log-likelihood on test images, in nats", "mean"),
+    _new("test_brier", "score", "Brier score on test images, in [0, 2]", "mean"),
+    _new("test_ece", "fraction", "expected calibration error on test images", "mean"),
+    _new("temperature", "score", "that calibrates the logits, from validation images", "mean"),
+    _new("test_nll_calibrated", "score", "the same with the temperature", "mean"),
+    _new("test_ece_calibrated", "fraction", "the same with the temperature", "mean"),
+    _new("teacher_test_nll", "score", "of the teacher on test images", "median"),
+    _new("teacher_test_ece", "fraction", "of the teacher on test images", "median"),
+    _new("teacher_kl", "score", "KL(teacher || student) on test images, in nats", "mean"),
+    _new("teacher_kl_right", "score", "the same where the teacher is right", "mean"),
+    _new("teacher_kl_wrong", "score", "the same where the teacher is wrong", "mean"),
+    _new("agreement_right", "fraction", "agreement where the teacher is right", "mean"),
+    _new("agreement_wrong", "fraction", "agreement where the teacher is wrong", "mean"),
+    # Cost of one image.
+    _new("macs", "operations", "multiply-accumulates of the student per image", "median"),
+    _new("file_bytes", "bytes", "size of the student's weights file", "median"),
+    _new("teacher_macs", "operations", "multiply-accumulates of the teacher per image", "median"),
+    _new("teacher_bytes", "bytes", "size of the teacher's weights and buffers", "median"),
+    # Measured by `scripts/measure.py`.
+    *_measured("", "median"),
+    *_measured("teacher_", "median"),
+    _new("measured_on", "text", "device, threads and version of torch of the measurement"),
     # Provenance.
     Figure("precision", "text", "as Lightning calls it"),
     Figure("device", "text", "that trained"),

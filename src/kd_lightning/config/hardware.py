@@ -137,3 +137,17 @@ def keep_freed_memory() -> None:
             library.mallopt(parameter, value)
     except (OSError, AttributeError):
         pass  # not glibc
+
+
+def find_device(name: str) -> torch.device:
+    """The device of this name.
+
+    Raises:
+        InputError: it is not available.
+    """
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise InputError(f"the device {name} is not available; use cpu") from error
+    return device

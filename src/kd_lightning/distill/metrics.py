@@ -1,9 +1,12 @@
 """Metric collections, correctly reduced over several processes."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torchmetrics import MeanMetric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
+from kd_lightning.data.loading import Batch
 
 
 class CrossEntropyLoss(MeanMetric):
@@ -43,3 +46,10 @@ def val_metrics(num_classes: int) -> MetricCollection:
 def test_metrics(num_classes: int) -> MetricCollection:
     """Metrics of the student on test images."""
     return MetricCollection({"test/accuracy": accuracy(num_classes)})
+
+
+def largest_labels(batch: Batch) -> Tensor:
+    """The labels (B,), int64, with the larger share in each image."""
+    if "ratio" not in batch:
+        return batch["labels"]
+    return torch.where(batch["ratio"] >= 0.5, batch["labels"], batch["partner_labels"])

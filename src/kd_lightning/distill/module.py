@@ -21,9 +21,11 @@ from kd_lightning.config.trust import check_trusted
 from kd_lightning.data.loading import Batch
 from kd_lightning.distill import metrics
 from kd_lightning.distill.batchnorm import min_batch_size
+from kd_lightning.distill.calibration import RecordedLogits
 from kd_lightning.distill.ensemble import Ensemble, PerMember, members_of
 from kd_lightning.distill.gathering import gather
 from kd_lightning.distill.optimizers import build_optimizer
+from kd_lightning.distill.quality import Quality
 from kd_lightning.distill.schedulers import build_schedule
 from kd_lightning.distill.targets import TeacherTargets
 from kd_lightning.distill.teacher import Teacher
@@ -111,6 +113,7 @@ class DistillationModule(LightningModule):
         self.confusion = metrics.confusion_matrix(num_classes)
         self.teacher_accuracy = metrics.accuracy(num_classes)
         self.agreement = metrics.accuracy(num_classes)
+        self.val_logits, self.quality = RecordedLogits(), Quality(num_classes)
         self.step_losses: dict[str, Tensor] = {}
 
     @classmethod
@@ -280,7 +283,7 @@ class DistillationModule(LightningModule):
         weighted = {name: self.term_weights[name] * value for name, value in losses.items()}
         loss = torch.stack([*weighted.values()]).sum()
         if batch["loss_weight"]:
-            self.train_metrics.update(logits, _largest_labels(batch))
+            self.train_metrics.update(logits, metrics.largest_labels(batch))
         self.step_losses = {name: value.detach() for name, value in losses.items()}
         shown = {"loss/total": loss.detach()}
         for name in losses:
@@ -314,6 +317,7 @@ class DistillationModule(LightningModule):
         logits = self(batch["images"])
         if batch["loss_weight"]:
             self.val_metrics.update(logits, batch["labels"])
+        self.val_logits.update(logits, batch["labels"], bool(batch["loss_weight"]))
         self.log_dict(self.val_metrics)
         if self.trainer.state.fn != TrainerFn.FITTING and self.teacher is not None:
             self._score_teacher(batch, "val")
@@ -324,12 +328,14 @@ class DistillationModule(LightningModule):
         if batch["loss_weight"]:
             self.test_metrics.update(logits, batch["labels"])
             self.confusion.update(logits, batch["labels"])
+            self.quality.update(logits, batch["labels"])
         self.log_dict(self.test_metrics)
         if self.teacher is not None:
             teacher = self._score_teacher(batch, "test")
             if batch["loss_weight"]:
                 self.agreement.update(logits, teacher.argmax(dim=1))
             self.log("test/agreement", self.agreement)
+            self.quality.compare(logits, teacher, batch["labels"], bool(batch["loss_weight"]))
 
     def _score_teacher(self, batch: Batch, part: str) -> Tensor:
         images = batch["images"].contiguous(memory_format=self.memory_format)
@@ -351,11 +357,13 @@ class DistillationModule(LightningModule):
         """Move the teacher to the student's device and reset the metrics."""
         self._place_teacher()
         self.val_metrics.reset()  # they may be inference tensors from an earlier validation
+        self.val_logits.reset()
 
     def on_test_start(self) -> None:
-        """Move the teacher to the student's device and reset the confusion matrix."""
+        """Move the teacher to the student's device and reset the metrics."""
         self._place_teacher()
         self.confusion.reset()
+        self.quality.reset()
 
     def _place_teacher(self) -> None:
         if self.teacher is not None:
@@ -391,10 +399,3 @@ class DistillationModule(LightningModule):
         # Bypass the check of MixedPrecision, which only matters for scaled gradients.
         plugin = self.trainer.precision_plugin
         Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
-
-
-def _largest_labels(batch: Batch) -> Tensor:
-    """The labels (B,), int64, with the larger share in each image."""
-    if "ratio" not in batch:
-        return batch["labels"]
-    return torch.where(batch["ratio"] >= 0.5, batch["labels"], batch["partner_labels"])

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.batchnorm import measure_lag, reestimate, trained_batchnorms
+from kd_lightning.distill.calibration import fit_temperature
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.engine.callbacks.divergence import StopWhenDiverged
 from kd_lightning.engine.callbacks.history import History
@@ -71,6 +72,9 @@ def fit(
             "the loss on the validation images is not finite after the last epoch; "
             "lower the learning rate"
         )
+    temperature = fit_temperature(*module.val_logits.compute())
+    module.val_logits.reset()
+    module.quality.calibrate(temperature)
     results: dict[str, Any] = {"val_accuracy": metric(trainer, "val/accuracy")}
     if has_batchnorm:
         lag = measure_lag(trainer, module, data)
@@ -85,6 +89,7 @@ def fit(
         results["best_epoch"] = min(_load(best)["epoch"] + 1, epochs)
     return {
         **results,
+        "temperature": temperature,
         "epochs": epochs,
         "train_seconds": round(speed.fit_seconds, 2),
         "images_per_second": round(speed.images_per_second, 1),
@@ -107,7 +112,7 @@ def test(
         trainer: the trainer of the module.
         module: with the weights of the last epoch.
         data: the images.
-        directory: where the confusion matrix is written.
+        directory: where the confusion matrix and the tables of `Quality` are written.
         fitted: results of `fit`.
         update_bn: as in `fit`; the best epoch is selected without it, but tested with it.
     """
@@ -123,10 +128,19 @@ def test(
     # Test the last epoch last, so that its figures are kept: it is the reported result.
     trainer.test(module, data, verbose=False)
     results["test_accuracy"] = metric(trainer, "test/accuracy")
-    names, counts = _columns(data.classes), module.confusion.compute().tolist()
-    directory.write_table("confusion", [dict(zip(names, row, strict=True)) for row in counts])
+    names, counts = _columns(data.classes), module.confusion.compute()
+    rows = [dict(zip(names, row, strict=True)) for row in counts.tolist()]
+    directory.write_table("confusion", rows)
+    directory.write_table("per_class", module.quality.per_class(counts, names))
+    directory.write_table("reliability", module.quality.reliability())
     results.setdefault("test_accuracy_at_best", results["test_accuracy"])
-    return results
+    figures = module.quality.figures()
+    for logger in trainer.loggers:
+        logger.log_metrics(
+            {f"test/{name.removeprefix('test_')}": value for name, value in figures.items()},
+            step=trainer.global_step,
+        )
+    return results | figures
 
 
 def _columns(classes: Sequence[str]) -> list[str]:

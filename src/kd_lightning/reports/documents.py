@@ -5,7 +5,7 @@ import html
 import textwrap
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
@@ -13,19 +13,29 @@ from kd_lightning.config.naming import tidy
 from kd_lightning.files import replacing, write_text
 from kd_lightning.reports import plots
 from kd_lightning.reports.differences import IMAGES, TEACHER
+from kd_lightning.reports.quality_plots import accuracy_by_cost, reliability_diagram
 from kd_lightning.reports.runs import read_histories, read_numbers, read_runs, setting_columns
 from kd_lightning.reports.statistics import AXES, CONFIDENCE, Group, groups, summarise
+from kd_lightning.reports.tables import quality_and_cost
 from kd_lightning.results import DASH, FIGURE
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-FIGURES = ("accuracy", "methods", "curves", "confusion")
+EXPLANATIONS = ("differences", "attention", "cka")
+"""Pictures of `scripts/explain.py` in the folder `explanation` of a run."""
+
+FIGURES = ("accuracy", "methods", "cost", "curves", "confusion", "reliability", *EXPLANATIONS)
 MOST_DRAWN = 12  # settings with figures; each takes a second or two
 _OVERVIEW = "Test accuracy of the last epoch in per cent, mean ± standard deviation (runs)."
 _GAIN = (
     "The gain is the difference in test accuracy to none, the same student and seed without a "
     f"teacher, with its {CONFIDENCE:.0%} interval (Student's t over pairs of seeds)."
+)
+_QUALITY = (
+    "Calibration and cost. Negative log-likelihood (NLL) in nats and calibration error in per cent "
+    "on test images, multiply-accumulates (MACs) per image, median latencies in milliseconds for 1 "
+    "image with one thread and for 64 images with all threads; see docs/quality.md."
 )
 
 
@@ -118,8 +128,10 @@ def draw(runs: pd.DataFrame, cells: pd.DataFrame, words: str = "") -> dict[str, 
     figures: dict[str, Callable[[], Figure | None]] = {
         "accuracy": lambda: plots.accuracy_by_size(cells, finished),
         "methods": lambda: plots.gain_by_method(cells),
+        "cost": lambda: accuracy_by_cost(cells, finished),
         "curves": lambda: plots.learning_curves(histories) if len(histories) else None,
         "confusion": lambda: _confusion_of_best(finished),
+        "reliability": lambda: _reliability_of_best(finished),
     }
     pictures = {}
     for name, make in figures.items():
@@ -129,11 +141,36 @@ def draw(runs: pd.DataFrame, cells: pd.DataFrame, words: str = "") -> dict[str, 
                 if words:
                     figure.suptitle(textwrap.fill(plots.text(words, 400), 80), fontsize="medium")
                 pictures[name] = plots.png(figure)
-    return pictures
+    return pictures | _explanation_of_best(finished)
+
+
+def _best(finished: pd.DataFrame) -> "pd.Series[Any]":
+    return finished.loc[finished["val_accuracy"].astype(float).idxmax()]
+
+
+def _explanation_of_best(finished: pd.DataFrame) -> dict[str, bytes]:
+    """The pictures of the best run that has any."""
+    folders = [Path(str(folder)) / "explanation" for folder in finished["folder"]]
+    explained = finished[[folder.is_dir() for folder in folders]]
+    if explained.empty:
+        return {}
+    paths = [
+        Path(str(_best(explained)["folder"])) / "explanation" / f"{n}.png" for n in EXPLANATIONS
+    ]
+    return {path.stem: path.read_bytes() for path in paths if path.exists()}
+
+
+def _reliability_of_best(finished: pd.DataFrame) -> "Figure | None":
+    best = _best(finished)
+    try:
+        bins = pd.read_csv(Path(str(best["folder"])) / "reliability.csv")
+    except (OSError, ValueError):  # a run of an older version
+        return None
+    return reliability_diagram(bins, f"{best['name']}, the best on validation")
 
 
 def _confusion_of_best(finished: pd.DataFrame) -> "Figure | None":
-    best = finished.loc[finished["val_accuracy"].astype(float).idxmax()]
+    best = _best(finished)
     counts = read_numbers(Path(str(best["folder"])) / "confusion.csv")
     if counts is None or len(counts) != len(counts.columns):
         return None
@@ -148,6 +185,9 @@ def markdown(title: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict
     lines += [_pipe(overview(cells, runs)), ""]
     lines += [f"Every cell. {_GAIN}\n"]
     lines += [_pipe(details(cells)), ""]
+    quality = quality_and_cost(cells, runs)
+    if quality is not None:
+        lines += [f"{_QUALITY}\n", _pipe(quality), ""]
     lines += [f"![{name}]({file})" for name, file in pictures.items()]
     lines += [
         f"- **{_text(str(run.name))}** failed: {_text(str(run.error))}"
@@ -297,6 +337,9 @@ def _html_section(
         f"<p>{_GAIN}</p>",
         _html_table(details(cells)),
     ]
+    quality = quality_and_cost(cells, group.runs)
+    if quality is not None:
+        parts += [f"<p>{_QUALITY}</p>", _html_table(quality)]
     for name, picture in pictures.items():
         data = base64.b64encode(picture).decode()
         parts.append(f'<img alt="{name}" src="data:image/png;base64,{data}">')

@@ -100,8 +100,8 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
         ``test``, ``agreement`` and their standard deviations over seeds ``val_std``, ``test_std``;
         ``gain``, the mean difference of test accuracy to `none` with the same student and seed, its
         confidence interval ``gain_low, gain_high`` (Student's t over ``pairs`` of seeds, NaN for
-        fewer than two); and ``gap_closed``, the gain as a fraction of the teacher's lead over
-        `none`. Accuracies are fractions.
+        fewer than two); ``gap_closed``, the gain as a fraction of the teacher's lead over `none`;
+        and the `SCORES`. Accuracies are fractions.
     """
     cells = []
     for title, _, setting, part in groups(runs):
@@ -131,10 +131,17 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+SCORES = (
+    "test_nll", "test_ece", "temperature", "test_ece_calibrated", "macs", "file_bytes",
+    "latency_1_one_thread_p50", "latency_64_all_threads_p50",
+)  # fmt: skip
+"""Figures that are aggregated under their own name."""
+
 _CELL_COLUMNS = (
     "setting", "group", "method", "student", "variant", "label", "n", "failed", "unfinished",
     "missing", "parameters", "compression_ratio", "val", "val_std", "test", "test_std", "agreement",
     "gain", "gain_low", "gain_high", "pairs", "gap_closed", "seconds",
+    *SCORES,
 )  # fmt: skip
 
 
@@ -158,6 +165,7 @@ def _cell(cell: pd.DataFrame, none: pd.DataFrame, seeds: set[int]) -> dict[str, 
         "compression_ratio": _over_seeds(finished, "compression_ratio"),
         "agreement": _over_seeds(finished, "agreement"),
         "seconds": _over_seeds(finished, "train_seconds"),
+        **{name: _over_seeds(finished, name) for name in SCORES},
     }
     for short in ("val", "test"):
         row[short] = _over_seeds(finished, f"{short}_accuracy")

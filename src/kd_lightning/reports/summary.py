@@ -1,11 +1,13 @@
 """The summary printed at the end of a run."""
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
+from kd_lightning.results import FIGURE
 from kd_lightning.terminal import printable, say
 
 
@@ -55,12 +57,38 @@ def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
             else ""
         )
     )
+    for line in _quality(metrics):
+        say(line)
     say(
         f"trained {metrics['epochs']} epochs in {duration(metrics['train_seconds'])}, "
         f"{metrics['images_per_second']:,.0f} images/s, {metrics['precision']} on "
         f"{metrics['device']}"
     )
     say(f"results in {run_dir}")
+
+
+def _quality(metrics: Mapping[str, Any]) -> Iterator[str]:
+    """Calibration and cost, as far as they are known: runs of older versions lack them."""
+
+    def shown(name: str) -> str:
+        return FIGURE[name].show(metrics.get(name))
+
+    if metrics.get("test_ece") is not None:
+        yield (
+            f"negative log-likelihood {shown('test_nll')}, calibration error "
+            f"{shown('test_ece')} %; with temperature {shown('temperature')}: "
+            f"{shown('test_nll_calibrated')}, {shown('test_ece_calibrated')} %"
+        )
+    if metrics.get("macs") is not None:
+        taught = metrics.get("teacher_macs") is not None
+        beside = {
+            name: f" ({shown(f'teacher_{name}')})" if taught else "" for name in ("macs", "bytes")
+        }
+        yield (
+            f"{shown('macs')} multiply-accumulates per image{beside['macs']}, "
+            f"{shown('file_bytes')} of weights{beside['bytes']}"
+            + ("; the teacher's in parentheses" if taught else "")
+        )
 
 
 def percent(fraction: float) -> str:

@@ -33,6 +33,7 @@ from kd_lightning.storage.identity import (
 )
 from kd_lightning.storage.provenance import device_name, versions
 from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
+from kd_lightning.workflows.costs import count_costs, networks_of
 from kd_lightning.workflows.jobs import Job, prepare
 from kd_lightning.workflows.nodes import check_nodes
 from kd_lightning.workflows.record import begin_record
@@ -175,6 +176,12 @@ def train_student(
         **_teacher_results(job, trainer),
         **known,
         **_sizes(count_parameters(module.student), job.teacher_parameters),
+        **count_costs(
+            module.student,
+            directory.path / "student.safetensors",
+            networks_of(job.teachers),
+            job.plan.data.image_size,
+        ),
         **results,
         **versions(),
         "device": device_name(device),

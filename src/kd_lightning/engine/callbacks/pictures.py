@@ -1,6 +1,6 @@
-"""TensorBoard figures: training views and the confusion matrix."""
+"""TensorBoard figures: training views, the confusion matrix and the reliability diagram."""
 
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,18 @@ from torchvision.utils import make_grid
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.reports import plots
+from kd_lightning.reports.quality_plots import reliability_diagram
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 LARGEST_VIEW = 128
 """Maximum size of a displayed view, in pixels; larger ones are downscaled."""
 
 
 class Pictures(Callback):
-    """Logs a grid of augmented training images at the start, a confusion matrix at the end.
+    """Logs a grid of augmented training images at the start, a confusion matrix and a reliability
+    diagram at the end.
 
     A figure that cannot be drawn causes a warning, not a failed run.
     """
@@ -31,15 +36,24 @@ class Pictures(Callback):
                 trainer.logger.experiment.add_image("training views", page)
 
     def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Draw the confusion matrix."""
+        """Draw the confusion matrix and the reliability diagram."""
         # In all processes: each has counted a part of the images.
-        counts = cast(DistillationModule, module).confusion.compute()
+        tested = cast(DistillationModule, module)
+        counts, bins = tested.confusion.compute(), tested.quality.reliability()
         if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
             with plots.optional("the figure of the confusion matrix"):
                 figure = plots.confusion_matrix(counts.cpu().numpy(), _data(trainer).classes)
-                trainer.logger.experiment.add_image(
-                    "test/confusion", plots.pixels(figure), trainer.current_epoch, dataformats="HWC"
-                )
+                _add(trainer, trainer.logger, "test/confusion", figure)
+            with plots.optional("the reliability diagram"):
+                import pandas as pd
+
+                table = pd.DataFrame(bins).replace("", float("nan"))
+                _add(trainer, trainer.logger, "test/reliability", reliability_diagram(table))
+
+
+def _add(trainer: Trainer, logger: TensorBoardLogger, name: str, figure: "Figure") -> None:
+    pixels = plots.pixels(figure)
+    logger.experiment.add_image(name, pixels, trainer.current_epoch, dataformats="HWC")
 
 
 def page_of_views(data: ImageDataModule, rows: int = 8, columns: int = 8) -> Tensor:

@@ -1,0 +1,51 @@
+"""Measure latency and memory of the students and teachers of finished runs, on a quiet machine.
+
+python scripts/measure.py outputs/runs/cifar10-convnet-15e-3ff7b752/combined-small-s0
+
+The figures are added to the metrics.json of each run; write the report again to see them there.
+"""
+
+import argparse
+import sys
+
+from kd_lightning.errors import InputError
+from kd_lightning.files import home
+
+
+def main() -> None:
+    """Read the command line, measure, and print a table for each run."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("runs", type=home, nargs="+", metavar="RUN", help="folders of the runs")
+    parser.add_argument("--device", default="cpu", help="cpu (the default) or cuda")
+    parser.add_argument("--threads", type=int, help="CPU threads; by default those that torch uses")
+    parser.add_argument(
+        "--seconds", type=float, default=1.0, help="for each batch size and number of threads"
+    )
+    parser.add_argument(
+        "--trust",
+        nargs="+",
+        default=[],
+        metavar="PACKAGE",
+        help="your own packages that contain the models of a run",
+    )
+    arguments = parser.parse_args()
+    if arguments.seconds <= 0 or (arguments.threads is not None and arguments.threads < 1):
+        print("error: --seconds and --threads must be positive", file=sys.stderr)
+        sys.exit(2)
+
+    from kd_lightning.reports.tables import cost_table
+    from kd_lightning.terminal import say, table_of
+    from kd_lightning.workflows.measure import measure
+
+    given = (arguments.device, arguments.threads, arguments.seconds, arguments.trust)
+    try:
+        for folder, figures in measure(arguments.runs, *given):
+            say(f"{folder} on {figures['measured_on']}")
+            say(table_of(cost_table(figures)))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
