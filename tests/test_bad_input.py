@@ -47,7 +47,7 @@ METHODS = ", ".join(sorted(path.stem for path in REPOSITORY.glob("configs/method
             ["method=magic"],
             ["method=magic", METHODS],
         ),
-        (["student=tiny"], ["student=tiny", "large, medium, small"]),
+        (["student=tiny"], ["student=tiny", "large, medium", "small"]),
         (["teacher=guru"], ["teacher=guru", "convnet", "resnet9"]),
         (["data=mnist"], ["data=mnist", "cifar10, cifar100, digits, folder"]),
         (["typo=1"], ["'typo'"]),

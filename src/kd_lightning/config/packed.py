@@ -198,8 +198,8 @@ def _layouts(node: Mapping[str, Any]) -> dict[str, tuple[str, int, int, int]]:
     }
 
 
-def _roles(stages: list[str], embedding: str, classifier: str) -> tuple[Any, ...]:
-    return tuple(map(_printable, stages)), _printable(embedding), _printable(classifier)
+def _roles(stages: list[str], embedding: str, classifier: str, pooled: str = "") -> tuple[Any, ...]:
+    return tuple(map(_printable, stages)), *map(_printable, (embedding, classifier, pooled))
 
 
 def _printable(layer: str) -> str:

@@ -17,15 +17,22 @@ class ZeroPadding(Augmentation):
     `Augmentation`; crops and flips are the same.
     """
 
-    def render(self, images: Tensor, index: Tensor, view: Tensor) -> Tensor:
+    def render(
+        self,
+        images: Tensor,
+        index: Tensor,
+        view: Tensor,
+        rows: Tensor | None = None,
+        size: int | None = None,
+    ) -> Tensor:
         """Render views; arguments and result as of `Augmentation.render`."""
-        views = super().render(images, index, view)
-        height, width = views.shape[2:]
+        views = super().render(images, index, view, rows, size)
+        (height, width), (tall, wide) = images.shape[1:3], views.shape[2:]
         index, view = to_device(index, views.device), to_device(view, views.device)
-        top, left, flip = self.parameters(index, view)
-        row = torch.arange(height, device=views.device)
-        column = torch.arange(width, device=views.device)
-        column = torch.where(flip[:, None], width - 1 - column, column)
+        top, left, flip = self.parameters(index, view, height - tall)
+        row = torch.arange(tall, device=views.device)
+        column = torch.arange(wide, device=views.device)
+        column = torch.where(flip[:, None], wide - 1 - column, column)
         inside_rows = _inside(top[:, None] - self.padding + row, height)
         inside_columns = _inside(left[:, None] - self.padding + column, width)
         inside = inside_rows[:, :, None] & inside_columns[:, None, :]

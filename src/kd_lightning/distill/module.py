@@ -110,10 +110,10 @@ class DistillationModule(LightningModule):
         self.train_metrics = metrics.train_metrics(num_classes)
         self.val_metrics = metrics.val_metrics(num_classes)
         self.test_metrics = metrics.test_metrics(num_classes)
+        self.val_logits, self.quality = RecordedLogits(), Quality(num_classes)
         self.confusion = metrics.confusion_matrix(num_classes)
         self.teacher_accuracy = metrics.accuracy(num_classes)
         self.agreement = metrics.accuracy(num_classes)
-        self.val_logits, self.quality = RecordedLogits(), Quality(num_classes)
         self.step_losses: dict[str, Tensor] = {}
 
     @classmethod
@@ -380,9 +380,9 @@ class DistillationModule(LightningModule):
         schedule = build_schedule(self.scheduler_node, optimizer, steps)
         # Lightning steps `ReduceLROnPlateau` after the epoch's checkpoint, so that a resumed
         # training would miss the step. The callback `StepOnPlateau` steps it before.
-        never = {"reduce_on_plateau": False, "frequency": sys.maxsize}
-        plateau = isinstance(schedule.scheduler, ReduceLROnPlateau)
-        settings = {**schedule._asdict(), **(never if plateau else {})}
+        settings = schedule._asdict()
+        if isinstance(schedule.scheduler, ReduceLROnPlateau):
+            settings |= {"reduce_on_plateau": False, "frequency": sys.maxsize}
         return {"optimizer": optimizer, "lr_scheduler": settings}
 
     def configure_gradient_clipping(
