@@ -20,8 +20,8 @@ from kd_lightning.config.nodes import Node
 AXES = ("method", "student", "seed")
 """The axes of a comparison: what may differ between runs of one setting."""
 
-# Paths, names and plotting: results do not depend on them.
-ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures")
+# Paths, names, plotting and logging: results do not depend on them.
+ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures", "logger")
 
 # Keys added since the first release, with the values equivalent to their absence. With such a value
 # a key is left out of every hash, so that a new feature does not rename existing runs.

@@ -95,6 +95,7 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
             update_bn=config.get("update_bn", False) or config.get("ema") is not None,
             ema=config.get("ema"),
             pictures=config.get("pictures", True),
+            loggers=config.get("logger") or {},
         ),
         teachers=tuple(_resolve_teacher(part, data_plan) for part in single_teachers(config))
         if needs_teacher(config)
@@ -160,6 +161,7 @@ def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
             update_bn=False,
             ema=None,
             pictures=config.get("pictures", True),
+            loggers=config.get("logger") or {},
         ),
         cutout=teacher["cutout"],
         augmentation=teacher.get("augmentation"),

@@ -37,7 +37,7 @@ KNOWN = frozenset(
     {"kd_lightning", "torch", "torchvision", "timm", "transformers", "lightning", "hydra",
      "omegaconf", "torchmetrics", "builtins"}
 )  # fmt: skip
-PLACES = ("output_dir", "data_dir", "cache_dir", "name", "setting", "_target_")
+PLACES = ("output_dir", "data_dir", "cache_dir", "name", "setting", "logger", "_target_")
 
 _loaded: dict[str, tuple[ModuleType, ModuleSpec | None, str, list[str]]] = {}
 """Results of `_code` for loaded modules."""

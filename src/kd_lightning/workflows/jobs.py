@@ -14,7 +14,7 @@ from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher
-from kd_lightning.engine.callbacks.users import build_callbacks
+from kd_lightning.engine.callbacks.users import build_callbacks, check_logged
 from kd_lightning.engine.launch import launched, rank
 from kd_lightning.engine.trainer import try_trainer
 from kd_lightning.errors import InputError
@@ -122,7 +122,8 @@ def prepare(config: Node) -> Job:
     try_optimizer(plan.student.optimizer, plan.student.scheduler)
     for part in plan.teachers:
         try_optimizer(part.training.optimizer, part.training.scheduler, "teacher.")
-    build_callbacks(plan.student.callbacks)
+    callbacks = build_callbacks(plan.student.callbacks)
+    check_logged(dict(zip(plan.student.callbacks, callbacks, strict=True)), plan.student.loggers)
     try_trainer(plan.student.trainer)
     data.check_batch_size(module.min_batch_size * plan.student.trainer.processes)
     data.setup()

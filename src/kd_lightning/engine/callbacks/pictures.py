@@ -1,16 +1,16 @@
-"""TensorBoard figures: training views and the confusion matrix."""
+"""Logged figures: training views and the confusion matrix."""
 
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
+from kd_lightning.engine.loggers import log_image
 from kd_lightning.reports import plots
 
 LARGEST_VIEW = 128
@@ -25,21 +25,20 @@ class Pictures(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw eight views of each of eight training images."""
-        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+        if trainer.is_global_zero:
             with plots.optional("the grid of training views"):
-                page = page_of_views(_data(trainer))
-                trainer.logger.experiment.add_image("training views", page)
+                page = page_of_views(_data(trainer)).permute(1, 2, 0)
+                log_image(trainer.loggers, "training views", page.numpy())
 
     def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw the confusion matrix."""
         # In all processes: each has counted a part of the images.
         counts = cast(DistillationModule, module).confusion.compute()
-        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+        if trainer.is_global_zero:
             with plots.optional("the figure of the confusion matrix"):
                 figure = plots.confusion_matrix(counts.cpu().numpy(), _data(trainer).classes)
-                trainer.logger.experiment.add_image(
-                    "test/confusion", plots.pixels(figure), trainer.current_epoch, dataformats="HWC"
-                )
+                pixels = plots.pixels(figure)
+                log_image(trainer.loggers, "test/confusion", pixels, trainer.current_epoch)
 
 
 def page_of_views(data: ImageDataModule, rows: int = 8, columns: int = 8) -> Tensor:
