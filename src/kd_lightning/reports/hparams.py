@@ -19,9 +19,9 @@ def log_settings(loggers: Iterable[Logger], plan: Plan) -> None:
         if not isinstance(logger, TensorBoardLogger):
             first, others = _settings(plan)
             epochs = plan.student.trainer.arguments["max_epochs"]
-            # MLflow does not accept a comma in a name.
-            first["terms"] = first.pop(_TERMS)
-            logger.log_hyperparams({**first, **others, "max_epochs": epochs})
+            first["terms"] = first.pop(_TERMS)  # MLflow does not accept a comma in a name
+            # Lightning logs the arguments of the module as `student`, `terms`, ...
+            logger.log_hyperparams({"run": {**first, **others, "max_epochs": epochs}})
 
 
 def log_results(
