@@ -15,13 +15,13 @@ from conftest import FOLDER, TINY, write_folder
 from PIL import Image
 
 from kd_lightning import api
+from kd_lightning.config.published import published_config, published_metrics
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import read_json, write_json
 from kd_lightning.reports import card_results
 from kd_lightning.reports.card import CardOptions, model_card
 from kd_lightning.reports.statistics import interval, wilson
 from kd_lightning.results import FIGURE, Figure
-from kd_lightning.storage.publishing import published_config, published_metrics
 from kd_lightning.workflows.publish import publish
 
 

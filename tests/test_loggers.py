@@ -23,6 +23,7 @@ from kd_lightning.engine.loggers import (
     TENSORBOARD,
     ContinuedCSVLogger,
     build_loggers,
+    check_login,
     closing,
     log_image,
     shows_images,
@@ -145,6 +146,20 @@ class FakeRun:
 
     def finish(self):
         self.finished = True
+
+
+def refuse():
+    raise RuntimeError("No API key configured. Use `wandb login` to log in.")
+
+
+def test_wandb_needs_an_account_unless_it_is_offline(wandb, monkeypatch):
+    monkeypatch.setattr(sys.modules["wandb"], "login", refuse, raising=False)
+    online = {"wandb": {**WANDB["wandb"], "offline": False}}
+    with pytest.raises(InputError, match=r"No API key .*logger\.wandb\.offline=true"):
+        check_login(online)
+    check_login({**WANDB, **CSV})
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    check_login(online)
 
 
 @pytest.fixture

@@ -3,6 +3,8 @@ and images.
 """
 
 import csv
+import importlib
+import os
 import secrets
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -128,6 +130,29 @@ def _build(key: str, node: Node, folder: Path, name: str, resume: Checkpoint | N
     if isinstance(logger, MLFlowLogger):
         _write_id(folder, key, logger.run_id)  # MLflow chooses it
     return logger
+
+
+def check_login(nodes: Mapping[str, Node]) -> None:
+    """Check that there is an account for Weights & Biases, without connecting to it.
+
+    Args:
+        nodes: name to node.
+
+    Raises:
+        InputError: there is none, and the logger is not offline.
+    """
+    for key, node in nodes.items():
+        kind = find_target(node["_target_"], f"logger.{key}")
+        if not isinstance(kind, type) or not issubclass(kind, WandbLogger):
+            continue
+        online = os.environ.get("WANDB_MODE", "online") in ("online", "shared")
+        if online and not node.get("offline") and not cast(Any, rank_zero_only).rank:
+            try:
+                importlib.import_module("wandb").login()
+            except Exception as error:  # on a terminal it asks for the key
+                raise InputError(
+                    f"logger.{key}: {str(error).rstrip('.')}; or set logger.{key}.offline=true"
+                ) from error
 
 
 def _read_id(folder: Path, key: str, resume: Checkpoint | None) -> str | None:

@@ -12,12 +12,12 @@ import yaml
 
 from kd_lightning.config.naming import tidy
 from kd_lightning.config.nodes import Node, find_target
+from kd_lightning.config.published import published_config, published_metrics
 from kd_lightning.config.stored import student_model
 from kd_lightning.config.trust import TRUSTED
 from kd_lightning.errors import InputError
 from kd_lightning.reports.card_results import result_tables
 from kd_lightning.storage.identity import target_paths
-from kd_lightning.storage.publishing import published_config, published_metrics
 from kd_lightning.storage.run_directory import RunDirectory
 
 DATASETS = {
@@ -80,19 +80,21 @@ def model_card(run_dir: str | Path, options: CardOptions | None = None) -> str:
     if metrics.get("status") != "finished" or not isinstance(metrics.get("test_accuracy"), float):
         raise InputError(f"{run_dir} contains no finished run with a test accuracy")
     config, metrics = published_config(config), published_metrics(metrics)
-    title, dataset = _dataset(config, options)
+    data = config["data"]
+    title, dataset = _dataset(data, options)
     name = options.repository or str(metrics["name"])
     parts = [
-        _front_matter(metrics, options, str(config["data"]["name"]), title, dataset),
+        _front_matter(metrics, options, str(data["name"]), title, dataset),
         f"# {_text(name.rpartition('/')[2])}",
-        _summary(config, metrics, title),
-        *_section("Data", _data(config, metrics, title, dataset)),
-        *_section("Teacher", _teacher(config, metrics)),
-        *_section("Method", _method(config, metrics)),
+        _summary(data, metrics, title),
+        *_section("Data", _data(data, metrics, title, dataset)),
+        *_section("Teacher", _teacher(config["teacher"], metrics)),
+        *_section("Method", _method(config["method"], metrics)),
+        _settings(config["optimizer"], data, config.get("ema"), metrics),
         *_section("Results", result_tables(directory.path, metrics)),
-        *_section("Limitations", _limitations(config, metrics, title)),
+        *_section("Limitations", _limitations(data, metrics, title)),
         *_section("Licence", _licence(options, title)),
-        *_section("How to load", _loading(config, metrics, options)),
+        *_section("How to load", _loading(student_model(config), metrics, options)),
     ]
     return "\n\n".join(parts) + "\n"
 
@@ -101,9 +103,8 @@ def _section(title: str, paragraphs: Iterable[str]) -> list[str]:
     return [f"## {title}", *paragraphs]
 
 
-def _dataset(config: Node, options: CardOptions) -> tuple[str, str | None]:
+def _dataset(data: Node, options: CardOptions) -> tuple[str, str | None]:
     """Title of the data set, and its id on the Hub."""
-    data = config["data"]
     title, known = DATASETS.get(data.get("name"), (str(data.get("name")), None))
     if data.get("name") == "folder" and data.get("root"):
         title = str(data["root"])
@@ -141,22 +142,21 @@ def _front_matter(
     return f"---\n{text}---"
 
 
-def _summary(config: Node, metrics: Node, title: str) -> str:
+def _summary(data: Node, metrics: Node, title: str) -> str:
     taught = ""
     if metrics.get("teacher_test_accuracy") is not None:
         taught = f", distilled from {_text(metrics['teacher'])}"
         if metrics.get("compression_ratio"):
             taught += f", which has {metrics['compression_ratio']:.1f} times as many"
     return (
-        f"An image classifier for {config['data']['num_classes']} classes, trained on "
+        f"An image classifier for {data['num_classes']} classes, trained on "
         f"{_text(title)}: the network `{_text(metrics['student'])}` with "
         f"{metrics['parameters']:,} parameters{taught}. Test accuracy "
         f"{100 * metrics['test_accuracy']:.2f} %. Made with kd_lightning."
     )
 
 
-def _data(config: Node, metrics: Node, title: str, dataset: str | None) -> list[str]:
-    data = config["data"]
+def _data(data: Node, metrics: Node, title: str, dataset: str | None) -> list[str]:
     size = data["image_size"]
     known = f" (`{dataset}` on the Hugging Face Hub)" if dataset else ""
     text = (
@@ -170,10 +170,9 @@ def _data(config: Node, metrics: Node, title: str, dataset: str | None) -> list[
     return [text, f"Classes: {', '.join(names[:MOST_CLASSES])}{more}."]
 
 
-def _teacher(config: Node, metrics: Node) -> list[str]:
+def _teacher(teacher: Node, metrics: Node) -> list[str]:
     if metrics.get("teacher_test_accuracy") is None:
         return ["None: trained on the labels alone."]
-    teacher = config["teacher"]
     count = metrics.get("teacher_parameters")
     text = f"`{_text(metrics['teacher'])}`" + (f", {count:,} parameters" if count else "")
     text += f", test accuracy {100 * metrics['teacher_test_accuracy']:.2f} %"
@@ -190,24 +189,30 @@ def _teacher(config: Node, metrics: Node) -> list[str]:
     return [f"{text}."]
 
 
-def _method(config: Node, metrics: Node) -> list[str]:
+def _method(method: Node, metrics: Node) -> list[str]:
     terms = []
-    for name, term in config["method"]["terms"].items():
+    for name, term in method["terms"].items():
         numbers = [
             f"{key} {value:g}"
             for key, value in term.items()
             if isinstance(value, int | float) and not isinstance(value, bool)
         ]
         terms.append(f"- `{_text(name)}` ({', '.join(numbers)}){_citation(term)}")
-    optimizer, data = config["optimizer"], config["data"]
+    return [
+        f"`{_text(metrics['method'])}`: the sum of these loss terms.",
+        "\n".join(terms),
+    ]
+
+
+def _settings(optimizer: Node, data: Node, ema: float | None, metrics: Node) -> str:
+    name = str(optimizer["_target_"]).rpartition(".")[2]
     settings = {
-        "optimizer": f"{optimizer['_target_'].rpartition('.')[2]}, learning rate "
-        f"{optimizer.get('lr')}",
+        "optimizer": f"{name}, learning rate {optimizer.get('lr')}",
         "epochs": metrics["epochs"],
         "batch size": data.get("batch_size"),
         "training views": _target(data.get("augmentation")),
         "mixing": _target(data.get("mixing")),
-        "moving average of the weights": config.get("ema"),
+        "moving average of the weights": ema,
         "seed": metrics["seed"],
         "precision": metrics.get("precision"),
         "device": metrics.get("device"),
@@ -215,12 +220,8 @@ def _method(config: Node, metrics: Node) -> list[str]:
         "commit of kd_lightning": metrics.get("git_commit"),
     }
     shown = [f"- {key}: {_text(value)}" for key, value in settings.items() if value is not None]
-    return [
-        f"`{_text(metrics['method'])}`: the sum of these loss terms.",
-        "\n".join(terms),
-        "\n".join(shown),
-        "The complete configuration is in `config.yaml`.",
-    ]
+    listed = "\n".join(shown)
+    return f"Settings (the complete configuration is in `config.yaml`):\n\n{listed}"
 
 
 def _target(node: Any) -> str | None:
@@ -237,10 +238,10 @@ def _citation(term: Mapping[str, Any]) -> str:
     return f": {paragraph}" if paragraph else ""
 
 
-def _limitations(config: Node, metrics: Node, title: str) -> list[str]:
-    size = config["data"]["image_size"]
+def _limitations(data: Node, metrics: Node, title: str) -> list[str]:
+    size = data["image_size"]
     points = [
-        f"Every image is assigned to one of the {config['data']['num_classes']} classes, even if "
+        f"Every image is assigned to one of the {data['num_classes']} classes, even if "
         "it shows none of them.",
         f"Evaluated on the test images of {_text(title)} only. Accuracy on images from other "
         f"sources, or of another resolution than {size} x {size} pixels, is unknown.",
@@ -265,11 +266,11 @@ def _licence(options: CardOptions, title: str) -> list[str]:
     ]
 
 
-def _loading(config: Node, metrics: Node, options: CardOptions) -> list[str]:
+def _loading(model: Node, metrics: Node, options: CardOptions) -> list[str]:
     packages = sorted(
         {
             target.partition(".")[0]
-            for target in target_paths(student_model(config))
+            for target in target_paths(model)
             if not target.startswith(tuple(f"{name}." for name in TRUSTED))
         }
     )

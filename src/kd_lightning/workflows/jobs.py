@@ -16,6 +16,7 @@ from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.engine.callbacks.users import build_callbacks, check_logged
 from kd_lightning.engine.launch import launched, rank
+from kd_lightning.engine.loggers import check_login
 from kd_lightning.engine.trainer import try_trainer
 from kd_lightning.errors import InputError
 from kd_lightning.storage.identity import Contents, source_sha256, target_paths
@@ -124,6 +125,7 @@ def prepare(config: Node) -> Job:
         try_optimizer(part.training.optimizer, part.training.scheduler, "teacher.")
     callbacks = build_callbacks(plan.student.callbacks)
     check_logged(dict(zip(plan.student.callbacks, callbacks, strict=True)), plan.student.loggers)
+    check_login(plan.student.loggers)
     try_trainer(plan.student.trainer)
     data.check_batch_size(module.min_batch_size * plan.student.trainer.processes)
     data.setup()

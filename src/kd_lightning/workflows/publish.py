@@ -7,9 +7,9 @@ from pathlib import Path
 
 import yaml
 
+from kd_lightning.config.published import published_config, published_metrics
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.reports.card import CardOptions, model_card
-from kd_lightning.storage.publishing import published_config, published_metrics
 from kd_lightning.storage.run_directory import RunDirectory
 
 WEIGHTS = "student.safetensors"
