@@ -9,6 +9,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from kd_lightning.config.initial import check_initial
+from kd_lightning.config.loggers import check_loggers
 from kd_lightning.config.nodes import Node, check_node, select, unknown_key, without
 from kd_lightning.errors import InputError
 
@@ -29,7 +30,6 @@ KEYS: dict[str, set[str]] = {
 OPTIONAL: dict[str, set[str]] = {
     "remember": {"top_k"},
     "method": {"student_wrapper"},
-    "": {"callbacks", "pictures", "update_bn", "ema"},
     "student": {
         "checkpoint",
         "checkpoint_key",
@@ -39,6 +39,7 @@ OPTIONAL: dict[str, set[str]] = {
         "mean",
         "std",
     },
+    "": {"callbacks", "logger", "pictures", "update_bn", "ema"},
     "teacher": {
         "pretrained",
         "finetune",
@@ -129,6 +130,7 @@ def check(config: Node) -> None:
         raise InputError(f"callbacks must be names with a _target_ node each, not {callbacks!r}")
     for name, callback in callbacks.items():
         check_node(callback, f"callbacks.{name}")
+    check_loggers(config.get("logger") or {})
     check_trainer(trainer_node(config), "trainer")
     _check_optimizer(config)
     if config["teacher"].get("average", AVERAGES[0]) not in AVERAGES:

@@ -20,8 +20,8 @@ from kd_lightning.config.nodes import Node
 AXES = ("method", "student", "seed")
 """The axes of a comparison: what may differ between runs of one setting."""
 
-# Paths, names and plotting: results do not depend on them.
-ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures")
+# Paths, names, plotting and logging: results do not depend on them.
+ELSEWHERE = ("hydra", "output_dir", "data_dir", "name", "setting", "pictures", "logger")
 
 # How a data set is read: results do not depend on it.
 READING = ("streamed", "workers")

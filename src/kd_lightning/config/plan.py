@@ -43,7 +43,8 @@ class TrainingPlan:
         update_bn: whether BatchNorm's running statistics are re-estimated at the end.
         ema: decay of the moving average of the weights that is validated and kept; None: the
             weights themselves.
-        pictures: whether figures are written to TensorBoard.
+        pictures: whether figures are logged.
+        loggers: name to `_target_` node.
         initial: weights that the training starts from; None: random.
     """
 
@@ -58,6 +59,7 @@ class TrainingPlan:
     update_bn: bool
     ema: float | None
     pictures: bool
+    loggers: dict[str, Node]
     initial: "CheckpointPlan | PretrainedPlan | None" = None
 
 

@@ -102,6 +102,7 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
             update_bn=config.get("update_bn", False) or config.get("ema") is not None,
             ema=config.get("ema"),
             pictures=config.get("pictures", True),
+            loggers=config.get("logger") or {},
             initial=initial_weights(config["student"], "student"),
         ),
         teachers=tuple(_resolve_teacher(part) for part in single_teachers(config))
@@ -166,6 +167,7 @@ def _resolve_teacher(config: Node) -> TeacherPlan:
             update_bn=False,
             ema=None,
             pictures=config.get("pictures", True),
+            loggers=config.get("logger") or {},
             initial=weights if finetune else None,
         ),
         cutout=teacher["cutout"],

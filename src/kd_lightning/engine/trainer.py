@@ -1,6 +1,6 @@
 """Construction of Lightning's Trainer, for students and teachers."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +9,10 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
-from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from kd_lightning.config.hardware import keep_freed_memory
-from kd_lightning.config.nodes import build_partial
+from kd_lightning.config.nodes import Node, build_partial
 from kd_lightning.config.plan import TrainerPlan
 from kd_lightning.engine.callbacks.buffers import SameBuffers
 from kd_lightning.engine.callbacks.caching import FlushCaches
@@ -26,6 +25,7 @@ from kd_lightning.engine.callbacks.progress import ProgressBar
 from kd_lightning.engine.callbacks.resuming import ExactResume
 from kd_lightning.engine.callbacks.speed import Speed
 from kd_lightning.engine.callbacks.stopping import StopWhenAsked
+from kd_lightning.engine.loggers import TENSORBOARD, build_loggers, shows_images
 from kd_lightning.engine.worker import cluster_environment
 from kd_lightning.errors import InputError
 from kd_lightning.files import replacing
@@ -54,6 +54,7 @@ def build_trainer(
     resume: Checkpoint | None = None,
     callbacks: Sequence[Callback] = (),
     pictures: bool = True,
+    loggers: Mapping[str, Node] = TENSORBOARD,
 ) -> Trainer:
     """Build Lightning's Trainer with logging, checkpoints and progress display.
 
@@ -61,19 +62,18 @@ def build_trainer(
         plan: arguments of Lightning's Trainer, and the resolved precision and devices.
         folder: where logs and checkpoints are written.
         name: human-readable name of the training.
-        resume: checkpoint to resume from; later TensorBoard events are purged.
+        resume: checkpoint to resume from; what was logged later is dropped, where possible.
         callbacks: additional callbacks.
-        pictures: whether figures are written to TensorBoard.
+        pictures: whether figures are logged.
+        loggers: name to `_target_` node.
     """
     checkpoints = folder / "checkpoints"
-    steps = resume.steps if resume else None
     own_bar = any(isinstance(callback, LightningProgressBar) for callback in callbacks)
+    log_to = build_loggers(loggers, folder, name, resume)
     fixed = {
         "precision": plan.precision,
         "default_root_dir": str(folder),
-        "logger": TensorBoardLogger(
-            folder, name="", version="", default_hp_metric=False, purge_step=steps
-        ),
+        "logger": log_to,
         "plugins": [AtomicCheckpoints(), cluster_environment()],
         "callbacks": [
             ModelCheckpoint(
@@ -90,7 +90,7 @@ def build_trainer(
             History(),
             StepOnPlateau(),
             Curves(),
-            *([Pictures()] if pictures else []),
+            *([Pictures()] if pictures and shows_images(log_to) else []),
             *([] if own_bar else [ProgressBar(name)]),
             *callbacks,
             SameBuffers(),
@@ -115,6 +115,8 @@ def build_trainer(
     for part in ("train", "val", "test"):
         if settings.get(f"limit_{part}_batches") in (0, 0.0):
             raise InputError(f"trainer.limit_{part}_batches=0 leaves nothing to report")
+    if "logger" in settings:
+        raise InputError("trainer.logger cannot be set: choose loggers with logger=NAME instead")
     for key in fixed.keys() - {"precision"}:
         if key in settings:
             raise InputError(f"trainer.{key} cannot be set: this project sets it itself")
@@ -132,4 +134,5 @@ def try_trainer(plan: TrainerPlan) -> None:
         InputError: Lightning rejects an argument, or it cannot be set here.
     """
     alone = {**plan.arguments, "devices": 1, "num_nodes": 1, "strategy": "auto"}
-    build_trainer(TrainerPlan(alone, plan.precision, plan.channels_last, 1), Path("unused"), "")
+    single = TrainerPlan(alone, plan.precision, plan.channels_last, 1)
+    build_trainer(single, Path("unused"), "", loggers={})

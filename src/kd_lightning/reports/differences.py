@@ -27,7 +27,7 @@ NAMED = ("method", "student", "teacher", "data")
 """Sections that have a name."""
 
 # Names, paths, and the axes of a comparison.
-_LEFT_OUT = ("seed", "output_dir", "data_dir", "name", "setting", "hydra")
+_LEFT_OUT = ("seed", "output_dir", "data_dir", "name", "setting", "hydra", "logger")
 _LEFT_OUT_BELOW = {"data": ("seed", "cache_dir", "streamed", "workers"), "remember": ("disk_gb",)}
 # Hardware settings: runs that differ in these may share a cell.
 _MACHINE = (

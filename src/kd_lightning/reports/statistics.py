@@ -195,3 +195,18 @@ def interval(differences: list[float], confidence: float = CONFIDENCE) -> tuple[
     values = pd.Series(differences)
     half = special.stdtrit(n - 1, (1 + confidence) / 2) * values.std(ddof=1) / n**0.5
     return values.mean() - half, values.mean() + half
+
+
+def wilson(fraction: float, total: int, confidence: float = CONFIDENCE) -> tuple[float, float]:
+    """Wilson's score interval of a binomial proportion (Wilson 1927, J. Am. Stat. Assoc. 22).
+
+    Args:
+        fraction: observed proportion.
+        total: number of trials, above 0.
+        confidence: coverage.
+    """
+    z = float(special.ndtri((1 + confidence) / 2))
+    scale = 1 + z**2 / total
+    centre = (fraction + z**2 / (2 * total)) / scale
+    half = z * (fraction * (1 - fraction) / total + z**2 / (4 * total**2)) ** 0.5 / scale
+    return max(0.0, centre - half), min(1.0, centre + half)

@@ -44,7 +44,7 @@ LIBRARIES = {
 }
 """Builders of models by name to the package whose version identifies the models' code."""
 
-PLACES = ("output_dir", "data_dir", "cache_dir", "name", "setting", "_target_")
+PLACES = ("output_dir", "data_dir", "cache_dir", "name", "setting", "logger", "_target_")
 
 _loaded: dict[str, tuple[ModuleType, ModuleSpec | None, str, list[str]]] = {}
 """Results of `_code` for loaded modules."""

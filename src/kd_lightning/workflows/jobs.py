@@ -14,7 +14,8 @@ from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher
-from kd_lightning.engine.callbacks.users import build_callbacks
+from kd_lightning.engine.callbacks.users import build_callbacks, check_logged
+from kd_lightning.engine.loggers import check_login
 from kd_lightning.engine.trainer import try_trainer
 from kd_lightning.storage.identity import Contents, source_sha256, target_paths
 from kd_lightning.storage.teacher_store import StoredTeacher
@@ -113,7 +114,9 @@ def prepare(config: Node) -> Job:
     try_optimizer(plan.student.optimizer, plan.student.scheduler)
     for part in plan.teachers:
         try_optimizer(part.training.optimizer, part.training.scheduler, "teacher.")
-    build_callbacks(plan.student.callbacks)
+    callbacks = build_callbacks(plan.student.callbacks)
+    check_logged(dict(zip(plan.student.callbacks, callbacks, strict=True)), plan.student.loggers)
+    check_login(plan.student.loggers)
     try_trainer(plan.student.trainer)
     data.check_batch_size(module.min_batch_size * plan.student.trainer.processes)
     data.setup()

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Callback, Trainer, seed_everything
-from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.launcher import find_launcher, uses_several
@@ -21,10 +20,11 @@ from kd_lightning.engine.callbacks.following import FollowStudent
 from kd_lightning.engine.callbacks.users import build_callbacks
 from kd_lightning.engine.fitting import metric
 from kd_lightning.engine.launch import launch
+from kd_lightning.engine.loggers import closing
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import RunError, Stopped
 from kd_lightning.models import count_parameters
-from kd_lightning.reports.hparams import log_hparams
+from kd_lightning.reports.hparams import log_results, log_settings
 from kd_lightning.storage.identity import (
     finished,
     finished_elsewhere,
@@ -145,15 +145,29 @@ def train_student(
         callbacks: additional callbacks.
         test: whether to use the test images.
     """
-    plan, module, data = job.plan.student, job.module, job.data
+    plan, module = job.plan.student, job.module
     directory = RunDirectory(folder)
     own = build_callbacks(plan.callbacks)
     average: list[Callback] = [AverageWeights(plan.ema)] if plan.ema is not None else []
     if isinstance(module.teacher, MeanTeacher):
         average.append(FollowStudent(module.teacher))
     trainer = build_trainer(
-        plan.trainer, folder, job.plan.name, resume, [*average, *callbacks, *own], plan.pictures
-    )
+        plan.trainer, folder, job.plan.name, resume, [*average, *callbacks, *own], plan.pictures,
+        plan.loggers,
+    )  # fmt: skip
+    with closing(trainer.loggers):
+        return _train_and_test(job, directory, trainer, resume, bool(own), test)
+
+
+def _train_and_test(
+    job: Job,
+    directory: RunDirectory,
+    trainer: Trainer,
+    resume: Checkpoint | None,
+    revalidate: bool,
+    test: bool,
+) -> dict[str, Any]:
+    plan, module, data = job.plan.student, job.module, job.data
     # Get the device now, as testing moves the module back to the CPU.
     device = trainer.strategy.root_device
     if job.teachers:
@@ -163,15 +177,17 @@ def train_student(
         trainer.validate(module, data, verbose=False)
         known["teacher_val_accuracy"] = metric(trainer, "val/teacher_accuracy")
 
+    if trainer.is_global_zero:
+        log_settings(trainer.loggers, job.plan)
     # Seed again, so that the random numbers do not depend on whether a teacher was trained.
     seed_everything(plan.seed, verbose=False)
     results = fitting.fit(
-        trainer, module, data, directory, "student", resume, plan.update_bn, revalidate=bool(own)
+        trainer, module, data, directory, "student", resume, plan.update_bn, revalidate
     )
     if test:
         results |= fitting.test(trainer, module, data, directory, results, plan.update_bn)
-    if trainer.is_global_zero and isinstance(trainer.logger, TensorBoardLogger):
-        log_hparams(trainer.logger, job.plan, results, trainer.global_step)
+    if trainer.is_global_zero:
+        log_results(trainer.loggers, job.plan, results, trainer.global_step)
     return {
         **_teacher_results(job, trainer),
         **known,

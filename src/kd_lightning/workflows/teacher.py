@@ -20,6 +20,7 @@ from kd_lightning.distill.ensemble import Ensemble
 from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher, Teacher
 from kd_lightning.engine import fitting
+from kd_lightning.engine.loggers import closing
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import InputError
 from kd_lightning.models import count_parameters
@@ -193,7 +194,10 @@ def train_teacher(
     directory.write_config(run.config)
     resume = directory.checkpoint()
     name = f"teacher {plan.name}"
-    trainer = build_trainer(training.trainer, folder, name, resume, pictures=training.pictures)
-    results = fitting.fit(trainer, module, data, directory, "teacher", resume)
-    results |= fitting.test(trainer, module, data, directory, results, update_bn=False)
+    trainer = build_trainer(
+        training.trainer, folder, name, resume, (), training.pictures, training.loggers
+    )
+    with closing(trainer.loggers):
+        results = fitting.fit(trainer, module, data, directory, "teacher", resume)
+        results |= fitting.test(trainer, module, data, directory, results, update_bn=False)
     return {"parameters": count_parameters(module.student), **results, **versions()}

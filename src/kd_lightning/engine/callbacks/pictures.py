@@ -1,16 +1,16 @@
-"""TensorBoard figures: training views, the confusion matrix and the reliability diagram."""
+"""Logged figures: training views, the confusion matrix and the reliability diagram."""
 
 from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 from torchvision.utils import make_grid
 
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
+from kd_lightning.engine.loggers import log_image
 from kd_lightning.reports import plots
 from kd_lightning.reports.quality_plots import reliability_diagram
 
@@ -30,30 +30,29 @@ class Pictures(Callback):
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw eight views of each of eight training images."""
-        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+        if trainer.is_global_zero:
             with plots.optional("the grid of training views"):
-                page = page_of_views(_data(trainer))
-                trainer.logger.experiment.add_image("training views", page)
+                page = page_of_views(_data(trainer)).permute(1, 2, 0)
+                log_image(trainer.loggers, "training views", page.numpy())
 
     def on_test_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Draw the confusion matrix and the reliability diagram."""
         # In all processes: each has counted a part of the images.
         tested = cast(DistillationModule, module)
         counts, bins = tested.confusion.compute(), tested.quality.reliability()
-        if isinstance(trainer.logger, TensorBoardLogger) and trainer.is_global_zero:
+        if trainer.is_global_zero:
             with plots.optional("the figure of the confusion matrix"):
                 figure = plots.confusion_matrix(counts.cpu().numpy(), _data(trainer).classes)
-                _add(trainer, trainer.logger, "test/confusion", figure)
+                _add(trainer, "test/confusion", figure)
             with plots.optional("the reliability diagram"):
                 import pandas as pd
 
                 table = pd.DataFrame(bins).replace("", float("nan"))
-                _add(trainer, trainer.logger, "test/reliability", reliability_diagram(table))
+                _add(trainer, "test/reliability", reliability_diagram(table))
 
 
-def _add(trainer: Trainer, logger: TensorBoardLogger, name: str, figure: "Figure") -> None:
-    pixels = plots.pixels(figure)
-    logger.experiment.add_image(name, pixels, trainer.current_epoch, dataformats="HWC")
+def _add(trainer: Trainer, name: str, figure: "Figure") -> None:
+    log_image(trainer.loggers, name, plots.pixels(figure), trainer.current_epoch)
 
 
 def page_of_views(data: ImageDataModule, rows: int = 8, columns: int = 8) -> Tensor:

@@ -3,7 +3,12 @@
 from collections.abc import Mapping
 
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import BatchSizeFinder, LearningRateFinder
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    DeviceStatsMonitor,
+    LearningRateFinder,
+    LearningRateMonitor,
+)
 
 from kd_lightning.config.nodes import Node, build
 from kd_lightning.errors import InputError
@@ -44,6 +49,20 @@ def build_callbacks(nodes: Mapping[str, Node]) -> list[Callback]:
                     f"{', '.join(METRICS)}"
                 )
     return callbacks
+
+
+def check_logged(callbacks: Mapping[str, Callback], loggers: Mapping[str, Node]) -> None:
+    """Check that there is a logger for callbacks that do nothing but log.
+
+    Raises:
+        InputError: there is none.
+    """
+    for name, callback in callbacks.items():
+        if not loggers and isinstance(callback, LearningRateMonitor | DeviceStatsMonitor):
+            raise InputError(
+                f"callbacks.{name} has nothing to log to with logger=none: choose another logger "
+                "or omit the callback"
+            )
 
 
 def _named(callback: Callback, name: str) -> Callback:

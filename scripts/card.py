@@ -1,0 +1,58 @@
+"""Model card of a finished run, and its publication on the Hugging Face Hub.
+
+python scripts/card.py outputs/runs/cifar10-convnet-15e-3ff7b752/combined-small-s0 --license mit
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from kd_lightning.errors import InputError, RunError
+from kd_lightning.files import home, write_text
+
+
+def main() -> None:
+    """Read the command line, write the card, and publish it if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("run", type=home, help="folder of the run")
+    parser.add_argument("--out", type=home, help="file of the card; by default RUN/README.md")
+    parser.add_argument("--license", help="licence of the weights: mit, apache-2.0, other, ...")
+    parser.add_argument("--dataset", metavar="OWNER/NAME", help="the data set on the Hub")
+    parser.add_argument(
+        "--push",
+        metavar="OWNER/NAME",
+        help="upload weights, configuration, metrics and card to this repository of the Hub",
+    )
+    parser.add_argument("--private", action="store_true", help="if it is created, it is private")
+    parser.add_argument(
+        "--file", type=home, nargs="+", default=[], help="exported files to upload as well"
+    )
+    arguments = parser.parse_args()
+    if not arguments.push and (arguments.file or arguments.private):
+        parser.error("--file and --private need --push")
+
+    from kd_lightning.reports.card import CardOptions, model_card
+    from kd_lightning.workflows.publish import publish
+
+    out = Path(arguments.out or Path(arguments.run) / "README.md")
+    try:
+        files = tuple(Path(file).name for file in arguments.file)
+        options = CardOptions(arguments.license, arguments.dataset, arguments.push, files)
+        write_text(out, model_card(arguments.run, options))
+        print(out)
+        if arguments.push:
+            where = arguments.push, options, arguments.file, arguments.private
+            print(publish(arguments.run, *where))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
+    except OSError as error:
+        print(f"error: {out} cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    main()
