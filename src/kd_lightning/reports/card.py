@@ -105,8 +105,9 @@ def _section(title: str, paragraphs: Iterable[str]) -> list[str]:
 
 def _dataset(data: Node, options: CardOptions) -> tuple[str, str | None]:
     """Title of the data set, and its id on the Hub."""
-    title, known = DATASETS.get(data.get("name"), (str(data.get("name")), None))
-    if data.get("name") == "folder" and data.get("root"):
+    name = str(data.get("name"))
+    title, known = DATASETS.get(name, (name, None))
+    if name == "folder" and data.get("root"):
         title = str(data["root"])
     return title, options.dataset or known
 
