@@ -8,6 +8,9 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from kd_lightning.errors import InputError
+from kd_lightning.files import readable
+
 SUFFIXES = {
     ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".bmp", ".gif", ".webp", ".tif", ".tiff",
     ".ppm", ".pgm", ".pbm", ".pnm",
@@ -39,12 +42,13 @@ WHITE_IS_ZERO, UNSIGNED = 0, 1
 LOW_DEPTHS = {"L;2": 85, "L;4": 17}
 
 
-def decode(path: Path, size: int) -> npt.NDArray[np.uint8]:
+def decode(path: Path, size: int, resize: str = "squash") -> npt.NDArray[np.uint8]:
     """Decode the first frame of an image file, upright, and resize it.
 
     Args:
         path: the file.
         size: height and width of the result, in pixels.
+        resize: see `to_square`.
 
     Returns:
         (size, size, 3), RGB.
@@ -64,9 +68,35 @@ def decode(path: Path, size: int) -> npt.NDArray[np.uint8]:
         turn = UPRIGHT.get(_orientation(file))
     if turn is not None:
         image = image.transpose(turn)
+    return np.asarray(to_square(image, size, resize))
+
+
+def read_image(path: Path, size: int, resize: str = "squash") -> npt.NDArray[np.uint8]:
+    """`decode` with a message for people.
+
+    Raises:
+        InputError: the file cannot be decoded.
+    """
+    try:
+        return decode(path, size, resize)
+    except MemoryError:
+        raise
+    except Exception as error:  # Pillow may raise anything on damaged files
+        raise InputError(
+            f"{readable(path)} is not a readable image ({error}); repair or remove it"
+        ) from error
+
+
+def to_square(image: Image.Image, size: int, resize: str = "squash") -> Image.Image:
+    """Resize an RGB image, with bilinear interpolation and antialiasing."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR, reducing_gap=3)
-    return np.asarray(image)
+    return image
+
+
+def is_image_name(name: str) -> bool:
+    """Whether a file name has the suffix of a format that is decoded here."""
+    return Path(name).suffix.lower() in SUFFIXES
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
