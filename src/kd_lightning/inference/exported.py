@@ -4,6 +4,7 @@ All take pixels (B, H, W, 3), uint8, and carry the student's `Description` in th
 """
 
 import contextlib
+import importlib
 import json
 import logging
 import warnings
@@ -36,8 +37,6 @@ def onnx_package(name: str) -> ModuleType:
     Raises:
         InputError: it is not installed.
     """
-    import importlib
-
     try:
         return importlib.import_module(name)
     except ImportError as error:
@@ -71,7 +70,7 @@ def trace(network: PixelNetwork, image_size: int) -> ExportedProgram:
 
 def write_pt2(program: ExportedProgram, description: Description, path: Path) -> None:
     """Write a `torch.export` program."""
-    with path.open("wb") as file:
+    with path.open("wb") as file, _quiet():
         extra = {EXTRA: json.dumps(description.as_metadata())}
         torch.export.save(program, file, extra_files=extra)
 

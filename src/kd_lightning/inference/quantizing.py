@@ -21,8 +21,11 @@ def quantize(
 ) -> None:
     """Quantize weights and activations of an ONNX model.
 
-    QDQ format: 8-bit integers, symmetric weights with a scale per output channel, asymmetric
-    activations whose range is the minimum and maximum over the calibration images. Deterministic.
+    QDQ format: symmetric signed weights with a scale per output channel; asymmetric unsigned
+    activations, whose range is that over the calibration images. Weights have 7 of the 8 bits:
+    x86 processors without VNNI instructions add two 8-bit products in saturating 16-bit arithmetic,
+    which destroys the result otherwise (documentation of onnxruntime's `quantize_static`, "Choosing
+    parameters for CPU inference"; docs/shipping.md has figures). Deterministic.
 
     Args:
         source: the float32 model, written by `write_onnx`.
@@ -60,6 +63,7 @@ def quantize(
                 Reader(),
                 quant_format=quantization.QuantFormat.QDQ,
                 per_channel=True,
+                reduce_range=True,
                 activation_type=quantization.QuantType.QUInt8,
                 weight_type=quantization.QuantType.QInt8,
                 nodes_to_exclude=_preprocessing(model.graph),
