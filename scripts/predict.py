@@ -64,16 +64,15 @@ def run(arguments: argparse.Namespace) -> int:
     if out is not None and out.suffix not in (".csv", ".json"):
         raise InputError(f"--out must be a .csv or .json file, not {out.name}")
     from kd_lightning import api
-    from kd_lightning.workflows.predict import find_images, predict_files
 
     warnings.filterwarnings("ignore", module="PIL")  # about unused metadata
-    files = find_images(arguments.images)
+    files = api.find_images(arguments.images)
     student = api.load_student(arguments.student, arguments.trust)
     skipped = 0
 
     def rows() -> Iterator[dict[str, Any]]:
         nonlocal skipped
-        for prediction in predict_files(student, files, arguments.top, arguments.batch_size):
+        for prediction in api.predict_files(student, files, arguments.top, arguments.batch_size):
             if prediction.error is not None:
                 print(f"skipped: {prediction.error}", file=sys.stderr)
                 skipped += 1

@@ -24,15 +24,12 @@ def timm_model(name, **settings):
 FAMILIES = {
     "convnet": lambda: ConvNet([4, 8], 8),
     "cifar_resnet": lambda: CifarResNet(8),
-    "resnet9": lambda: ResNet9([4, 8, 16, 16]),
+    "resnet9": lambda: ResNet9(4),
     "reused_classifier": lambda: ReusedClassifier(ConvNet([4, 8], 8), channels=16, size=8),
     "resnet10t": lambda: timm_model("resnet10t"),
     "mobilenetv3_small_050": lambda: timm_model("mobilenetv3_small_050"),
     "vit_tiny_patch16_224": lambda: timm_model("vit_tiny_patch16_224", img_size=SIZE),
 }
-PARAMETERS = [
-    pytest.param(name, marks=() if name == "convnet" else pytest.mark.slow) for name in FAMILIES
-]
 
 
 def trained(name):
@@ -47,7 +44,8 @@ def trained(name):
     return model
 
 
-@pytest.mark.parametrize("name", PARAMETERS)
+@pytest.mark.slow  # test_shipping.py exports a ConvNet in every suite
+@pytest.mark.parametrize("name", FAMILIES)
 def test_logits_agree(name, tmp_path):
     names = tuple(f"class {number}" for number in range(10))
     description = Description(names, SIZE, (0.49, 0.48, 0.45), (0.25, 0.24, 0.26))

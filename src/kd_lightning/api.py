@@ -31,7 +31,7 @@ from kd_lightning.workflows import student as workflow
 from kd_lightning.workflows.earlier import train_earlier_runs
 from kd_lightning.workflows.evaluate import evaluate
 from kd_lightning.workflows.export import Exported, export
-from kd_lightning.workflows.predict import Prediction, predict_files
+from kd_lightning.workflows.predict import Prediction, find_images, predict_files
 
 __all__ = [
     "Exported",
@@ -40,6 +40,7 @@ __all__ = [
     "compose",
     "evaluate",
     "export",
+    "find_images",
     "load_student",
     "predict_files",
     "read_results",
