@@ -4,6 +4,7 @@ import csv
 import json
 import runpy
 import sys
+import textwrap
 from pathlib import Path
 
 import numpy as np
@@ -17,8 +18,10 @@ from torch import nn
 from kd_lightning import api
 from kd_lightning.data.decoding import decode
 from kd_lightning.errors import InputError, RunError
+from kd_lightning.inference.exported import write_safetensors
 from kd_lightning.models import ConvNet
 from kd_lightning.workflows import export as exporting
+from kd_lightning.workflows import predict as predicting
 
 CLASSES = ("dark", "middle", "bright")
 KINDS = (("RGB", "jpg"), ("L", "png"), ("RGBA", "png"), ("P", "gif"), ("RGB", "bmp"), ("L", "jpg"))
@@ -271,6 +274,17 @@ def test_missing_packages_are_named(run, monkeypatch):
         api.export(run)
 
 
+def test_documented_use_of_onnx_files(exported, photographs, tmp_path, monkeypatch, capsys):
+    text = (REPOSITORY / "docs" / "shipping.md").read_text()
+    begin = text.index("    import json, numpy")
+    program = textwrap.dedent(text[begin : text.index("\n\n**Comparison", begin)])
+    (tmp_path / "student.onnx").write_bytes(exported.path.read_bytes())
+    Image.open(photographs / "test" / "bright" / "4.bmp").save(tmp_path / "photo.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(program, {})
+    assert capsys.readouterr().out == "bright\n"
+
+
 # --- prediction -----------------------------------------------------------------------------------
 
 
@@ -309,6 +323,19 @@ def test_predict_keeps_the_order_and_names_bad_files(run, photographs, tmp_path,
         )
 
 
+def test_predicting_many_files_holds_few_in_memory(run, photographs, monkeypatch):
+    files = api.find_images([photographs])
+    student = api.load_student(run)
+    decoded = []
+    monkeypatch.setattr(
+        predicting, "to_pixels", lambda file, _: decoded.append(file) or np.zeros((16, 16, 3), "u1")
+    )
+    predictions = api.predict_files(student, files, batch_size=10)
+    next(predictions)
+    predictions.close()
+    assert len(decoded) <= 30 < len(files)
+
+
 def test_predict_rejects_invalid_arguments(run, tmp_path, script):
     (tmp_path / "empty").mkdir()
     assert script("predict.py", run, tmp_path / "empty")[0] == 2
@@ -322,6 +349,16 @@ def test_predict_rejects_invalid_arguments(run, tmp_path, script):
 def test_pt2_files_must_be_trusted(tmp_path):
     with pytest.raises(InputError, match="could execute code"):
         api.load_student(tmp_path / "student.pt2")
+
+
+def test_untrusted_models_in_safetensors_are_rejected(run, tmp_path):
+    student = api.load_student(run)
+    path = tmp_path / "student.safetensors"
+    node = {"_target_": "os.system", "command": f"touch {tmp_path / 'executed'}"}
+    write_safetensors(student.network, node, student.description, path)
+    with pytest.raises(InputError, match="rejected"):
+        api.load_student(path)
+    assert not (tmp_path / "executed").exists()
 
 
 @pytest.mark.parametrize("suffix", ["onnx", "pt2", "safetensors"])
