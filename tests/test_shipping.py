@@ -159,22 +159,24 @@ def test_exported_files_describe_themselves(exported):
     assert str(REPOSITORY) not in str(model)  # no paths of this machine
 
 
-def test_the_temperature_of_the_run_calibrates_all_probabilities(run, place, tmp_path):
+def test_temperature_and_resizing_of_the_run_are_exported(run, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()
     for name in ("config.yaml", "student.safetensors"):
         (copy / name).write_bytes((run / name).read_bytes())
     metrics = json.loads((run / "metrics.json").read_text())
     (copy / "metrics.json").write_text(json.dumps({**metrics, "temperature": 2.0}))
+    config = (copy / "config.yaml").read_text()
+    (copy / "config.yaml").write_text(config.replace("\ndata:\n", "\ndata:\n  resize: crop\n"))
     pixels = np.zeros((2, 16, 16, 3), np.uint8)
     student = api.load_student(copy)
     torch.testing.assert_close(
         student.probabilities(pixels), (student.logits(pixels) / 2).softmax(1)
     )
-    file = api.export(copy, "safetensors").path
-    torch.testing.assert_close(
-        api.load_student(file).probabilities(pixels), student.probabilities(pixels)
-    )
+    loaded = api.load_student(api.export(copy, "safetensors").path)
+    assert loaded.description == student.description
+    assert loaded.description.resize == "crop"
+    torch.testing.assert_close(loaded.probabilities(pixels), student.probabilities(pixels))
 
 
 @pytest.fixture
