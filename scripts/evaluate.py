@@ -24,13 +24,11 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from kd_lightning.engine.quiet import quiet_lightning
+    from kd_lightning import api
     from kd_lightning.reports.summary import percent
-    from kd_lightning.workflows.evaluate import evaluate
 
-    quiet_lightning()
     try:
-        result = evaluate(arguments.run, arguments.data_root, arguments.trust)
+        result = api.evaluate(arguments.run, arguments.data_root, arguments.trust)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

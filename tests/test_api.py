@@ -28,8 +28,11 @@ def test_run_uses_the_folder_of_the_command_line(given, train, folder):
     assert api.run(*given)["train_seconds"] == metrics["train_seconds"]  # not trained again
 
 
-def test_student_predicts_class_names_of_files_and_pixels(given, folder):
+def test_student_predicts_class_names_of_files_and_pixels(given, folder, capfd):
     student = api.load_student(api.run(*given, "optimizer.lr=0.05")["folder"])
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert [line for line in said.err.splitlines() if ": epoch" not in line] == []  # progress
     assert student.classes == ("class0", "class1", "class2")
     assert not student.model.training
     files = sorted((folder / "test").glob("*/*"))

@@ -16,7 +16,7 @@ LAYERS = (
     {"data", "losses"},
     {"config"},
     {"storage"},
-    {"reports"},
+    {"reports", "inference"},
     {"distill"},
     {"engine"},
     {"workflows"},

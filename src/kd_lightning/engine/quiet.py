@@ -9,10 +9,7 @@ log = logging.getLogger(__name__)
 
 def quiet_lightning() -> None:
     """Suppress messages of Lightning that are the same in every training."""
-    # TensorBoard writes in a thread, and raises its errors in the next call too.
-    threading.excepthook = lambda failed: log.info(
-        "failed in %s", failed.thread, exc_info=failed.exc_value
-    )
+    threading.excepthook = _report_thread
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
     for module in ("seed", "distributed"):
         logging.getLogger(f"lightning.fabric.utilities.{module}").setLevel(logging.WARNING)
@@ -26,3 +23,11 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     # Epochs without validation; `fitting.fit` validates at the end.
     warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")
+
+
+def _report_thread(failed: threading.ExceptHookArgs) -> None:
+    """TensorBoard writes in a thread, and raises its errors in the next call too."""
+    if type(failed.thread).__module__.startswith("tensorboard"):
+        log.info("failed in %s", failed.thread, exc_info=failed.exc_value)
+    else:
+        threading.__excepthook__(failed)

@@ -15,6 +15,7 @@ from kd_lightning.config.stored import student_data, student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
+from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.weights import load_weights
@@ -39,6 +40,7 @@ def evaluate(
         InputError: the folder does not contain a finished run, a file in it is damaged or refers to
             untrusted code, or the images are missing.
     """
+    quiet_lightning()
     directory = RunDirectory(run_dir)
     config, metrics = directory.read_config(), directory.read_metrics()
     if metrics.get("status") != "finished":

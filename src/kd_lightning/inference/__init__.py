@@ -1,0 +1,1 @@
+"""Inference with trained students, from run directories and exported files."""
