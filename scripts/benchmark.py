@@ -56,7 +56,7 @@ from kd_lightning.data.transfer import synchronize
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.optimizers import build_optimizer
-from kd_lightning.engine.launch import quiet_lightning
+from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss

@@ -24,7 +24,7 @@ def main() -> None:
     )
     arguments = parser.parse_args()
 
-    from kd_lightning.engine.launch import quiet_lightning
+    from kd_lightning.engine.quiet import quiet_lightning
     from kd_lightning.reports.summary import percent
     from kd_lightning.workflows.evaluate import evaluate
 

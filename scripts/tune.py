@@ -30,7 +30,7 @@ def main() -> None:
     from hydra.errors import HydraException
 
     from kd_lightning.config.commandline import composition_error
-    from kd_lightning.engine.launch import quiet_lightning
+    from kd_lightning.engine.quiet import quiet_lightning
     from kd_lightning.errors import InputError
     from kd_lightning.reports.summary import percent
 

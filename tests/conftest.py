@@ -2,10 +2,11 @@
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import composition
 import numpy as np
 import processes
 import pytest
@@ -71,6 +72,15 @@ def write_folder(root: Path, classes: int = 3, per_class: int = 12, size: int = 
     return root
 
 
+@pytest.fixture(scope="module", autouse=True)
+def fast_composition(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Compose configurations as in tests/composition.py, except in the test of that."""
+    with pytest.MonkeyPatch.context() as patch:
+        if request.module.__name__ != "test_sweeps":
+            composition.install(patch)
+        yield
+
+
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     """A folder of 36 training and 12 test images in three classes."""
@@ -109,8 +119,7 @@ def train(
             patch.setattr(sys, "argv", ["train.py", *flags, *given, *overrides])
             if "pictures=true" not in overrides:
                 patch.setattr(documents, "draw", lambda *_: {})
-            if not any(word.startswith(("experiment=", "hydra")) for word in overrides):
-                # Hydra would compose the configuration twice, first to read its `hydra.mode`.
+            if not composition.may_choose_mode(overrides):
                 patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
             try:
                 cli.main()

@@ -25,6 +25,7 @@ SERVER.set_forkserver_preload(
         "kd_lightning.reports.documents", "kd_lightning.reports.summary", "torchvision.datasets",
         "seaborn", "scipy.stats", "sklearn.datasets", "torch.distributed.nn.functional",
         "lightning.pytorch.strategies", "tensorboard.compat.tensorflow_stub",
+        "composition",
     ]
 )  # fmt: skip
 
@@ -113,12 +114,17 @@ def _run(
     prepare: Callable[[], None] | None,
     *outputs: str,
 ) -> None:
-    from kd_lightning.engine import launch
+    import composition
+    from hydra._internal.hydra import Hydra
+
+    from kd_lightning.engine import worker
     from kd_lightning.reports import documents
 
-    launch.START = "fork"  # cheap; test_gathering.py tests the real start method
+    worker.START = "fork"  # cheap; test_gathering.py tests the real start method
     if "pictures=false" in command:  # also those of a grid
         documents.draw = lambda *_: {}
+    if not composition.may_choose_mode(command):
+        Hydra.get_mode = lambda *_, **__: None
     with contextlib.suppress(OSError):
         os.setpgid(0, 0)
     os.environ.clear()

@@ -91,7 +91,7 @@ def test_failed_worker_is_reported(tmp_path, where, how):
     script.write_text(
         "import os\n"
         "from kd_lightning import cli\n"
-        "from kd_lightning.engine import launch\n"
+        "from kd_lightning.engine import supervision\n"
         "from kd_lightning.workflows import student\n"
         "from kd_lightning.distill.module import DistillationModule\n"
         f"works = {where}\n"
@@ -100,7 +100,8 @@ def test_failed_worker_is_reported(tmp_path, where, how):
         f"        {how}\n"
         "    return works(*given)\n"
         f"{where} = fails\n"
-        f"launch.LATER = {5 if 'raise' in how else 1}\n"  # a worker that exited says nothing later
+        # A worker that exited says nothing later.
+        f"supervision.LATER = {5 if 'raise' in how else 1}\n"
         "if __name__ == '__main__': cli.main()\n"
     )
     done = in_a_new_process(

@@ -4,6 +4,7 @@ import os
 import shutil
 from pathlib import Path
 
+import composition
 import pytest
 from conftest import TINY
 from hydra import initialize_config_dir
@@ -11,10 +12,11 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
-from omegaconf import Container, DictConfig
+from omegaconf import Container, DictConfig, OmegaConf
 
 from kd_lightning.config import naming, overrides, sweeps
 from kd_lightning.config.tree import tree_folder
+from kd_lightning.errors import InputError
 
 naming.register()
 overrides.install()
@@ -88,6 +90,21 @@ def test_a_run_is_composed_as_by_hydra(loader, hydra, run):
     assert everything(again) == everything(sweeps._load_as_hydra(loader, config, [*run, "seed=7"]))
 
 
+def test_tests_compose_as_hydra(loader):
+    runs = ([*TINY, "method=none", "seed=3"], [*TINY, "method=none"], ["experiment=demo"])
+    expected = [loader.load_configuration("train", run, RunMode.RUN) for run in runs]
+    for config in expected:
+        OmegaConf.clear_cache(config)  # the time
+    with pytest.MonkeyPatch.context() as patch:
+        composition.install(patch)
+        for run, config in zip(runs, expected, strict=True):
+            fast = loader.load_configuration("train", run, RunMode.RUN)
+            assert everything(fast) == everything(config)
+            assert everything(composition._copy(fast)) == everything(config)
+        with pytest.raises(InputError, match="did you mean seed"):
+            loader.load_configuration("train", ["sede=1"], RunMode.RUN)
+
+
 @pytest.mark.parametrize(
     "run",
     [
@@ -109,6 +126,7 @@ def test_files_are_composed_once_for_all_runs_with_the_same_groups(loader, monke
     config = grid(loader)
     calls = compositions(monkeypatch)
     for seed in range(3):
+        monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))  # as Lightning does
         for method in ("none", "logit"):
             run = [f"method={method}", f"seed={seed}", f"optimizer.lr=0.{seed}"]
             composed = loader.load_sweep_config(config, run)

@@ -484,7 +484,7 @@ def opened(tmp_path_factory):
     def folder(*overrides, method="attention"):
         base = [f"{owner}trainer.precision=bf16-mixed" for owner in ("", "+teacher.")]
         job = student.prepare(api.compose(*given, f"method={method}", *base, *overrides))
-        job = job.with_teachers(find_teachers(job.plan, job.data))
+        job = job.with_teachers(find_teachers(job.plan, job.data, job.teachers))
         student.open_caches(job.module, job.plan, job.data, CPU)
         (rows,) = job.module.cache.rows.values()
         return rows.folder

@@ -23,6 +23,7 @@ from kd_lightning.config.checks import check_sections
 from kd_lightning.config.commandline import check_overrides
 from kd_lightning.config.complete import plain
 from kd_lightning.config.nodes import Node
+from kd_lightning.config.stored import student_data
 from kd_lightning.config.tree import tree_folder
 from kd_lightning.data.decoding import RESIZE, read_image
 from kd_lightning.storage.run_directory import RunDirectory
@@ -124,7 +125,7 @@ def load_student(run_dir: str | Path, trust: Iterable[str] = ()) -> Student:
     """
     directory = RunDirectory(run_dir)
     model, config = directory.load_student(trust)
-    data = config["data"]
+    data = student_data(config)
     return Student(
         model=model,
         classes=tuple(directory.read_metrics().get("class_names", ())),

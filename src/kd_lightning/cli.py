@@ -20,6 +20,7 @@ from kd_lightning.config import naming, overrides, sweeps
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.commandline import composition_error, prepare
 from kd_lightning.config.complete import plain
+from kd_lightning.config.launcher import find_launcher, launched_together, trainer_of
 from kd_lightning.config.tree import tree
 from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.storage.identity import finished, finished_elsewhere, unchanged
@@ -44,7 +45,23 @@ def main() -> None:
     128 + signal number.
     """
     with robust_streams():
-        _main()
+        try:
+            _main()
+        except SystemExit as stop:
+            _end_others(stop.code if isinstance(stop.code, int) else 1)
+            raise
+        except BaseException:
+            _end_others(1)
+            raise
+        _end_others(0)
+
+
+def _end_others(code: int) -> None:
+    """End the other processes of torchrun or srun, if this one leads them."""
+    if "kd_lightning.engine.group" in sys.modules:
+        from kd_lightning.engine import group
+
+        group.end(code)
 
 
 def _main() -> None:
@@ -55,6 +72,8 @@ def _main() -> None:
             print(f"kd_lightning {__version__}")
             return
         sys.argv[1:] = prepare(sys.argv[1:])
+        if find_launcher() is not None:
+            _join_others()
         _app()
     except KeyboardInterrupt:
         _stop("stopped by Ctrl-C; run the same command again to resume", 130)
@@ -62,6 +81,8 @@ def _main() -> None:
         _stop(str(stop), stop.exit_code)
     except InputError as error:
         _fail(str(error), 2)
+    except RunError as error:
+        _fail(str(error), 1)
     except (HydraException, OmegaConfBaseException) as error:
         _fail(composition_error(error), 2)
     except OSError as error:
@@ -70,6 +91,27 @@ def _main() -> None:
         _fail(f"the command line cannot be read: {error}", 2)
     if exit_codes:
         sys.exit(max(exit_codes))
+
+
+def _join_others() -> None:
+    """Under torchrun or srun, lead or follow the other processes; a follower exits here.
+
+    Raises:
+        InputError, RunError: see `launched_together` and `group.join`.
+    """
+    try:
+        launcher = launched_together(trainer_of(sys.argv[1:]))
+    except InputError:
+        if (found := find_launcher()) is not None and found.rank:
+            sys.exit(2)  # rank 0 reports it
+        raise
+    if launcher is None:
+        return
+    from kd_lightning.engine import group
+
+    process = group.join(launcher)
+    if isinstance(process, group.Follower):
+        sys.exit(process.serve())
 
 
 @hydra.main(version_base="1.3", config_path=tree(), config_name="train")
@@ -88,12 +130,17 @@ def _app(composed: DictConfig) -> float | None:
             _show_finished(metrics, run_dir, in_a_grid)
         else:
             # Torch and Lightning take seconds to import; delay until there is something to run.
-            from kd_lightning.engine.launch import quiet_lightning
+            from kd_lightning.engine.quiet import quiet_lightning
             from kd_lightning.reports.summary import print_summary
+            from kd_lightning.workflows.cards import card_in_turn
             from kd_lightning.workflows.student import run
 
             quiet_lightning()
-            metrics = run(config, run_dir, wait=not in_a_grid)
+            if in_a_grid:
+                with card_in_turn(run_dir.parent, config["trainer"]):
+                    metrics = run(config, run_dir, wait=False)
+            else:
+                metrics = run(config, run_dir)
             if "folder" in metrics:
                 _show_finished(metrics, run_dir, in_a_grid)
             elif metrics:  # in rank 0

@@ -22,16 +22,18 @@ class Stopped(BaseException):
 
     Args:
         number: signal number.
-        what: what was being trained, a run or a teacher.
+        what: what was being trained, a run or a teacher; empty if nothing was.
         place: position of the checkpoint to resume from, e.g. `epoch 3`; None if there is none.
     """
 
-    def __init__(self, number: int, what: str, place: str | None) -> None:
+    def __init__(self, number: int, what: str = "", place: str | None = None) -> None:
         name = "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
         saved = f"saved at {place}" if place else "not saved yet"
         then = "resume" if place else "start it again"
         super().__init__(
             f"stopped by {name}: {what} is {saved}; run the same command again to {then}"
+            if what
+            else f"stopped by {name}; run the same command again to resume"
         )
         self.exit_code = 128 + number
         self._given = (number, what, place)

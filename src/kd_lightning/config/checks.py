@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from kd_lightning.config.initial import check_initial
 from kd_lightning.config.nodes import Node, check_node, select, unknown_key, without
 from kd_lightning.errors import InputError
 
@@ -29,7 +30,19 @@ OPTIONAL: dict[str, set[str]] = {
     "remember": {"top_k"},
     "method": {"student_wrapper"},
     "": {"callbacks", "pictures", "update_bn", "ema"},
+    "student": {
+        "checkpoint",
+        "checkpoint_key",
+        "rename_keys",
+        "ignore_keys",
+        "pretrained",
+        "mean",
+        "std",
+    },
     "teacher": {
+        "pretrained",
+        "finetune",
+        "image_size",
         "checkpoint_key",
         "ignore_keys",
         "augmentation",
@@ -98,6 +111,12 @@ def check(config: Node) -> None:
             )
         check_node(without(term, "weight"), f"method.terms.{name}")
     check_node(config["student"]["model"], "student.model")
+    check_initial(config["student"], "student")
+    if config["student"].get("pretrained") and config["method"].get("student_wrapper"):
+        raise InputError(
+            f"student.pretrained cannot be used with method={config['method']['name']}, which "
+            "replaces the student's classifier"
+        )
     if (wrapper := config["method"].get("student_wrapper")) is not None:
         check_node(wrapper, "method.student_wrapper", {"encoder"})
     if not isinstance(config.get("update_bn", False), bool):
@@ -128,7 +147,7 @@ def _check_teacher(config: Node, path: str) -> None:
     _check_seed(teacher["seed"], f"{path}.seed")
     if not _is_integer(teacher["cutout"]) or teacher["cutout"] < 0:
         raise InputError(f"{path}.cutout must be 0 or more pixels, not {teacher['cutout']}")
-    _check_teacher_keys(teacher, path)
+    check_initial(teacher, path)
     if teacher.get("outputs") is not None and teacher["checkpoint"] is not None:
         raise InputError(f"{path}.checkpoint cannot be used with {path}.outputs: omit one of them")
     decay: Any = teacher.get("decay")
@@ -164,19 +183,6 @@ def _check_optimizer(section: Node, prefix: str = "") -> None:
 def _check_seed(seed: Any, path: str) -> None:
     if not _is_integer(seed) or not 0 <= seed < 2**32:
         raise InputError(f"{path} must be a whole number from 0 to 2^32 - 1, not {seed}")
-
-
-def _check_teacher_keys(teacher: Node, path: str) -> None:
-    renamed, ignored = teacher["rename_keys"] or {}, teacher.get("ignore_keys") or []
-    if not isinstance(renamed, dict) or not all(isinstance(new, str) for new in renamed.values()):
-        raise InputError(
-            f"{path}.rename_keys must be a dictionary from key prefixes to replacements, "
-            f"e.g. 'teacher.rename_keys={{model.: \"\"}}', not {renamed!r}"
-        )
-    if not isinstance(ignored, list) or not all(isinstance(part, str) for part in ignored):
-        raise InputError(
-            f"{path}.ignore_keys must be a list of patterns, as [total_*,head.*], not {ignored!r}"
-        )
 
 
 def check_sections(config: Node) -> None:
@@ -220,9 +226,10 @@ def check_trainer(trainer: Node, path: str) -> None:
                 f"{path}.{key} must be a whole number of at least 1, not {_named(trainer[key])}"
             )
     devices = trainer["devices"]
-    if devices != "auto" and (not _is_integer(devices) or devices < 1):
+    if devices != "auto" and not _are_devices(devices):
         raise InputError(
-            f"{path}.devices must be a whole number of at least 1, or auto, not {devices}"
+            f"{path}.devices must be a whole number of at least 1, or auto, or the numbers of GPUs "
+            f"as in [0,2], not {devices}"
         )
     if trainer.get("strategy", "auto") not in STRATEGIES:
         raise InputError(
@@ -259,7 +266,7 @@ def trainer_node(config: Node, teacher: bool = False) -> Node:
     """
     if not teacher:
         return dict(config["trainer"])
-    own = without(config["trainer"], "strategy")
+    own = without(config["trainer"], "strategy", "num_nodes")
     return {**own, "devices": 1, **config["teacher"]["trainer"]}
 
 
@@ -280,6 +287,14 @@ def _is_number(value: Any) -> bool:
 
 def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _are_devices(value: Any) -> bool:
+    """Whether a value is a number of devices, or a list of different numbers of GPUs."""
+    if isinstance(value, list):
+        numbers = [number for number in value if _is_integer(number) and number >= 0]
+        return 0 < len(value) == len({*numbers})
+    return _is_integer(value) and value >= 1
 
 
 def _named(value: Any) -> str:

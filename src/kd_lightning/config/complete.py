@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, cast
 
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from kd_lightning.config.earlier_run import fill_in_runs
 from kd_lightning.config.members import expand_members
@@ -32,6 +32,8 @@ def plain(config: DictConfig, overrides: Sequence[str] = ()) -> Node:
         key = error.full_key or "the configuration"
         reason = str(error).splitlines()[0]
         if "Missing mandatory value" in reason:
+            if isinstance(error, InterpolationToMissingValueError):
+                key = reason.rpartition("Missing mandatory value: ")[2]  # not what refers to it
             raise InputError(f"{key} must be given: add {key}=VALUE to the command") from error
         raise InputError(f"{key}: {reason}") from error
     return cast(Node, _expand_home(resolved))

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 from kd_lightning.config import naming
 from kd_lightning.config.commandline import check_overrides, composition_error, hydra_text
 from kd_lightning.config.nodes import Node
-from kd_lightning.config.stored import read_config, student_model
+from kd_lightning.config.stored import read_config, student_data, student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.errors import InputError
 from kd_lightning.files import home, read_json
@@ -152,7 +152,7 @@ def _teacher(folder: Path, section: DictConfig, checked: bool) -> Node:
     if checked:
         trust = [str(package) for package in section.get("trust") or ()]
         check_trusted(student_model(config), "teacher.run: student.model", trust)
-    data, name = config["data"], section.get("name")
+    data, name = student_data(config), section.get("name")
     return {
         "name": str(metrics.get("name", folder.name)) if name == "run" else name,
         "model": student_model(config),

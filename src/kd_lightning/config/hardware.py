@@ -8,15 +8,19 @@ from torch import nn
 
 from kd_lightning.errors import InputError
 
+chosen_card: int | None = None
+"""The GPU for trainings on one, if chosen (`workflows.cards`); None: Lightning's choice."""
+
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-def check_accelerator(accelerator: str, devices: int | str, path: str) -> None:
+def check_accelerator(accelerator: str, devices: int | str | list[int], path: str) -> None:
     """Check that the requested devices exist.
 
     Args:
         accelerator: Lightning's name: ``auto``, ``cpu``, ``gpu``, ``cuda``, ``mps``, ``tpu``.
-        devices: number of devices, or ``auto``. On a CPU any number, as devices are processes.
+        devices: number of devices, their numbers, or ``auto``. On a CPU any number, as devices are
+            processes.
         path: path of the trainer section in the configuration, for the message.
 
     Raises:
@@ -35,7 +39,14 @@ def check_accelerator(accelerator: str, devices: int | str, path: str) -> None:
             "use trainer=auto to select an available device, or trainer=cpu"
         )
     there = AcceleratorRegistry[kind]["accelerator"].auto_device_count()
-    if kind != "cpu" and isinstance(devices, int) and devices > there:
+    if isinstance(devices, list):
+        if kind == "cpu":
+            raise InputError(f"{path}.devices={devices} selects GPUs by their numbers, not CPUs")
+        if max(devices) >= there:
+            raise InputError(
+                f"{path}.devices={devices}, but the available devices are 0 to {there - 1}"
+            )
+    elif kind != "cpu" and isinstance(devices, int) and devices > there:
         raise InputError(
             f"{path}.devices={devices}, but the number of available devices is {there}"
         )

@@ -44,6 +44,15 @@ SINCE: dict[str, Any] = {
     "teacher.run": (None,),
     "teacher.trust": ([], None),
     "teacher.decay": (None,),
+    "teacher.pretrained": (False, None),
+    "teacher.finetune": (False, None),
+    "teacher.image_size": (None,),
+    "student.pretrained": (False, None),
+    "student.checkpoint": (None,),
+    "student.checkpoint_key": (None,),
+    "student.ignore_keys": ([], None),
+    "student.mean": (None,),
+    "student.std": (None,),
 }
 
 
@@ -92,8 +101,11 @@ def variant(overrides: list[str]) -> str:
         overrides: command-line overrides, e.g. `method.terms.logit.temperature=2`.
     """
     changes = []
+    named = any(override.lstrip("+").startswith("student.name=") for override in overrides)
     for override in sorted(overrides):
         key, _, value = override.lstrip("+~").partition("=")
+        if key == "student.model.model_name" and not named:
+            continue  # is the student's name
         if key.startswith(("method.", "student.")) and not key.endswith(".name"):
             sign = "no-" if override.startswith("~") else ""
             changes.append(
@@ -118,6 +130,10 @@ def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
     parts = {key: value for key, value in config.items() if key not in (*ELSEWHERE, *without)}
     if "teacher" in parts:
         parts["teacher"] = _without_place(parts["teacher"])
+    trainer = parts.get("trainer")
+    if isinstance(trainer, Mapping) and isinstance(trainer.get("devices"), list):
+        # Which GPUs does not affect the result, only how many.
+        parts["trainer"] = {**trainer, "devices": len(trainer["devices"])}
     kept = ("dtype", "top_k")
     parts["remember"] = {k: v for k, v in parts["remember"].items() if k in kept}
     for path, defaults in SINCE.items():

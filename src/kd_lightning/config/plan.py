@@ -44,6 +44,7 @@ class TrainingPlan:
         ema: decay of the moving average of the weights that is validated and kept; None: the
             weights themselves.
         pictures: whether figures are written to TensorBoard.
+        initial: weights that the training starts from; None: random.
     """
 
     name: str
@@ -57,23 +58,47 @@ class TrainingPlan:
     update_bn: bool
     ema: float | None
     pictures: bool
+    initial: "CheckpointPlan | PretrainedPlan | None" = None
 
 
 @dataclass(frozen=True)
 class CheckpointPlan:
-    """A user-provided checkpoint of a teacher.
+    """A user-provided checkpoint.
 
     Attributes:
         path: the file.
         rename_keys: key prefixes to their replacements.
         ignore_keys: patterns of keys to skip.
         key: location of the state dict in the file; None: detected automatically.
+        role: ``teacher`` or ``student``.
     """
 
     path: Path
     rename_keys: dict[str, str]
     ignore_keys: tuple[str, ...]
     key: str | None
+    role: str = "teacher"
+
+    @property
+    def origin(self) -> str:
+        """The key of the configuration and its value, for messages."""
+        return f"{self.role}.checkpoint={self.path}"
+
+
+@dataclass(frozen=True)
+class PretrainedPlan:
+    """The pretrained weights of a model by name.
+
+    Attributes:
+        role: ``teacher`` or ``student``.
+    """
+
+    role: str
+
+    @property
+    def origin(self) -> str:
+        """The key of the configuration, for messages."""
+        return f"{self.role}.pretrained"
 
 
 @dataclass(frozen=True)
@@ -82,16 +107,17 @@ class TeacherPlan:
 
     Attributes:
         normalization: of its input images.
-        training: how it is trained, unless there is a checkpoint.
+        training: how it is trained, unless there are `weights`.
         cutout: side of the grey square in its training views, in pixels, unless `augmentation` is
             given.
         augmentation: `_target_` node that renders its training views; None: crops and flips as the
             data's, with its own cutout.
         mixing: `_target_` node that mixes its training views, or None.
-        checkpoint: user-provided weights, if any.
+        weights: checkpoint or pretrained weights that are used as they are, if any.
         outputs: packed file with its outputs, instead of weights, if any.
         decay: of the moving average of the student that is the teacher, instead of weights.
         recipe: the parts of the configuration that determine its weights.
+        image_size: height and width that images are resized to; None: those of the data.
     """
 
     normalization: Normalization
@@ -99,10 +125,11 @@ class TeacherPlan:
     cutout: int
     augmentation: Node | None
     mixing: Node | None
-    checkpoint: CheckpointPlan | None
+    weights: CheckpointPlan | PretrainedPlan | None
     recipe: Node
     outputs: Path | None = None
     decay: float | None = None
+    image_size: int | None = None
 
     @property
     def name(self) -> str:

@@ -8,6 +8,7 @@ import torch
 from lightning.pytorch.accelerators import AcceleratorRegistry
 from torch import nn
 
+from kd_lightning.config import hardware
 from kd_lightning.config.checks import AVERAGES, check, single_teachers, trainer_node
 from kd_lightning.config.hardware import (
     check_accelerator,
@@ -15,20 +16,22 @@ from kd_lightning.config.hardware import (
     choose_precision,
     device_type,
 )
+from kd_lightning.config.launcher import find_launcher, uses_several
 from kd_lightning.config.naming import config_key
 from kd_lightning.config.nodes import Node, build, find_target, without
 from kd_lightning.config.plan import (
     CachePlan,
-    CheckpointPlan,
     DataPlan,
     Plan,
     TeacherPlan,
     TrainerPlan,
     TrainingPlan,
 )
-from kd_lightning.config.stored import student_model
+from kd_lightning.config.pretrained import initial_weights, with_own_input
+from kd_lightning.config.stored import student_data, student_model
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Normalization
+from kd_lightning.errors import InputError
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +73,8 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
     """
     written, config = config, _fill_in(config, data)
     check(config)
-    node = config["data"]
+    config = {**config, "student": with_own_input(config["student"], "student", config["data"])}
+    node = student_data(config)
     data_plan = DataPlan(
         name=node["name"],
         node=node,
@@ -95,8 +99,9 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
             update_bn=config.get("update_bn", False) or config.get("ema") is not None,
             ema=config.get("ema"),
             pictures=config.get("pictures", True),
+            initial=initial_weights(config["student"], "student"),
         ),
-        teachers=tuple(_resolve_teacher(part, data_plan) for part in single_teachers(config))
+        teachers=tuple(_resolve_teacher(part) for part in single_teachers(config))
         if needs_teacher(config)
         else (),
         member_terms=tuple(part["method"]["terms"] for part in single_teachers(config)),
@@ -132,21 +137,19 @@ def _fill_in(config: Node, data: ImageDataModule) -> Node:
     return fill(config)
 
 
-def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
-    teacher = config["teacher"]
-    trainer = resolve_trainer(trainer_node(config, teacher=True), teacher["model"])
-    checkpoint = None
-    if teacher["checkpoint"] is not None:
-        checkpoint = CheckpointPlan(
-            path=Path(str(teacher["checkpoint"])).expanduser(),
-            rename_keys=teacher["rename_keys"] or {},
-            ignore_keys=tuple(teacher.get("ignore_keys") or ()),
-            key=teacher.get("checkpoint_key"),
-        )
+def _resolve_teacher(config: Node) -> TeacherPlan:
+    teacher = with_own_input(config["teacher"], "teacher", config["data"])
+    config = {**config, "teacher": teacher}
+    settings = trainer_node(config, teacher=True)
+    if isinstance(chosen := config["trainer"]["devices"], list):
+        settings["devices"] = chosen[:1]  # a GPU by its number
+    trainer = resolve_trainer(settings, teacher["model"])
+    weights = initial_weights(teacher, "teacher")
+    finetune = teacher.get("finetune", False)
     return TeacherPlan(
         normalization=Normalization(
-            tuple(teacher["mean"] or data.normalization.mean),
-            tuple(teacher["std"] or data.normalization.std),
+            tuple(teacher["mean"] or config["data"]["mean"]),
+            tuple(teacher["std"] or config["data"]["std"]),
         ),
         training=TrainingPlan(
             name=teacher["name"],
@@ -160,15 +163,23 @@ def _resolve_teacher(config: Node, data: DataPlan) -> TeacherPlan:
             update_bn=False,
             ema=None,
             pictures=config.get("pictures", True),
+            initial=weights if finetune else None,
         ),
         cutout=teacher["cutout"],
         augmentation=teacher.get("augmentation"),
         mixing=teacher.get("mixing"),
-        checkpoint=checkpoint,
+        weights=None if finetune else weights,
         recipe=teacher_recipe(config, trainer.precision),
         outputs=Path(teacher["outputs"]) if teacher.get("outputs") else None,
         decay=teacher.get("decay"),
+        image_size=_own_size(config),
     )
+
+
+def _own_size(config: Node) -> int | None:
+    """The size that a teacher's images are resized to; None if it is that of the data."""
+    size = config["teacher"].get("image_size")
+    return None if size is None or size == config["data"]["image_size"] else size
 
 
 def teacher_recipe(config: Node, precision: str) -> Node:
@@ -181,6 +192,8 @@ def teacher_recipe(config: Node, precision: str) -> Node:
     teacher = config["teacher"]
     trainer = without(trainer_node(config, teacher=True), *_NOT_OF_THE_TEACHER["trainer"])
     own = {key: teacher[key] for key in ("augmentation", "mixing") if teacher.get(key) is not None}
+    if (size := _own_size(config)) is not None:
+        own["image_size"] = size
     return {
         "format": TEACHER_FORMAT,
         **{part: teacher[part] for part in ("model", "seed", "cutout", "optimizer", "scheduler")},
@@ -234,22 +247,52 @@ def resolve_trainer(trainer: Node, model: Node) -> TrainerPlan:
         trainer: the trainer section of the configuration.
         model: `_target_` node of the model to train.
     """
-    accelerator, devices = trainer["accelerator"], trainer["devices"]
+    accelerator = trainer["accelerator"]
     precision = _resolve_precision(trainer, model)
     memory_format = {
         "auto": choose_memory_format(precision, accelerator),
         "channels_last": torch.channels_last,
         "contiguous": torch.contiguous_format,
     }[trainer["memory_format"]]
-    if devices == "auto":
-        kind = AcceleratorRegistry[device_type(accelerator)]["accelerator"]
-        devices = kind.auto_device_count()
+    devices, nodes = _resolve_processes(trainer)
+    if devices == 1 and hardware.chosen_card is not None and device_type(accelerator) == "cuda":
+        devices = [hardware.chosen_card]
+    arguments = {**trainer, "devices": devices, "num_nodes": nodes}
     return TrainerPlan(
-        arguments=without(trainer, "memory_format", "precision"),
+        arguments=without(arguments, "memory_format", "precision"),
         precision=precision,
         channels_last=memory_format == torch.channels_last,
-        processes=devices * trainer.get("num_nodes", 1),
+        processes=(len(devices) if isinstance(devices, list) else devices) * nodes,
     )
+
+
+def _resolve_processes(trainer: Node) -> tuple[int | list[int], int]:
+    """The devices of each node, as their number or a list, and the number of nodes.
+
+    Raises:
+        InputError: the launcher has started a different number of processes.
+    """
+    devices, nodes = trainer["devices"], trainer.get("num_nodes")
+    launcher = find_launcher() if uses_several(trainer) else None
+    if launcher is None:
+        if devices == "auto":
+            kind = AcceleratorRegistry[device_type(trainer["accelerator"])]["accelerator"]
+            devices = kind.auto_device_count()
+        if (nodes or 1) > 1:
+            raise InputError(
+                f"trainer.num_nodes={nodes}: start the command on every node, with torchrun or srun"
+            )
+        return devices, 1
+    if devices == "auto":
+        devices = launcher.per_node
+    per_node = len(devices) if isinstance(devices, list) else devices
+    if (per_node, nodes or launcher.nodes) != (launcher.per_node, launcher.nodes):
+        raise InputError(
+            f"trainer.devices={per_node} and trainer.num_nodes={nodes or launcher.nodes} need "
+            f"{per_node * (nodes or launcher.nodes)} processes, but {launcher.name} has started "
+            f"{launcher.per_node} on each of {launcher.nodes} nodes; trainer=ddp uses all of them"
+        )
+    return devices, launcher.nodes
 
 
 def _resolve_precision(trainer: Node, model: Node) -> str:

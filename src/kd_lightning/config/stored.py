@@ -28,6 +28,12 @@ def student_model(config: Node) -> Node:
     return {**wrapper, "encoder": model} if isinstance(wrapper, dict) else model
 
 
+def student_data(config: Node) -> Node:
+    """The data section of a configuration, with the normalisation of its student."""
+    student, data = config["student"], config["data"]
+    return {**data, **{key: student[key] for key in ("mean", "std") if student.get(key)}}
+
+
 def read_config(folder: Path) -> Node:
     """Read `config.yaml` in the folder of a run.
 

@@ -110,7 +110,9 @@ def _state(loader: ConfigLoaderImpl) -> object:
             return None
     found = itertools.chain.from_iterable(map(_files, folders))
     files = tuple(itertools.islice(found, MOST_FILES + 1))
-    environment = (Path.cwd(), *os.environ.items())
+    # Lightning sets this variable in every run.
+    variables = [pair for pair in os.environ.items() if pair[0] != "PL_GLOBAL_SEED"]
+    environment = (Path.cwd(), *variables)
     return (files, environment) if len(files) <= MOST_FILES else None
 
 

@@ -66,10 +66,13 @@ class DistillationModule(LightningModule):
         cache: cache of teacher outputs on training views, if any.
         evaluation_cache: cache of teacher logits on unaugmented images, if any, by the number of
             the member.
+        initial_sha256: hash of the weights that the student starts from, if any.
 
     Raises:
         InputError: a node cannot be built, or a term does not fit the two networks.
     """
+
+    initial_sha256: str = ""
 
     def __init__(
         self,
@@ -330,7 +333,6 @@ class DistillationModule(LightningModule):
 
     def _score_teacher(self, batch: Batch, part: str) -> Tensor:
         images = batch["images"].contiguous(memory_format=self.memory_format)
-
         parts = self._fetch(self.evaluation_cache, batch, lambda: self.ask_logits(images))
         logits = [parts[str(number)] for number in range(len(parts))]
         whole = self.teacher.combine(logits) if isinstance(self.teacher, Ensemble) else logits[0]

@@ -1,5 +1,6 @@
 """The frozen teacher: an inference-only network with deterministic outputs."""
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple, Protocol
@@ -16,7 +17,7 @@ from kd_lightning.models.features import (
     layer_shapes,
 )
 from kd_lightning.models.folding import fold_batchnorm, has_hooks
-from kd_lightning.models.preparing import to_memory_format
+from kd_lightning.models.preparing import resize, to_memory_format
 from kd_lightning.models.trial import copied, no_gradients, stand_in
 from kd_lightning.storage.weights import weights_sha256
 
@@ -87,10 +88,22 @@ class FrozenTeacher:
             model itself never change.
         expects: the normalisation the network was trained with.
         given: the normalisation of the images it receives.
+        image_size: height and width that images are resized to; None: they are not.
+
+    Attributes:
+        initial_sha256: hash of the weights that it starts from, if any, for its identity.
     """
 
-    def __init__(self, model: nn.Module, expects: Normalization, given: Normalization) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        expects: Normalization,
+        given: Normalization,
+        image_size: int | None = None,
+    ) -> None:
         self.model = model.eval().requires_grad_(False)
+        self.image_size = image_size
+        self.initial_sha256 = ""
         self._layers: Collection[str] = ()
         self._logits = True
         self._num_classes: int | None = None
@@ -145,11 +158,14 @@ class FrozenTeacher:
 
     def shapes(self, image_size: int) -> LayerShapes:
         """Layer shapes for images of this height and width, in pixels."""
-        return layer_shapes(self.model, image_size)
+        return layer_shapes(self.model, self.image_size or image_size)
 
     def fingerprint(self) -> str | None:
-        """SHA-256 of its weights and buffers, in hex."""
-        return weights_sha256(self.model)
+        """SHA-256 of its weights and buffers and of the size of its images, in hex."""
+        weights = weights_sha256(self.model)
+        if self.image_size is None:
+            return weights
+        return hashlib.sha256(f"{weights} {self.image_size}".encode()).hexdigest()
 
     @property
     def parameters(self) -> int:
@@ -190,6 +206,8 @@ class FrozenTeacher:
         return self._reader(images, complete)
 
     def _normalize(self, images: Tensor) -> Tensor:
+        if self.image_size is not None:
+            images = resize(images, self.image_size)
         if not self._renormalize:
             return images
         if self._scale.device != images.device:

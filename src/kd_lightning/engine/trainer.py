@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -16,6 +15,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from kd_lightning.config.hardware import keep_freed_memory
 from kd_lightning.config.nodes import build_partial
 from kd_lightning.config.plan import TrainerPlan
+from kd_lightning.engine.callbacks.buffers import SameBuffers
 from kd_lightning.engine.callbacks.caching import FlushCaches
 from kd_lightning.engine.callbacks.curves import Curves
 from kd_lightning.engine.callbacks.divergence import StopWhenDiverged
@@ -26,7 +26,7 @@ from kd_lightning.engine.callbacks.progress import ProgressBar
 from kd_lightning.engine.callbacks.resuming import ExactResume
 from kd_lightning.engine.callbacks.speed import Speed
 from kd_lightning.engine.callbacks.stopping import StopWhenAsked
-from kd_lightning.engine.launch import started_by_a_launcher
+from kd_lightning.engine.worker import cluster_environment
 from kd_lightning.errors import InputError
 from kd_lightning.files import replacing
 from kd_lightning.storage.run_directory import LAST, Checkpoint
@@ -68,15 +68,13 @@ def build_trainer(
     checkpoints = folder / "checkpoints"
     steps = resume.steps if resume else None
     own_bar = any(isinstance(callback, LightningProgressBar) for callback in callbacks)
-    # Without a launcher, ignore a cluster's environment variables.
-    environment = [] if started_by_a_launcher(plan.processes) else [LightningEnvironment()]
     fixed = {
         "precision": plan.precision,
         "default_root_dir": str(folder),
         "logger": TensorBoardLogger(
             folder, name="", version="", default_hp_metric=False, purge_step=steps
         ),
-        "plugins": [AtomicCheckpoints(), *environment],
+        "plugins": [AtomicCheckpoints(), cluster_environment()],
         "callbacks": [
             ModelCheckpoint(
                 checkpoints, "best", monitor="val/accuracy", mode="max",
@@ -95,6 +93,7 @@ def build_trainer(
             *([Pictures()] if pictures else []),
             *([] if own_bar else [ProgressBar(name)]),
             *callbacks,
+            SameBuffers(),
             ExactResume(),
             # Last: the checkpoint that it saves within an epoch contains the step of all others.
             StopWhenAsked(name, checkpoints / LAST),

@@ -5,6 +5,7 @@ from kd_lightning.models.cifar_resnet import CifarResNet
 from kd_lightning.models.convnet import ConvNet
 from kd_lightning.models.features import FeatureReader, Output, count_parameters, layer_shapes
 from kd_lightning.models.mobilenetv2 import MobileNetV2
+from kd_lightning.models.named import timm_model, torchvision_model
 from kd_lightning.models.projection_resnet import ProjectionResNet
 from kd_lightning.models.resnet9 import ResNet9
 from kd_lightning.models.reused_classifier import ReusedClassifier
@@ -28,4 +29,6 @@ __all__ = [
     "WideResNet",
     "count_parameters",
     "layer_shapes",
+    "timm_model",
+    "torchvision_model",
 ]

@@ -3,7 +3,8 @@
 import itertools
 
 import torch
-from torch import nn
+import torch.nn.functional as F
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kd_lightning.errors import InputError
@@ -53,3 +54,25 @@ def to_memory_format(model: nn.Module, memory_format: torch.memory_format) -> No
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         if tensor.ndim == 4:
             tensor.data = tensor.data.to(memory_format=memory_format)
+
+
+def resize(images: Tensor, size: int) -> Tensor:
+    """Images (B, 3, H, W), float, to (B, 3, size, size): bilinear, with antialiasing."""
+    if images.shape[2:] == (size, size):
+        return images
+    return F.interpolate(images, (size, size), mode="bilinear", antialias=True)
+
+
+class ResizeInput:
+    """A forward pre-hook that resizes the images of a network, which has no state of its own.
+
+    Args:
+        size: height and width.
+    """
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __call__(self, _module: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """Resize the first input."""
+        return (resize(inputs[0], self.size), *inputs[1:])

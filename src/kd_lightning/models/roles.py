@@ -1,6 +1,6 @@
 """The roles of layers: stages, embedding and classifier, found in any model."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from torch import nn
@@ -32,8 +32,9 @@ NAMES = ("stages", "last_stage", "pooled", "embedding", "classifier")
 
 
 def find_roles(shapes: LayerShapes, num_classes: int) -> Roles:
-    """The roles that the model declares; else the last whole feature map of every resolution, and
-    the last linear layer or convolution with one output per class, with its input.
+    """The roles that the model declares, by an attribute `roles` or as those of timm; else the last
+    whole feature map of every resolution, and the last linear layer or convolution with one output
+    per class, with its input.
 
     Args:
         shapes: layers of the model.
@@ -45,6 +46,8 @@ def find_roles(shapes: LayerShapes, num_classes: int) -> Roles:
     declared = getattr(shapes.model, "roles", None)
     if isinstance(declared, Roles):
         return declared
+    if (of_timm := _roles_of_timm(shapes)) is not None:
+        return of_timm
     modules = dict(shapes.model.named_modules(remove_duplicate=False))
     classifier = ""
     for name in shapes:  # in order of execution
@@ -70,6 +73,28 @@ def find_roles(shapes: LayerShapes, num_classes: int) -> Roles:
             stages.pop(layout.size, None)  # a later layer moves to the end
             stages[layout.size] = name
     return Roles(tuple(stages.values()), classifier + INPUT, classifier)
+
+
+def _roles_of_timm(shapes: LayerShapes) -> Roles | None:
+    """The roles that a model of timm declares: `feature_info` and the classifier in its
+    configuration. Of several stages with the same resolution the last. None if it is no such model.
+    """
+    declared = getattr(shapes.model, "feature_info", None)
+    settings = getattr(shapes.model, "pretrained_cfg", None)
+    if not declared or not isinstance(settings, Mapping):
+        return None
+    named = settings.get("classifier")
+    # A distilled transformer averages the logits of two classifiers.
+    classifier = named[0] if isinstance(named, tuple | list) and named else named
+    if not isinstance(classifier, str) or f"{classifier}{INPUT}" not in shapes.inputs:
+        return None
+    stages: dict[tuple[int, int], str] = {}
+    for stage in declared:
+        layout = shapes.layouts.get(stage["module"])
+        if layout is not None and layout.size != (1, 1):
+            stages.pop(layout.size, None)
+            stages[layout.size] = stage["module"]
+    return Roles(tuple(stages.values()), f"{classifier}{INPUT}", classifier)
 
 
 def select(names: str | Sequence[str], shapes: Shapes, num_classes: int) -> tuple[str, ...]:

@@ -253,8 +253,6 @@ def confusion_matrix(
         classes: class names.
         title: title of the figure.
     """
-    import seaborn
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # without pyplot: no window, no global state
 
     if len(classes) > MOST_CELLS:
@@ -262,26 +260,27 @@ def confusion_matrix(
     share = 100 * counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
     side = 2.5 + 0.55 * len(classes)
     figure = Figure(figsize=(side + 0.8, side), layout="constrained")
-    FigureCanvasAgg(figure)  # otherwise Seaborn creates a canvas for every label it measures
     axes = figure.subplots()
-    names = [text(name) for name in classes]
-    with _without_warnings():
-        seaborn.heatmap(
-            share,
-            ax=axes,
-            annot=True,
-            fmt=".0f",
-            cmap="Blues",
-            vmin=0,
-            vmax=100,
-            square=True,
-            linewidths=0.5,
-            xticklabels=names,
-            yticklabels=names,
-            cbar_kws={"label": "share of the true class (%)", "shrink": 0.8},
+    # Seaborn's heatmap would render the whole figure once more, to measure its labels.
+    mesh = axes.pcolormesh(share, cmap="Blues", vmin=0, vmax=100, edgecolors="white", linewidth=0.5)
+    for (row, column), value in np.ndenumerate(share):
+        axes.text(
+            column + 0.5,
+            row + 0.5,
+            f"{value:.0f}",
+            ha="center",
+            va="center",
+            color="white" if value > 50 else "0.15",
         )
-    axes.set(xlabel="predicted", ylabel="true", title=text(title, 64))
-    axes.tick_params(axis="x", rotation=45)
+    bar = figure.colorbar(mesh, ax=axes, label="share of the true class (%)", shrink=0.8)
+    bar.outline.set_visible(False)
+    ticks = np.arange(len(classes)) + 0.5
+    names = [text(name) for name in classes]
+    axes.set_xticks(ticks, names, rotation=45)
+    axes.set_yticks(ticks, names)
+    axes.set(xlabel="predicted", ylabel="true", title=text(title, 64), aspect="equal")
+    axes.invert_yaxis()
+    axes.spines[:].set_visible(False)
     return figure
 
 

@@ -36,6 +36,8 @@ WRAPPERS = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module."
 """Parts that wrappers insert into keys, at any position: torch.compile, FSDP, activation
 checkpointing."""
 
+CLASSIFIERS = nn.Linear, nn.Conv2d
+
 COUNTERS = ("*total_ops", "*total_params", "n_averaged")
 """Counters that are not weights: of profilers (thop) in every module, of `AveragedModel`."""
 
@@ -46,7 +48,9 @@ def load_checkpoint(
     rename_keys: Mapping[str, str] | None = None,
     ignore_keys: Sequence[str] = (),
     key: str | None = None,
-) -> None:
+    role: str = "teacher",
+    num_classes: int | None = None,
+) -> list[str]:
     """Load a checkpoint file into a model, which it must match exactly.
 
     If the keys do not match, a prefix under which all keys of the model are found is removed, and
@@ -58,12 +62,18 @@ def load_checkpoint(
         rename_keys: key prefixes to their replacements, applied in order.
         ignore_keys: patterns (`fnmatch`) of keys to skip.
         key: dotted path of the state dict in the file; None: found by `NESTS`.
+        role: ``teacher`` or ``student``, for messages.
+        num_classes: number of classes, if a classifier for another number may be left as it is
+            in the model, to be trained.
+
+    Returns:
+        Names of the weights and buffers that were left as they are.
 
     Raises:
         InputError: the file cannot be read safely, or does not match; names the first difference.
     """
-    origin = f"teacher.checkpoint={path}"
-    own, state = model.state_dict(), read_checkpoint(path, key)
+    origin = f"{role}.checkpoint={path}"
+    own, state = model.state_dict(), read_checkpoint(path, key, role)
     renamed = rename(state, rename_keys or {})
     # The model itself may have a submodule called `module`.
     if own.keys() <= renamed.keys() or not own.keys() <= state.keys():
@@ -72,14 +82,17 @@ def load_checkpoint(
         patterns = ignore_keys if name in own else (*ignore_keys, *COUNTERS)
         if any(fnmatchcase(name, pattern) for pattern in patterns):
             del state[name]
-    state = _without_prefix(state, own, origin)
+    state = _without_prefix(state, own, origin, role)
     try:
-        fit_state(model, state, origin)
+        return fit_state(model, state, origin, num_classes)
     except InputError as error:
-        raise InputError(f"{error}{_advice(state, own)}") from error
+        advice = _advice(state, own, role)
+        if num_classes is None and _differ_in_outputs(state, own):
+            advice = f"; for other classes, {role}.finetune=true trains another classifier"
+        raise InputError(f"{error}{advice}") from error
 
 
-def read_checkpoint(path: Path, key: str | None = None) -> State:
+def read_checkpoint(path: Path, key: str | None = None, role: str = "teacher") -> State:
     """Read the state dict from a checkpoint file, in safetensors or torch format by content.
 
     The torch format is read with ``weights_only=True``, so that the file cannot run code.
@@ -87,16 +100,17 @@ def read_checkpoint(path: Path, key: str | None = None) -> State:
     Args:
         path: the file.
         key: see `load_checkpoint`.
+        role: see `load_checkpoint`.
 
     Raises:
         InputError: the file is missing or not such a checkpoint.
     """
-    origin = f"teacher.checkpoint={path}"
+    origin = f"{role}.checkpoint={path}"
     if path.is_dir():
         raise InputError(f"{origin} is a folder, not a file")
     if not path.is_file():
         raise InputError(f"{origin} does not exist")
-    return find_state(_read(path, origin), origin, key)
+    return find_state(_read(path, origin), origin, key, role)
 
 
 def _read(path: Path, origin: str) -> Any:
@@ -149,7 +163,7 @@ def _what_else(head: bytes) -> str:
     return ""
 
 
-def find_state(content: Any, origin: str, key: str | None = None) -> State:
+def find_state(content: Any, origin: str, key: str | None = None, role: str = "teacher") -> State:
     """Find the state dict of a network in the content of a checkpoint file.
 
     Raises:
@@ -159,7 +173,7 @@ def find_state(content: Any, origin: str, key: str | None = None) -> State:
         for part in key.split("."):
             if not isinstance(content, dict) or part not in content:
                 there = ", ".join(map(str, content)) if isinstance(content, dict) else "no keys"
-                raise InputError(f"teacher.checkpoint_key={key}: {origin} has {there[:200]}")
+                raise InputError(f"{role}.checkpoint_key={key}: {origin} has {there[:200]}")
             content = content[part]
     else:
         while isinstance(content, dict):
@@ -169,7 +183,7 @@ def find_state(content: Any, origin: str, key: str | None = None) -> State:
             if not known and len(states) > 1 and not _is_state(content):
                 raise InputError(
                     f"{origin} contains several state dicts; select one with "
-                    f"teacher.checkpoint_key={' or '.join(states)}"
+                    f"{role}.checkpoint_key={' or '.join(states)}"
                 )
             chosen = (known or (states if not _is_state(content) else []))[:1]
             if not chosen:
@@ -211,7 +225,7 @@ def rename(state: Mapping[str, Tensor], rename_keys: Mapping[str, str]) -> State
     return renamed
 
 
-def _without_prefix(state: State, own: Mapping[str, Tensor], origin: str) -> State:
+def _without_prefix(state: State, own: Mapping[str, Tensor], origin: str, role: str) -> State:
     """Extract the part of a state dict that matches the network, without its prefix."""
     if not any(part in name for name in own for part in WRAPPERS):
         for part in WRAPPERS:
@@ -233,7 +247,7 @@ def _without_prefix(state: State, own: Mapping[str, Tensor], origin: str) -> Sta
     if len(whole) > 1 and "ema" not in whole[0]:
         raise InputError(
             f"{origin} contains several matching networks, {' and '.join(whole)}; skip the "
-            f"others with teacher.ignore_keys=[{','.join(f'{name}*' for name in whole[1:])}]"
+            f"others with {role}.ignore_keys=[{','.join(f'{name}*' for name in whole[1:])}]"
         )
     # If none is complete, use the best match; the missing keys are renamed or reported later.
     prefix = whole[0] if whole else max(sorted(found), key=lambda prefix: hits[prefix])
@@ -248,7 +262,7 @@ def _without_prefix(state: State, own: Mapping[str, Tensor], origin: str) -> Sta
     }
 
 
-def _advice(state: State, own: Mapping[str, Tensor]) -> str:
+def _advice(state: State, own: Mapping[str, Tensor], role: str) -> str:
     """Suggest how to rename or skip the first unmatched key."""
     missing = [name for name in own if name not in state]
     extra = [name for name in state if name not in own]
@@ -257,7 +271,7 @@ def _advice(state: State, own: Mapping[str, Tensor]) -> str:
     if not missing:
         first = extra[0].rsplit(".", 1)
         pattern = f"{first[0]}.*" if len(first) == 2 else first[0]
-        return f"; to skip it: teacher.ignore_keys=[{pattern}]"
+        return f"; to skip it: {role}.ignore_keys=[{pattern}]"
     alike = [name for name in extra if state[name].shape == own[missing[0]].shape]
     near = difflib.get_close_matches(missing[0], alike, n=1, cutoff=0.3)
     if not near:
@@ -267,16 +281,33 @@ def _advice(state: State, own: Mapping[str, Tensor]) -> str:
         theirs, ours = theirs[:-1], ours[:-1]
     dot = "." if len(theirs) <= near[0].count(".") else ""
     pair = f"{'.'.join(theirs)}{dot}: {'.'.join(ours)}{dot}"
-    return f"; if '{near[0]}' corresponds to it: 'teacher.rename_keys={{{pair}}}'"
+    return f"; if '{near[0]}' corresponds to it: '{role}.rename_keys={{{pair}}}'"
 
 
-def fit_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> None:
+def _differ_in_outputs(state: State, own: Mapping[str, Tensor]) -> bool:
+    """Whether the only differences are in the number of outputs of layers."""
+    return own.keys() == state.keys() and all(
+        own[name].shape[1:] == state[name].shape[1:] for name in own if own[name].ndim
+    )
+
+
+def fit_state(
+    model: nn.Module, state: Mapping[str, Tensor], origin: str, num_classes: int | None = None
+) -> list[str]:
     """Load a state dict that must match the model exactly.
+
+    Args:
+        model: its weights are replaced.
+        state: names to tensors.
+        origin: its name in messages.
+        num_classes: see `load_checkpoint`, also for the returned names.
 
     Raises:
         InputError: it does not; names the first difference.
     """
     own, state = model.state_dict(), dict(state)
+    left = [] if num_classes is None else _other_classifier(model, state, num_classes)
+    state |= {name: own[name] for name in left}
     other = f"{origin} does not match the architecture {type(model).__name__}: "
     for key in own:
         if key.endswith("num_batches_tracked"):
@@ -300,6 +331,24 @@ def fit_state(model: nn.Module, state: Mapping[str, Tensor], origin: str) -> Non
     if extra := [key for key in state if key not in own]:
         raise InputError(f"{other}unexpected key '{extra[0]}'")
     model.load_state_dict(state)
+    return left
+
+
+def _other_classifier(model: nn.Module, state: State, num_classes: int) -> list[str]:
+    """Weights and biases of the layers with one output per class that have another number of
+    outputs in the state dict, or do not occur in it.
+    """
+    found = []
+    for name, own in model.named_parameters():
+        other = state.get(name)
+        layer = model.get_submodule(name.rpartition(".")[0])
+        if own.shape[:1] != (num_classes,) or not isinstance(layer, CLASSIFIERS):
+            continue
+        if other is None or (
+            other.shape != own.shape and other.ndim == own.ndim and other.shape[1:] == own.shape[1:]
+        ):
+            found.append(name)
+    return found
 
 
 def _is_plain(tensor: Tensor) -> bool:

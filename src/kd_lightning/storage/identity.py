@@ -13,6 +13,7 @@ import contextlib
 import functools
 import glob
 import hashlib
+import importlib.metadata
 import importlib.util
 import itertools
 import json
@@ -37,6 +38,12 @@ KNOWN = frozenset(
     {"kd_lightning", "torch", "torchvision", "timm", "transformers", "lightning", "hydra",
      "omegaconf", "torchmetrics", "builtins"}
 )  # fmt: skip
+LIBRARIES = {
+    "kd_lightning.models.timm_model": "timm",
+    "kd_lightning.models.torchvision_model": "torchvision",
+}
+"""Builders of models by name to the package whose version identifies the models' code."""
+
 PLACES = ("output_dir", "data_dir", "cache_dir", "name", "setting", "_target_")
 
 _loaded: dict[str, tuple[ModuleType, ModuleSpec | None, str, list[str]]] = {}
@@ -93,18 +100,20 @@ def stamps(config: Node, memo: dict[Path, str] | None = None) -> str:
     paths = {path for path in _paths(nodes) if path != shared}
     for path in paths - memo.keys():
         memo[path] = _stamp(path)
-    return _digest([memo[path] for path in sorted(paths)])
+    return _digest([*(memo[path] for path in sorted(paths)), *_library_versions(nodes)])
 
 
-def source_sha256(*nodes: Any) -> str | None:
+def source_sha256(*nodes: Any, more: Iterable[str] = ()) -> str | None:
     """SHA-256, in hex, of user code and files that configuration nodes refer to.
 
     Covers every user module that a `_target_` refers to, directly or by import, ignoring comments,
     docstrings and formatting. Third-party packages (`KNOWN`, and installed packages that are not
-    named by a `_target_`) are identified by name only.
+    named by a `_target_`) are identified by name only, models by name (`LIBRARIES`) by the version
+    of their package.
 
     Args:
         nodes: any parts of a configuration.
+        more: other hashes; empty ones are left out.
 
     Returns:
         None if there are neither code nor files.
@@ -124,6 +133,8 @@ def source_sha256(*nodes: Any) -> str | None:
         for file in files:
             place = "" if file == path else str(file.relative_to(path))
             found[f"file {path.name}/{place}"] = file_sha256(file)
+    found |= {f"package {name}": "" for name in _library_versions(nodes)}
+    found |= {f"hash {value}": "" for value in more if value}
     return _digest(sorted(found.items())) if found else None
 
 
@@ -194,6 +205,16 @@ def target_paths(node: Any) -> Iterator[str]:
     elif isinstance(node, list | tuple):
         for value in node:
             yield from target_paths(value)
+
+
+def _library_versions(node: Any) -> list[str]:
+    """Packages of the models by name in a node, with their versions, sorted."""
+    names = {LIBRARIES[target] for target in target_paths(node) if target in LIBRARIES}
+    found = []
+    for name in sorted(names):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # reported elsewhere
+            found.append(f"{name} {importlib.metadata.version(name)}")
+    return found
 
 
 def _package(name: str) -> str:

@@ -145,7 +145,7 @@ class RunDirectory:
         """Load the student, in evaluation mode, and the run's configuration.
 
         The student expects images (B, 3, H, W) of ``config["data"]["image_size"]`` pixels, scaled
-        to [0, 1] and normalised by ``config["data"]["mean"]`` and ``["std"]``.
+        to [0, 1] and normalised as in `student_data(config)`.
 
         Args:
             trust: see `check_trusted`.

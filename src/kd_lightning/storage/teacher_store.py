@@ -41,15 +41,18 @@ class StoredTeacher:
         return self.path / "teacher.safetensors"
 
 
-def teacher_key(plan: TeacherPlan, images_sha256: str) -> str:
+def teacher_key(plan: TeacherPlan, images_sha256: str, initial_sha256: str = "") -> str:
     """SHA-256, in hex, of everything that determines the teacher's weights.
 
     Args:
         plan: the plan of the teacher.
         images_sha256: fingerprint of the data set.
+        initial_sha256: hash of the weights that a fine-tuned teacher starts from.
     """
     code = source_sha256(*plan.own_nodes)
-    recipe = {**plan.recipe, "images": images_sha256, **({"code": code} if code else {})}
+    # Omitted if empty, so that teachers of earlier versions stay valid.
+    more = {key: value for key, value in (("code", code), ("initial", initial_sha256)) if value}
+    recipe = {**plan.recipe, "images": images_sha256, **more}
     return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
 
 

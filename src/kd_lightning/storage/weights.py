@@ -1,6 +1,7 @@
 """Weights of a model as safetensors."""
 
 import hashlib
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -35,10 +36,17 @@ def load_weights(model: nn.Module, path: Path) -> None:
     fit_state(model, state, str(path))
 
 
-def weights_sha256(model: nn.Module) -> str:
-    """SHA-256 of a model's weights and buffers, in hex."""
+def weights_sha256(model: nn.Module, without: Collection[str] = ()) -> str:
+    """SHA-256 of a model's weights and buffers, in hex.
+
+    Args:
+        model: the model.
+        without: names of those to leave out.
+    """
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
+        if name in without:
+            continue
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -14,7 +14,7 @@ from kd_lightning.distill.recorded import RecordedNetwork, RecordedTeacher
 from kd_lightning.distill.schedulers import build_schedule
 from kd_lightning.distill.teacher import FrozenTeacher, Teacher
 from kd_lightning.models.preparing import materialize
-from kd_lightning.storage.checkpoints import load_checkpoint
+from kd_lightning.workflows.initial import load_initial
 
 
 def build_data(node: Node) -> ImageDataModule:
@@ -24,20 +24,24 @@ def build_data(node: Node) -> ImageDataModule:
 
 
 def build_teacher(plan: TeacherPlan, data: DataPlan) -> FrozenTeacher:
-    """Build the teacher's network; loads the user-provided checkpoint, if any.
+    """Build the teacher's network; loads the weights that it uses or starts from, if any.
 
     For a packed teacher, whose network does not exist here, that which reads its outputs.
     """
     model = build(plan.model, "teacher.model")
     if isinstance(model, RecordedNetwork):
         return RecordedTeacher(model, data.normalization)
-    materialize(model, data.image_size, "teacher.model")
+    materialize(model, plan.image_size or data.image_size, "teacher.model")
     if plan.decay is not None:
         return MeanTeacher(model, data.normalization, plan.decay)
-    if plan.checkpoint is not None:
-        source = plan.checkpoint
-        load_checkpoint(model, source.path, source.rename_keys, source.ignore_keys, source.key)
-    return FrozenTeacher(model, expects=plan.normalization, given=data.normalization)
+    initial = ""
+    if plan.weights is not None:
+        initial = load_initial(model, plan.model, plan.weights)
+    elif plan.training.initial is not None:
+        initial = load_initial(model, plan.model, plan.training.initial, data.num_classes)
+    teacher = FrozenTeacher(model, plan.normalization, data.normalization, plan.image_size)
+    teacher.initial_sha256 = initial
+    return teacher
 
 
 def build_module(
@@ -47,9 +51,9 @@ def build_module(
     train_size: int = 0,
     member_terms: Sequence[dict[str, Node]] = (),
 ) -> DistillationModule:
-    """Build the module of a network, initialised from its seed, and its loss terms."""
+    """Build the module of a network, initialised from its seed or weights, and its loss terms."""
     seed_everything(plan.seed, verbose=False)
-    return DistillationModule(
+    module = DistillationModule(
         student=plan.model,
         terms=plan.terms,
         optimizer=plan.optimizer,
@@ -61,6 +65,10 @@ def build_module(
         teacher=teacher,
         member_terms=member_terms,
     )
+    if plan.initial is not None:
+        start = plan.model, plan.initial, data.num_classes
+        module.initial_sha256 = load_initial(module.student, *start)
+    return module
 
 
 def try_optimizer(optimizer: Node, scheduler: Node | None, role: str = "") -> None:

@@ -16,7 +16,7 @@ from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST, DistillationModule
 from kd_lightning.distill.top_k import restore
-from kd_lightning.engine.launch import quiet_lightning
+from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError
 from kd_lightning.storage.rows import Rows
 from kd_lightning.storage.run_directory import RunDirectory
@@ -88,7 +88,7 @@ def with_stored_weights(job: Job) -> Job:
             )
         if part.decay is not None:
             raise InputError(f"the teacher {part.name} follows the student: it is not cached")
-    store = TeacherStore(plan.output_dir / "teachers")
+    store, images = TeacherStore(plan.output_dir / "teachers"), job.data.fingerprint()
 
     def missing(folder: Path) -> dict[str, float]:
         raise InputError(f"the teacher {plan.teacher_name} is not stored in {store.root}")
@@ -96,9 +96,9 @@ def with_stored_weights(job: Job) -> Job:
     return job.with_teachers(
         tuple(
             None
-            if part.checkpoint is not None
-            else store.obtain(part.name, teacher_key(part, job.data.fingerprint()), missing)
-            for part in plan.teachers
+            if part.weights is not None
+            else store.obtain(part.name, teacher_key(part, images, teacher.initial_sha256), missing)
+            for part, teacher in zip(plan.teachers, job.teachers, strict=True)
         )
     )
 

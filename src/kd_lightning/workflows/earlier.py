@@ -29,14 +29,9 @@ def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
         if metrics and unchanged(metrics, node):
             continue
         # Needs torch, which takes seconds to import.
-        from kd_lightning.engine.launch import launched, quiet_lightning
+        from kd_lightning.engine.quiet import quiet_lightning
         from kd_lightning.workflows.student import run
 
-        if launched():
-            raise InputError(
-                f"teacher.run: {earlier.folder} is not finished; run this command once without the "
-                "launcher, or train that run by a command of its own"
-            )
         quiet_lightning()
         say(f"the teacher is trained first: {earlier.folder}")
         try:

@@ -11,7 +11,7 @@ from kd_lightning.config.checks import trainer_node
 from kd_lightning.config.hardware import is_available
 from kd_lightning.config.nodes import build
 from kd_lightning.config.resolve import SUPERVISED, resolve_trainer
-from kd_lightning.config.stored import student_model
+from kd_lightning.config.stored import student_data, student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
@@ -67,7 +67,7 @@ def evaluate(
         channels_last=plan.channels_last,
     )
     load_weights(module.student, directory.path / "student.safetensors")
-    data: ImageDataModule = build(config["data"], "data")
+    data: ImageDataModule = build(student_data(config), "data")
     trainer = Trainer(
         accelerator=settings["accelerator"],
         devices=1,

@@ -15,9 +15,7 @@ from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.engine.callbacks.users import build_callbacks
-from kd_lightning.engine.launch import launched, rank
 from kd_lightning.engine.trainer import try_trainer
-from kd_lightning.errors import InputError
 from kd_lightning.storage.identity import Contents, source_sha256, target_paths
 from kd_lightning.storage.teacher_store import StoredTeacher
 from kd_lightning.workflows.assembly import build_data, build_module, try_optimizer
@@ -66,11 +64,6 @@ class Job:
         alone = self.stored[0] if len(self.stored) == 1 else None
         return alone.facts if alone is not None else None
 
-    @property
-    def rank(self) -> int:
-        """The rank of this process under a launcher; otherwise 0."""
-        return rank(self.processes)
-
     def with_teachers(self, stored: tuple[StoredTeacher | None, ...]) -> "Job":
         """Load the weights of stored teachers."""
         for teacher, part in zip(self.teachers, stored, strict=bool(stored)):
@@ -109,13 +102,11 @@ def prepare(config: Node) -> Job:
         InputError: the configuration, the data or a file is invalid.
     """
     check_devices(config)
-    if config["trainer"].get("num_nodes", 1) != 1 and not launched():
-        raise InputError(
-            "trainer.num_nodes is above 1: start one process per device on every node, with "
-            "torchrun or srun"
-        )
     data = build_data(config["data"])
     plan = resolve(config, data)
+    own = {key: tuple(plan.data.node[key]) for key in ("mean", "std")}
+    if any(tuple(config["data"][key]) != value for key, value in own.items()):
+        data = data.variant(**own)  # the student's normalisation
     teachers = build_teachers(plan)
     parameters = count_teachers(plan, teachers)
     module = _build_module(plan, teachers, data)
@@ -140,6 +131,7 @@ def prepare(config: Node) -> Job:
             plan.data.node.get("mixing"),
             # Of the data itself without its files, which are images.
             [{"_target_": target} for target in target_paths(plan.data.node)],
+            more=[module.initial_sha256],
         ),
     )
     return Job(plan, data, teachers, module, parameters, contents)

@@ -11,7 +11,7 @@ from kd_lightning.config.hardware import device_type
 from kd_lightning.config.packed import read_packed
 from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import open_caches
-from kd_lightning.engine.launch import quiet_lightning
+from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError
 from kd_lightning.models.features import LayerShapes
 from kd_lightning.models.roles import find_roles

@@ -11,17 +11,18 @@ from lightning.pytorch import Callback, Trainer, seed_everything
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from kd_lightning.config.checks import check_sections
+from kd_lightning.config.launcher import find_launcher, uses_several
 from kd_lightning.config.nodes import Node
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.mean_teacher import MeanTeacher
-from kd_lightning.engine import fitting
+from kd_lightning.engine import fitting, group
 from kd_lightning.engine.callbacks.averaging import AverageWeights
 from kd_lightning.engine.callbacks.following import FollowStudent
 from kd_lightning.engine.callbacks.users import build_callbacks
 from kd_lightning.engine.fitting import metric
-from kd_lightning.engine.launch import launch, launched
+from kd_lightning.engine.launch import launch
 from kd_lightning.engine.trainer import build_trainer
-from kd_lightning.errors import Stopped
+from kd_lightning.errors import RunError, Stopped
 from kd_lightning.models import count_parameters
 from kd_lightning.reports.hparams import log_hparams
 from kd_lightning.storage.identity import (
@@ -33,6 +34,7 @@ from kd_lightning.storage.identity import (
 from kd_lightning.storage.provenance import device_name, versions
 from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
 from kd_lightning.workflows.jobs import Job, prepare
+from kd_lightning.workflows.nodes import check_nodes
 from kd_lightning.workflows.record import begin_record
 from kd_lightning.workflows.teacher import find_teachers
 
@@ -48,7 +50,7 @@ def run(
 ) -> dict[str, Any]:
     """Train and test one student; return the contents of `metrics.json`.
 
-    Under a launcher, ranks other than 0 return {}.
+    Under torchrun or srun, ranks other than 0 execute the tasks of rank 0, and return {}.
 
     A finished run is not repeated, an interrupted one is resumed. If the images, the teacher or
     user code have changed since, the earlier run is moved to `output_dir/superseded`.
@@ -66,14 +68,30 @@ def run(
         RunError: the training failed.
     """
     check_sections(config)
+    launcher = find_launcher() if uses_several(config["trainer"]) else None
+    if launcher is None:
+        return _run(config, run_dir, wait, callbacks, test)
+    process = group.join(launcher)
+    if isinstance(process, group.Follower):
+        if code := process.follow():
+            raise RunError(f"the process of rank 0 has ended with exit code {code}")
+        return {}
+    try:
+        return _run(config, run_dir, wait, callbacks, test)
+    finally:
+        process.over()
+
+
+def _run(
+    config: Node, run_dir: str | Path, wait: bool, callbacks: Sequence[Callback], test: bool
+) -> dict[str, Any]:
     directory = RunDirectory(run_dir)
     metrics = finished(directory.path, config) or finished_elsewhere(directory.path, config)
     if metrics and unchanged(metrics, config):
         return metrics
     stamped = stamps(config)  # before the files are read
     with ExitStack() as stack:
-        alone = config["trainer"]["devices"] == 1 or not launched()
-        if directory.path.joinpath("metrics.json").exists() and alone:
+        if directory.path.joinpath("metrics.json").exists():
             stack.enter_context(directory.lock(wait))  # wait before loading anything
             job = prepare(config)
         else:
@@ -81,8 +99,7 @@ def run(
             other = finished_elsewhere(directory.path, config) if test else None
             if other and not job.contents.changes(other):
                 return other
-            if not job.rank:
-                stack.enter_context(directory.lock(wait))
+            stack.enter_context(directory.lock(wait))
         metrics = finished(directory.path, config) or {}
         if metrics and not job.contents.changes(metrics):
             directory.write_metrics({**metrics, "stamps": stamped})
@@ -93,14 +110,11 @@ def run(
 def _train_and_record(
     job: Job, directory: RunDirectory, stamped: str, callbacks: Sequence[Callback], test: bool
 ) -> dict[str, Any]:
-    """Train teacher and student; return the results. Under a launcher, only rank 0 writes."""
-    if job.rank:
-        job = job.with_teachers(find_teachers(job.plan, job.data))
-        launch(job.processes, train_student, job, directory.path, None, callbacks, test)
-        return {}
+    """Train teacher and student; return the results."""
     record, resumes = begin_record(job, directory, stamped)
     try:
-        job = job.with_teachers(find_teachers(job.plan, job.data))
+        check_nodes(job, directory)
+        job = job.with_teachers(find_teachers(job.plan, job.data, job.teachers))
         resume = directory.checkpoint() if resumes else None
         arguments = (job, directory.path, resume, callbacks, test)
         record |= launch(job.processes, train_student, *arguments)
@@ -126,7 +140,7 @@ def train_student(
     Args:
         job: the job, with the teacher's weights.
         folder: folder of the run.
-        resume: checkpoint to resume from; rank 0 decides.
+        resume: checkpoint to resume from.
         callbacks: additional callbacks.
         test: whether to use the test images.
     """
@@ -143,9 +157,6 @@ def train_student(
     device = trainer.strategy.root_device
     if job.teachers:
         open_caches(module, job.plan, data, device)
-    if trainer.world_size > 1:
-        trainer.strategy.setup_environment()
-        resume = trainer.strategy.broadcast(resume)
     known = {}
     if job.teachers and job.teacher_facts is None and not isinstance(module.teacher, MeanTeacher):
         trainer.validate(module, data, verbose=False)

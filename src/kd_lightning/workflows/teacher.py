@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +23,12 @@ from kd_lightning.engine import fitting
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import InputError
 from kd_lightning.models import count_parameters
-from kd_lightning.models.preparing import materialize
+from kd_lightning.models.preparing import ResizeInput, materialize
 from kd_lightning.storage.identity import file_sha256, source_sha256
 from kd_lightning.storage.provenance import versions
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.teacher_store import StoredTeacher, TeacherStore, teacher_key
-from kd_lightning.storage.weights import load_weights, weights_sha256
+from kd_lightning.storage.weights import load_weights
 from kd_lightning.workflows.assembly import build_module, build_teacher
 
 log = logging.getLogger(__name__)
@@ -41,8 +42,8 @@ def build_teachers(plan: Plan) -> tuple[FrozenTeacher, ...]:
     """
     teachers = tuple(build_teacher(part, plan.data) for part in plan.teachers)
     for teacher, part in zip(teachers, plan.teachers, strict=True):
-        if part.checkpoint is not None:
-            check_weights(teacher, f"teacher.checkpoint={part.checkpoint.path}")
+        if (weights := part.weights or part.training.initial) is not None:
+            check_weights(teacher, weights.origin)
     return teachers
 
 
@@ -59,39 +60,47 @@ def combine_teachers(teachers: Sequence[FrozenTeacher], average: str) -> Teacher
     return teachers[0] if teachers else None
 
 
-def find_teachers(plan: Plan, data: ImageDataModule) -> tuple[StoredTeacher | None, ...]:
-    """Get the teachers of a run from the store, training them if necessary; None for those that
-    the user provides a checkpoint for, or that follow the student.
+def find_teachers(
+    plan: Plan, data: ImageDataModule, teachers: Sequence[FrozenTeacher]
+) -> tuple[StoredTeacher | None, ...]:
+    """Get the teachers of a run from the store, training them if necessary; None for those whose
+    checkpoint or pretrained weights are used as they are, or that follow the student.
 
     Args:
         plan: plan of the run.
         data: the data module, set up.
+        teachers: the networks, with the weights that they start from.
     """
-    return tuple(_find(teacher, plan, data) for teacher in plan.teachers)
+    return tuple(
+        _find(part, plan, data, teacher.initial_sha256)
+        for part, teacher in zip(plan.teachers, teachers, strict=True)
+    )
 
 
-def _find(teacher: TeacherPlan, plan: Plan, data: ImageDataModule) -> StoredTeacher | None:
-    if teacher.checkpoint is not None or teacher.decay is not None:
+def _find(
+    teacher: TeacherPlan, plan: Plan, data: ImageDataModule, initial: str
+) -> StoredTeacher | None:
+    if teacher.weights is not None or teacher.decay is not None:
         return None
     if teacher.outputs is not None:
         packed = read_packed(teacher.outputs)
         return StoredTeacher(packed.file, file_sha256(packed.file), packed.facts)
     return TeacherStore(plan.output_dir / "teachers").obtain(
         teacher.name,
-        teacher_key(teacher, data.fingerprint()),
+        teacher_key(teacher, data.fingerprint(), initial),
         lambda folder: train_teacher(teacher, plan, data, folder),
     )
 
 
 def content_sha256(plan: Plan, teachers: Sequence[FrozenTeacher]) -> str | None:
-    """Hash of the teachers' user code and checkpoints; None if there are neither."""
+    """Hash of the teachers' user code and weights; None if there are neither."""
     parts = []
     for part, teacher in zip(plan.teachers, teachers, strict=True):
-        code = source_sha256(*(part.own_nodes if part.checkpoint is None else [part.model]))
-        if part.checkpoint is None:
+        code = source_sha256(*(part.own_nodes if part.weights is None else [part.model]))
+        if not teacher.initial_sha256:
             parts.append(code)
         else:
-            text = f"{weights_sha256(teacher.model)} {code}"
+            text = f"{teacher.initial_sha256} {code}"
             parts.append(hashlib.sha256(text.encode()).hexdigest())
     if len(parts) < 2:
         return parts[0] if parts else None
@@ -177,7 +186,10 @@ def train_teacher(
         augmentation=_views(data, plan),
         mixing=build(plan.mixing, "teacher.mixing") if plan.mixing is not None else None,
     )
-    module = build_module(training, run.data)
+    size = plan.image_size or run.data.image_size
+    module = build_module(training, replace(run.data, image_size=size))
+    if plan.image_size is not None:
+        module.student.register_forward_pre_hook(ResizeInput(size))
     directory.write_config(run.config)
     resume = directory.checkpoint()
     name = f"teacher {plan.name}"

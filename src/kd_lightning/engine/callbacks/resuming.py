@@ -4,7 +4,7 @@ from typing import Any, cast
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from torch import Tensor
+from torch import Tensor, distributed
 
 from kd_lightning.distill.module import DistillationModule
 
@@ -17,17 +17,22 @@ class ExactResume(Callback):
     """
 
     def __init__(self) -> None:
-        self._generators: dict[str, Tensor] = {}
+        self._generators: dict[str, Any] = {}
         self._loader: dict[str, int] = {}
         self._stopped = False
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of torch's generators, of the CPU and of every GPU."""
+        """The state of torch's generators, of the CPU and of every GPU; of every process."""
         gpus = {
             f"cuda:{number}": torch.cuda.get_rng_state(number)
             for number in range(torch.cuda.device_count())
         }
-        return {"cpu": torch.get_rng_state(), **gpus}
+        own = {"cpu": torch.get_rng_state(), **gpus}
+        if not distributed.is_available() or not distributed.is_initialized():
+            return own
+        ranks: list[dict[str, Tensor]] = [{}] * distributed.get_world_size()
+        distributed.all_gather_object(ranks, own)
+        return {"ranks": ranks}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Defer restoring until training starts, as setup may draw random numbers, too."""
@@ -39,7 +44,10 @@ class ExactResume(Callback):
         """Save `should_stop` and the training metrics of the epoch so far."""
         checkpoint["should_stop"] = trainer.should_stop
         metrics = cast(DistillationModule, module).train_metrics
-        checkpoint["train_metrics"] = {name: m.metric_state for name, m in metrics.items()}
+        checkpoint["train_metrics"] = {
+            name: {key: _total(value, trainer) for key, value in metric.metric_state.items()}
+            for name, metric in metrics.items()
+        }
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Do not continue a training that early stopping has ended."""
@@ -48,19 +56,23 @@ class ExactResume(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Restore the training metrics; keep the loader state and `should_stop` for later."""
+        """Restore the training metrics, in rank 0 the totals of all processes; keep the loader
+        state and `should_stop` for later.
+        """
         saved = checkpoint.get("train_metrics", {})
         for name, metric in cast(DistillationModule, module).train_metrics.items():
             for key, value in metric.metric_state.items():
                 if isinstance(value, Tensor) and key in saved.get(name, {}):
-                    setattr(metric, key, saved[name][key].to(value.device))
+                    total = saved[name][key].to(value.device)
+                    setattr(metric, key, total if trainer.is_global_zero else value * 0)
         self._stopped = checkpoint.get("should_stop", False)
         loaders = checkpoint["loops"]["fit_loop"]["state_dict"].get("combined_loader", [])
         self._loader = loaders[0] if loaders else {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Restore the random generators and the position in the data loader."""
-        for device, state in self._generators.items():
+        states = self._generators.get("ranks", [self._generators])
+        for device, state in states[trainer.global_rank % len(states)].items():
             if device == "cpu":
                 torch.set_rng_state(state.cpu())
             elif torch.device(device).index < torch.cuda.device_count():
@@ -69,3 +81,10 @@ class ExactResume(Callback):
             # Lightning does not restore a loader that it has already created to count batches.
             loader: Any = trainer.train_dataloader
             loader.load_state_dict(self._loader)
+
+
+def _total(value: Any, trainer: Trainer) -> Any:
+    """The sum of a metric's counts over all processes."""
+    if trainer.world_size == 1 or not isinstance(value, Tensor):
+        return value
+    return trainer.strategy.reduce(value.clone(), reduce_op="sum")

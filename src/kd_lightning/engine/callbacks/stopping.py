@@ -10,6 +10,8 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
+from kd_lightning.engine.agreement import Agreement
+from kd_lightning.engine.worker import ask_parent, tell_training
 from kd_lightning.errors import Stopped
 from kd_lightning.storage.run_directory import Checkpoint
 
@@ -20,9 +22,9 @@ class StopWhenAsked(Callback):
     """Saves a checkpoint and raises `Stopped` after Ctrl-C or SIGTERM.
 
     The current step, and a validation due after it, are finished first; the same command resumes
-    at the next step and ends with the same weights as an uninterrupted training. Distributed
-    training resumes from the last complete epoch instead, because each process has only seen its
-    part of the current one. A second signal ends the process immediately.
+    at the next step and ends with the same weights as an uninterrupted training. The workers of a
+    distributed training stop after the same batch (`engine.agreement`); their parent receives the
+    signals. A second signal ends the process immediately.
 
     Args:
         what: human-readable name of the training, for messages.
@@ -31,29 +33,44 @@ class StopWhenAsked(Callback):
 
     def __init__(self, what: str, path: Path) -> None:
         self._what, self._path = what, path
-        self._asked: int | None = None
+        self._noted: int | None = None
+        self._agreement: Agreement | None = None
         self._saved = 0  # number of batches of the epoch in the checkpoint
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Install the signal handlers, in rank 0."""
-        if trainer.is_global_zero and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._note) for number in SIGNALS}
+        """Install the signal handlers."""
+        self._agreement = tell_training(True)
+        if threading.current_thread() is threading.main_thread():
+            # Lightning's own handler communicates with the other processes in mid-step.
+            handler = self._note if self._agreement is None else self._pass_on
+            self._before = {number: signal.signal(number, handler) for number in SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        if self._asked is not None:
+        if self._noted is not None:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self._asked = number
+        self._noted = number
+
+    def _pass_on(self, number: int, frame: FrameType | None) -> None:
+        ask_parent(number)
+
+    @property
+    def _asked(self) -> int | None:
+        """The number of the signal; None if there was none."""
+        return self._noted if self._agreement is None else self._agreement.signal
+
+    @property
+    def _due(self) -> bool:
+        """Whether the current batch is to be the last one."""
+        return self._asked is not None and (self._agreement is None or self._agreement.due)
 
     def on_train_batch_end(
         self, trainer: Trainer, module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Save, unless a validation is due or gradients are being accumulated."""
-        if self._asked is None:
+        if not self._due:
             return
-        if trainer.world_size > 1:
-            self._stop(trainer)
         done = batch_idx + 1
         counted = done if trainer.check_val_every_n_epoch else trainer.fit_loop.total_batch_idx + 1
         validates = trainer.is_last_batch or counted % (trainer.val_check_batch or 1) == 0
@@ -67,10 +84,12 @@ class StopWhenAsked(Callback):
         """Stop if the previous step is saved; its metrics are logged by now."""
         if self._saved:
             self._stop(trainer)
+        if self._agreement is not None:
+            self._agreement.begin_batch()
 
     def on_train_epoch_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Stop if requested: the previous epoch is saved."""
-        if self._asked is not None:
+        if self._due:
             self._stop(trainer)
 
     def on_train_end(self, trainer: Trainer, module: LightningModule) -> None:
@@ -78,6 +97,7 @@ class StopWhenAsked(Callback):
         self._leave()
         if self._asked is not None:  # during the last step or validation
             self._stop(trainer)
+        tell_training(False)
 
     def _stop(self, trainer: Trainer) -> None:
         assert self._asked is not None

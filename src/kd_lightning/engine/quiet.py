@@ -1,0 +1,28 @@
+"""Suppression of messages of Lightning."""
+
+import logging
+import threading
+import warnings
+
+log = logging.getLogger(__name__)
+
+
+def quiet_lightning() -> None:
+    """Suppress messages of Lightning that are the same in every training."""
+    # TensorBoard writes in a thread, and raises its errors in the next call too.
+    threading.excepthook = lambda failed: log.info(
+        "failed in %s", failed.thread, exc_info=failed.exc_value
+    )
+    logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
+    for module in ("seed", "distributed"):
+        logging.getLogger(f"lightning.fabric.utilities.{module}").setLevel(logging.WARNING)
+    # Data-loader workers are useless here: pixels are rendered on the model's device.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Caused by Lightning itself.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # The last step of every epoch is logged, however short the epoch.
+    warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    # A resumed training has existing checkpoints.
+    warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
+    # Epochs without validation; `fitting.fit` validates at the end.
+    warnings.filterwarnings("ignore", message=".*could not find the monitored key.*")
