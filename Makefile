@@ -1,10 +1,13 @@
 # `make demo` and `make test` first create a virtual environment, if there is none.
+# `make demo TORCH=cpu` creates it with PyTorch's CPU build, without several GB of CUDA libraries.
 
 VENV ?= .venv
 PYTHON ?= python3
+TORCH ?= default
 RUN := $(VENV)/bin/python
+PIP := $(RUN) -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test lint clean
+.PHONY: demo test lint docs notebook clean
 
 demo: $(VENV)/installed ## train a teacher, distil a student, print the results; no data download
 	$(RUN) train.py experiment=demo
@@ -17,10 +20,23 @@ lint: $(VENV)/installed ## check formatting, lint and types
 	$(RUN) -m ruff check .
 	$(RUN) -m mypy
 
+docs: $(VENV)/installed-docs ## build the documents as a site, in site/
+	$(RUN) -m mkdocs build --strict
+
+notebook: $(VENV)/installed-docs ## execute docs/notebook.ipynb and store its outputs
+	$(RUN) -m nbconvert --to notebook --execute --inplace docs/notebook.ipynb
+
 $(VENV)/installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN) -m pip install --quiet --constraint constraints.txt --editable '.[dev]'
+ifeq ($(TORCH),cpu)
+	$(PIP) --extra-index-url https://download.pytorch.org/whl/cpu torch torchvision
+endif
+	$(PIP) --editable '.[dev]'
+	touch $@
+
+$(VENV)/installed-docs: $(VENV)/installed
+	$(PIP) --editable '.[docs]'
 	touch $@
 
 clean:
-	rm -rf $(VENV)
+	rm -rf $(VENV) site

@@ -58,7 +58,9 @@ class Attention(MapTerm):
     """Matches the attention maps of student and teacher for pairs of layers; see `LayerPairs`.
 
     Args:
-        student_layers, teacher_layers, pairs: the layers; see `LayerPairs`.
+        student_layers: layers of the student; see `LayerPairs`.
+        teacher_layers: layers of the teacher.
+        pairs: pairs of layers, instead of both.
         distance: ``mean_square`` is the mean over batch and positions of (Q_s - Q_t)^2, as in the
             authors' code, where the weight is 1000; ``norm`` is ||Q_s - Q_t||_2, averaged over the
             batch, as in equation 2 of the paper, whose beta / 2 is this term's weight. Both are

@@ -18,7 +18,9 @@ class MapTerm(Term):
     same size is stored once.
 
     Args:
-        student_layers, teacher_layers, pairs: the layers; see `LayerPairs`.
+        student_layers: layers of the student; see `LayerPairs`.
+        teacher_layers: layers of the teacher.
+        pairs: pairs of layers, instead of both.
     """
 
     def __init__(
