@@ -17,7 +17,7 @@ from matplotlib.patches import Rectangle
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "kd_lightning"
 ORDER = (
-    "cli", "api", "workflows", "engine", "distill", "reports", "storage", "config", "losses",
+    "cli", "api", "workflows", "engine", "distill", "inference", "reports", "storage", "config", "losses",
     "data", "models", "errors, files, ...",
 )  # fmt: skip
 
