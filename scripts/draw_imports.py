@@ -17,8 +17,8 @@ from matplotlib.patches import Rectangle
 
 SOURCE = Path(__file__).resolve().parents[1] / "src" / "kd_lightning"
 ORDER = (
-    "cli", "api", "workflows", "engine", "distill", "inference", "reports", "storage", "config", "losses",
-    "data", "models", "errors, files, ...",
+    "cli", "api", "workflows", "engine", "distill", "inference", "reports", "storage", "config",
+    "losses", "data", "models", "errors, files, ...",
 )  # fmt: skip
 
 
