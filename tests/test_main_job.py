@@ -26,6 +26,10 @@ KEYS = {
     "epochs", "train_seconds", "images_per_second", "teacher_key", "git_commit", "python", "torch",
     "lightning", "images_sha256", "teacher_sha256", "code_sha256", "stamps", "device",
     "processes", "precision", "class_names",
+    "test_nll", "test_brier", "test_ece", "temperature", "test_nll_calibrated",
+    "test_ece_calibrated", "teacher_test_nll", "teacher_test_ece", "teacher_kl",
+    "teacher_kl_right", "teacher_kl_wrong", "agreement_right", "agreement_wrong",
+    "macs", "file_bytes", "teacher_macs", "teacher_bytes",
 }  # fmt: skip
 
 

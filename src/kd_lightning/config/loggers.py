@@ -4,13 +4,8 @@ import importlib.util
 import inspect
 from typing import Any
 
-from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger
-
 from kd_lightning.config.nodes import check_node, find_target
 from kd_lightning.errors import InputError
-
-PACKAGES: dict[type[Logger], str] = {WandbLogger: "wandb", MLFlowLogger: "mlflow"}
-"""Loggers whose packages are extras of the same name."""
 
 
 def check_loggers(nodes: Any) -> None:
@@ -22,6 +17,10 @@ def check_loggers(nodes: Any) -> None:
     Raises:
         InputError: a node is invalid, is not a logger, or needs a package that is not installed.
     """
+    from lightning.pytorch.loggers import Logger, MLFlowLogger, WandbLogger  # takes seconds
+
+    # Extras of the same name.
+    packages: dict[type[Logger], str] = {WandbLogger: "wandb", MLFlowLogger: "mlflow"}
     if not isinstance(nodes, dict):
         raise InputError(f"logger must be names with a _target_ node each, not {nodes!r}")
     for name, node in nodes.items():
@@ -34,7 +33,7 @@ def check_loggers(nodes: Any) -> None:
             raise InputError(
                 f"{path} must be a lightning.pytorch.loggers.Logger, not {node['_target_']}"
             )
-        for kind, package in PACKAGES.items():
+        for kind, package in packages.items():
             if issubclass(target, kind) and importlib.util.find_spec(package) is None:
                 raise InputError(
                     f"{path} needs the package {package}: pip install -e '.[{package}]'"

@@ -66,15 +66,14 @@ class DistillationModule(LightningModule):
         step_losses: unweighted loss of every term in the current step, detached float32 scalars.
         min_batch_size: minimum batch size of a process.
         cache: cache of teacher outputs on training views, if any.
-        evaluation_cache: cache of teacher logits on unaugmented images, if any, by the number of
-            the member.
+        evaluation_cache: cache of teacher logits on unaugmented images, if any, by member number.
         initial_sha256: hash of the weights that the student starts from, if any.
 
     Raises:
         InputError: a node cannot be built, or a term does not fit the two networks.
     """
 
-    initial_sha256: str = ""
+    initial_sha256 = ""
 
     def __init__(
         self,
@@ -395,7 +394,7 @@ class DistillationModule(LightningModule):
         if str(self.trainer.precision) == "16-mixed":
             self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
             return
-        algorithm = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
+        kind = GradClipAlgorithmType(gradient_clip_algorithm or "norm")
         # Bypass the check of MixedPrecision, which only matters for scaled gradients.
         plugin = self.trainer.precision_plugin
-        Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, algorithm)
+        Precision.clip_gradients(plugin, optimizer, gradient_clip_val or 0.0, kind)
