@@ -10,6 +10,7 @@ the student on all test images before it is written.
 
 import argparse
 import sys
+from pathlib import Path
 
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import home
@@ -38,6 +39,7 @@ def main() -> None:
         help="your own packages that contain the run's model or data",
     )  # fmt: skip
     arguments = parser.parse_args()
+    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
 
     from kd_lightning import api
     from kd_lightning.reports.summary import percent

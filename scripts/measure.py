@@ -7,6 +7,7 @@ The figures are added to the metrics.json of each run; write the report again to
 
 import argparse
 import sys
+from pathlib import Path
 
 from kd_lightning.errors import InputError
 from kd_lightning.files import home
@@ -29,6 +30,9 @@ def main() -> None:
         help="your own packages that contain the models of a run",
     )
     arguments = parser.parse_args()
+    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    # A glob of a setting's folder also matches its tables and pictures.
+    runs = [run for run in arguments.runs if Path(run).is_dir()] or arguments.runs
     if arguments.seconds <= 0 or (arguments.threads is not None and arguments.threads < 1):
         print("error: --seconds and --threads must be positive", file=sys.stderr)
         sys.exit(2)
@@ -39,7 +43,7 @@ def main() -> None:
 
     given = (arguments.device, arguments.threads, arguments.seconds, arguments.trust)
     try:
-        for folder, figures in measure(arguments.runs, *given):
+        for folder, figures in measure(runs, *given):
             say(f"{folder} on {figures['measured_on']}")
             say(table_of(cost_table(figures)))
     except InputError as error:

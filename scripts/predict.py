@@ -44,6 +44,7 @@ def main() -> None:
         help="your own packages that contain the run's model, or the .pt2 file itself",
     )  # fmt: skip
     arguments = parser.parse_args()
+    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
     with robust_streams():
         try:
             skipped = run(arguments)

@@ -599,3 +599,17 @@ def test_largest_seed_shuffles_every_epoch():
 def test_seeds_do_not_wrap_around():
     with pytest.raises(ValueError, match="seed"):
         Augmentation(seed=2**32)
+
+
+def test_damaged_pixels_in_the_cache_are_decoded_again(tmp_path, folder):
+    def load():
+        data = FolderDataModule(root=folder, image_size=16, batch_size=4, cache_dir=tmp_path)
+        return data.load().pixels
+
+    whole = load()
+    (cached,) = tmp_path.glob("*.safetensors")
+    content = bytearray(cached.read_bytes())
+    content[-1000:-900] = bytes(byte ^ 0xFF for byte in content[-1000:-900])
+    cached.write_bytes(content)
+    assert torch.equal(load(), whole)
+    assert cached.read_bytes() != content  # repaired

@@ -414,11 +414,61 @@ def test_pillow_images_are_turned_upright(run, photographs):
     [
         np.zeros((2, 16, 16, 3), np.float32), np.zeros((3, 16, 16), np.uint8),
         torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 16, 16, dtype=torch.int64), [3], ["missing.png"],
+        torch.full((2, 3, 16, 16), 255.0), torch.full((2, 3, 16, 16), float("nan")),
     ],
 )  # fmt: skip
 def test_unsupported_images_are_rejected(run, images):
     with pytest.raises(InputError):
         api.load_student(run).predict(images)
+
+
+def test_arrays_and_files_are_cropped_alike_from_a_larger_stored_size(run, tmp_path):
+    copy = tmp_path / "run"
+    copy.mkdir()
+    for name in ("metrics.json", "student.safetensors"):
+        (copy / name).write_bytes((run / name).read_bytes())
+    config = (run / "config.yaml").read_text()
+    assert "stored_size: null" in config
+    (copy / "config.yaml").write_text(config.replace("stored_size: null", "stored_size: 24"))
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(tmp_path / f"{number}.png")
+    student = api.load_student(copy)
+    logits = student.logits([tmp_path / "0.png", tmp_path / "1.png"])
+    torch.testing.assert_close(student.logits(list(pixels)), logits)
+    torch.testing.assert_close(student.logits(pixels), logits)
+    assert not torch.allclose(api.load_student(run).logits(pixels), logits)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("image_size", 64), ("stored_size", 8), ("stored_size", 10**6), ("class_names", ["a"]),
+        ("std", [0, 0, 0]), ("resize", "bogus"), ("temperature", 1e-300),
+    ],
+)  # fmt: skip
+def test_metadata_that_do_not_fit_the_network_are_rejected(exported, tmp_path, key, value):
+    model = onnx.load(exported.path)
+    for entry in model.metadata_props:
+        if entry.key == key:
+            entry.value = json.dumps(value)
+    onnx.save(model, tmp_path / "changed.onnx")
+    with pytest.raises(InputError):
+        api.load_student(tmp_path / "changed.onnx")
+
+
+def test_no_student_of_a_run_is_overwritten(run, tmp_path):
+    weights = (run / "student.safetensors").read_bytes()
+    (tmp_path / "link").symlink_to(run)
+    for out in (
+        run / ".." / run.name / "student.safetensors",
+        tmp_path / "link/student.safetensors",
+    ):
+        with pytest.raises(InputError):
+            api.export(run, "safetensors", out=out)
+    with pytest.raises(InputError):
+        api.export(run, "onnx", int8=True, max_loss=float("nan"))
+    assert (run / "student.safetensors").read_bytes() == weights
 
 
 # --- results --------------------------------------------------------------------------------------

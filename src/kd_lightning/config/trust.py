@@ -43,7 +43,8 @@ def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
         ):
             raise InputError(
                 f"{path}._target_={nested} is not in {', '.join(packages)}: rejected, because "
-                "untrusted files could run arbitrary code; if it is your own code, pass trust"
+                "untrusted files could run arbitrary code; if it is your own code, trust its "
+                "package by name: --trust PACKAGE, or trust=[PACKAGE] in Python"
             )
 
 

@@ -95,6 +95,8 @@ def read_image(
         return decode(path if content is None else BytesIO(content), size, resize)
     except MemoryError:
         raise
+    except FileNotFoundError as error:
+        raise InputError(f"{readable(path)} does not exist") from error
     except Image.DecompressionBombError as error:
         raise InputError(
             f"{readable(path)} has more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels; make "

@@ -159,20 +159,29 @@ class FolderDataModule(ImageDataModule):
 
     def _read_stored(self, stored: Path, count: int) -> torch.Tensor | None:
         try:
-            pixels = load_file(stored)["pixels"]
+            content = load_file(stored)
+            pixels, digest = content["pixels"], content["sha256"]
         except (OSError, SafetensorError, KeyError):
             return None  # missing or damaged: decode again
         shape = (count, self.stored_size, self.stored_size, 3)
-        return pixels if pixels.shape == shape and pixels.dtype == torch.uint8 else None
+        if pixels.shape != shape or pixels.dtype != torch.uint8:
+            return None
+        return pixels if torch.equal(digest, _sha256(pixels)) else None
 
     def _store(self, pixels: torch.Tensor, stored: Path) -> None:
         """Cache the decoded images; a failure is not an error, as the cache only saves time."""
         try:
             with replacing(stored) as partial:
-                save_file({"pixels": pixels}, partial)
+                save_file({"pixels": pixels, "sha256": _sha256(pixels)}, partial)
         except (OSError, SafetensorError) as error:
             log.warning(
                 "decoded images cannot be cached in %s (%s), so the next run decodes them again; "
                 "to avoid this, free disk space or choose another data_dir",
                 readable(stored.parent), error,
             )  # fmt: skip
+
+
+def _sha256(pixels: torch.Tensor) -> torch.Tensor:
+    """The SHA-256 of pixels (32,), uint8."""
+    digest = hashlib.sha256(pixels.contiguous().numpy().data).digest()
+    return torch.frombuffer(bytearray(digest), dtype=torch.uint8)

@@ -118,8 +118,8 @@ class FolderListing:
             digest.update(part.annotations)
         if ignored := self._scanner.ignored:
             log.warning(
-                "%d files in class folders are not used, because their names are not those of "
-                "images: e.g. %s", len(ignored), readable(ignored[0]),
+                "not used, because the names in class folders are not those of images: %s%s",
+                readable(ignored[0]), f" and {len(ignored) - 1} more" if len(ignored) > 1 else "",
             )  # fmt: skip
         return Files(
             paths,

@@ -1,12 +1,14 @@
 """What inference needs besides the network: classes, preprocessing, temperature."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+from kd_lightning.data.decoding import RESIZE
 from kd_lightning.errors import InputError
+
+LARGEST = 4096  # pixels
 
 PIXELS = "uint8 RGB (batch, height, width, 3)"
 """Input of every exported file."""
@@ -43,6 +45,18 @@ class Description:
             "input": json.dumps(PIXELS)
         }
 
+    def check(self) -> None:
+        """Check the preprocessing.
+
+        Raises:
+            ValueError: a value is out of range.
+        """
+        edge = self.stored_size or self.image_size
+        if not 1 <= self.image_size <= edge <= LARGEST:
+            raise ValueError(f"image_size {self.image_size}, stored_size {self.stored_size}")
+        if self.resize not in RESIZE or min(self.std) <= 0:
+            raise ValueError(f"resize {self.resize}, std {self.std}")
+
     @classmethod
     def from_metadata(cls, metadata: Mapping[str, str], file: str) -> "Description":
         """Inverse of `as_metadata`.
@@ -52,8 +66,8 @@ class Description:
         """
         try:
             values = {part.name: json.loads(metadata[part.name]) for part in fields(cls)}
-            return cls(
-                class_names=tuple(map(str, values["class_names"])),
+            found = cls(
+                class_names=tuple(map(str, list(values["class_names"]))),
                 image_size=int(values["image_size"]),
                 mean=_three(values["mean"]),
                 std=_three(values["std"]),
@@ -62,6 +76,8 @@ class Description:
                 temperature=valid_temperature(values["temperature"]),
                 run=str(values["run"]),
             )
+            found.check()
+            return found
         except (KeyError, ValueError, TypeError) as error:
             raise InputError(
                 f"{file} was not written by scripts/export.py: its metadata have no valid "
@@ -70,14 +86,14 @@ class Description:
 
 
 def valid_temperature(value: Any) -> float:
-    """A finite number above 0.
+    """A number from 0.001 to 1000.
 
     Raises:
         ValueError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"the temperature is {value!r}")
-    if not 0 < value < math.inf:
+    if not 1e-3 <= value <= 1e3:
         raise ValueError(f"the temperature is {value}")
     return float(value)
 

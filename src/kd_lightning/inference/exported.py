@@ -154,6 +154,11 @@ def read_onnx(path: Path) -> tuple[Runner, Description]:
         raise InputError(f"{path} is damaged or not an ONNX model: {error}") from error
     metadata = session.get_modelmeta().custom_metadata_map
     description = Description.from_metadata(metadata, str(path))
+    pixels = [(node.name, tuple(node.shape[1:])) for node in session.get_inputs()]
+    size, names = description.image_size, description.class_names
+    classes = session.get_outputs()[0].shape[-1]
+    if pixels != [("pixels", (size, size, 3))] or (names and len(names) != classes):
+        raise InputError(f"{path} was not written by scripts/export.py: its metadata do not fit it")
 
     def run(pixels: Tensor) -> Tensor:
         return torch.from_numpy(session.run(None, {"pixels": _bytes(pixels).numpy()})[0])

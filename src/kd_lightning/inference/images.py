@@ -40,7 +40,12 @@ def batches(images: Images, description: Description, size: int) -> Iterator[Ten
         return
     if isinstance(images, str | Path | Image.Image) or _is_array(images, 3):
         images = [images]  # type: ignore[list-item]
-    if _is_array(images, 4) and images.shape[1:3] == (description.image_size,) * 2:  # type: ignore[union-attr]
+    as_they_are = (
+        description.stored_size is None
+        and _is_array(images, 4)
+        and images.shape[1:3] == (description.image_size,) * 2  # type: ignore[union-attr]
+    )
+    if as_they_are:
         yield from torch.from_numpy(np.ascontiguousarray(_checked(images))).split(size)
         return
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while decoding
@@ -103,4 +108,6 @@ def _of_tensor(images: Tensor, size: int) -> Tensor:
         raise InputError(
             f"a tensor of images must be uint8, or floating-point in [0, 1], not {images.dtype}"
         )
+    if not bool(((images >= 0) & (images <= 1)).all()):
+        raise InputError("a floating-point tensor of images must be in [0, 1]; or give it as uint8")
     return images.permute(0, 2, 3, 1).float() * 255

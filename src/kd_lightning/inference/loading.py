@@ -36,7 +36,7 @@ def load_student(source: str | Path, trust: Iterable[str] = ()) -> Student:
         run, description = read_onnx(path)
         return Student(description, run)
     if path.suffix == ".pt2":
-        if not any(Path(name) == path for name in trust):
+        if not any(Path(name) == path or name == path.name for name in trust):
             raise InputError(
                 f"{path} could execute code when it is loaded, as torch.export uses pickle; if you "
                 f"trust its author, pass trust (--trust {path}), or use a .onnx file"

@@ -49,18 +49,17 @@ def print_summary(metrics: dict[str, Any], run_dir: str | Path) -> None:
         percent(metrics["test_accuracy_at_best"]),
     )
     say(table)
-    say(
-        f"compression {metrics['compression_ratio']:.1f}x of {metrics['teacher']}"
-        + (
-            f", agreement with the teacher {percent(metrics['agreement'])}"
-            if metrics["agreement"] is not None
-            else ""
+    if metrics["agreement"] is not None:
+        ratio = metrics["compression_ratio"]
+        say(
+            f"compression {ratio:.{1 if ratio >= 1 else 3}f}x of {metrics['teacher']}, agreement "
+            f"with the teacher {percent(metrics['agreement'])}"
         )
-    )
     for line in _quality(metrics):
         say(line)
+    plural = "s" if metrics["epochs"] > 1 else ""
     say(
-        f"trained {metrics['epochs']} epochs in {duration(metrics['train_seconds'])}, "
+        f"trained {metrics['epochs']} epoch{plural} in {duration(metrics['train_seconds'])}, "
         f"{metrics['images_per_second']:,.0f} images/s, {metrics['precision']} on "
         f"{metrics['device']}"
     )

@@ -94,6 +94,10 @@ def export(
         OSError: the file cannot be written.
     """
     trust = tuple(trust)
+    if not 0 <= max_loss <= 1:
+        raise InputError(
+            f"--max-loss must be from 0 to 100 percentage points, not {100 * max_loss}"
+        )
     path = _check(Path(run_dir), to, int8, out)
     student = load_student(run_dir, trust)
     data = _find_data(Path(run_dir), student.config, data_root, trust)
@@ -123,8 +127,11 @@ def _check(run_dir: Path, to: str, int8: bool, out: str | Path | None) -> Path:
     path = Path(out) if out is not None else run_dir / "exported" / name
     if path.suffix != suffix:
         raise InputError(f"the name of the file must end in {suffix}, not {path.name}")
-    if path.absolute() == (run_dir / "student.safetensors").absolute():
-        raise InputError(f"{path} is a file of the run; choose another name")
+    place = path.resolve()
+    if place.name == "student.safetensors" and (place.parent / "config.yaml").exists():
+        raise InputError(f"{path} is the file of a run; choose another name")
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give the name of a file")
     return path
 
 
