@@ -603,7 +603,9 @@ def test_seeds_do_not_wrap_around():
 
 def test_damaged_pixels_in_the_cache_are_decoded_again(tmp_path, folder):
     def load():
-        data = FolderDataModule(root=folder, image_size=16, batch_size=4, cache_dir=tmp_path)
+        data = FolderDataModule(
+            name="folder", root=folder, image_size=16, batch_size=4, cache_dir=str(tmp_path)
+        )
         return data.load().pixels
 
     whole = load()
