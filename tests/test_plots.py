@@ -279,3 +279,14 @@ def test_run_with_unusual_class_names(train, folder):
     events.Reload()
     shown = Image.open(io.BytesIO(events.Images("test/confusion")[-1].encoded_image_string))
     assert torch.from_numpy(np.array(shown)).float().std() > 10
+
+
+def test_colour_of_a_method_does_not_depend_on_the_others_shown():
+    some, all_of_them = (
+        plots.colours(["dkd", "crd"]),
+        plots.colours(["none", "crd", "logit", "dkd"]),
+    )
+    assert {name: all_of_them[name] for name in ("dkd", "crd")} == {
+        name: some[name] for name in ("dkd", "crd")
+    }
+    assert len(set(map(str, all_of_them.values()))) == len(all_of_them)

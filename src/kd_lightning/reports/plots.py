@@ -7,7 +7,7 @@ literally: Matplotlib would render `$_$` as a formula.
 import logging
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from io import BytesIO
 from typing import TYPE_CHECKING, Any
@@ -96,6 +96,7 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
     figure = Figure(figsize=(7.5, 5), layout="constrained")
     axes = figure.subplots()
     done = cells[cells["n"] > 0].sort_values("parameters")
+    colour = colours(done["label"])
     for place, (label, part) in enumerate(done.groupby("label", sort=False)):
         axes.errorbar(
             # Slightly shifted, so that error bars do not overlap.
@@ -105,7 +106,7 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
             label=_legend(label),
             marker="o",
             capsize=3,
-            color=_colour(str(label), place),
+            color=colour[str(label)],
         )
     teacher = runs.dropna(subset="teacher_test_accuracy")
     if len(teacher):
@@ -148,7 +149,7 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
     done = done.sort_values("parameters", kind="stable")
     students = list(dict.fromkeys(done["student"]))
     names = list(dict.fromkeys(done["label"]))
-    width = 0.8 / max(1, len(names))
+    width, colour = 0.8 / max(1, len(names)), colours(names)
     for place, name in enumerate(names):
         part = done[done["label"] == name]
         x = (
@@ -159,7 +160,7 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
         high = part["gain_high"] - part["gain"] if compared else part["test_std"]
         axes.bar(
             x, 100 * middle, width * 0.92, yerr=100 * high, capsize=3, label=_legend(name),
-            color=_colour(name, place),
+            color=colour[name],
         )  # fmt: skip
     axes.set_xticks(range(len(students)), [text(student) for student in students])
     axes.set_xlim(-0.75, len(students) - 0.25)
@@ -194,11 +195,12 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
     rows = -(-len(students) // columns)
     figure = Figure(figsize=(4.2 * columns + 0.8, 3.6 * rows), layout="constrained")
     panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    known = colours(histories["label"])
     for axes, student in zip(panels, students, strict=False):
         part = histories[histories["student"] == student]
-        for place, (label, own) in enumerate(part.groupby("label", sort=False)):
+        for label, own in part.groupby("label", sort=False):
             curve = 100 * own.groupby("epoch")["val_accuracy"].agg(["mean", "std"])
-            colour = _colour(str(label), place)
+            colour = known[str(label)]
             axes.plot(curve.index, curve["mean"], label=_legend(label), color=colour)
             spread = curve["std"].fillna(0)
             axes.fill_between(
@@ -231,13 +233,14 @@ def _count(parameters: float) -> str:
     return f"{parameters / 1e6:.2f} million" if parameters >= 1e5 else f"{parameters:,.0f}"
 
 
-def _colour(label: str, place: int) -> Any:
-    """Colour of a method, the same in all figures."""
+def colours(labels: Iterable[Any]) -> dict[str, Any]:
+    """Colour of each method, the same in all figures of a setting."""
     import seaborn
 
     palette = seaborn.color_palette("colorblind")
     known = {"none": "0.35", "logit": palette[0], "attention": palette[1], "combined": palette[2]}
-    return known.get(label, palette[(place + 3) % len(palette)])
+    others = sorted({str(label) for label in labels} - known.keys())
+    return known | {name: palette[(n + 3) % len(palette)] for n, name in enumerate(others)}
 
 
 def confusion_matrix(
