@@ -57,7 +57,7 @@ def main() -> None:
     outputs = bytes_per_view(config, arguments.images)
     edge = data.get("stored_size") or data["image_size"]
     decoded = arguments.images * (edge**2 * 3 + 8)
-    batch = data["batch_size"] * data["image_size"] ** 2 * 3
+    batch = data["batch_size"] * edge**2 * 3
     memory = GROUPS * max(batch, GROUP) + PER_IMAGE * arguments.images + outputs
 
     print(f"student: {student:,.0f} images/s in training; teacher: {teacher:,.0f} images/s")
