@@ -19,8 +19,9 @@ def tables(tmp_path_factory):
     return [line for line in lines if line.startswith("| ") and "---" not in line]
 
 
-def test_longer_trainings_follow_from_the_runs(tmp_path):
-    write_report([RUNS.with_name("hundred-epochs.csv")], tmp_path)
+@pytest.mark.parametrize("name", ["hundred-epochs.csv", "negative-control.csv"])
+def test_further_trainings_follow_from_the_runs(tmp_path, name):
+    write_report([RUNS.with_name(name)], tmp_path, draw_figures=False)
     text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
     rows = [line for line in (tmp_path / "results.md").read_text().splitlines()
             if line.startswith("| small |")]  # fmt: skip
