@@ -84,7 +84,8 @@ def test_metadata_is_what_the_hub_reads(run):
 
     card = model_card(run, CardOptions(license="apache-2.0", dataset="me/photos"))
     data = ModelCard(card).data
-    assert (data.license, data.library_name) == ("apache-2.0", "kd_lightning")
+    named = data.to_dict()
+    assert (named["license"], named["library_name"]) == ("apache-2.0", "kd_lightning")
     assert (data.datasets, data.metrics) == (["me/photos"], ["accuracy"])
     assert "knowledge-distillation" in data.tags
     (result,) = data.eval_results
