@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
 from multiprocessing.connection import Connection, wait
 from types import FrameType
@@ -27,7 +27,7 @@ from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 from kd_lightning.config.launcher import Launcher
-from kd_lightning.engine.supervision import SIGNALS
+from kd_lightning.engine.supervision import handling_signals
 from kd_lightning.engine.worker import Task, Worker, check_environment
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.terminal import say
@@ -288,12 +288,7 @@ class Follower:
             self._worker.kill()
         self._worker = None
 
-    @contextmanager
-    def _signals_passed_on(self) -> Iterator[None]:
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-
+    def _signals_passed_on(self) -> AbstractContextManager[None]:
         def note(number: int, frame: FrameType | None) -> None:
             if self._signalled:
                 self._kill()
@@ -301,12 +296,7 @@ class Follower:
             self._signalled = True
             self._notify.send(number)
 
-        before = {number: signal.signal(number, note) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handling_signals(note)
 
 
 def _meet(launcher: Launcher) -> tuple[str, Store]:

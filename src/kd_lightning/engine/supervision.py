@@ -7,8 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Protocol
@@ -147,12 +147,8 @@ class Supervision:
         for worker in self._workers:
             worker.kill()
 
-    @contextmanager
-    def signals_handled(self) -> Iterator[None]:
+    def signals_handled(self) -> AbstractContextManager[None]:
         """Stop the training on Ctrl-C and SIGTERM; a second one ends all processes at once."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
 
         def note(number: int, frame: FrameType | None) -> None:
             if self._signalled:
@@ -162,12 +158,21 @@ class Supervision:
             self._signalled = True
             self._notify.send(number)
 
-        before = {number: signal.signal(number, note) for number in SIGNALS}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+        return handling_signals(note)
+
+
+@contextmanager
+def handling_signals(handler: Callable[[int, FrameType | None], None]) -> Iterator[None]:
+    """Handle `SIGNALS` in the block; only the main thread can."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, handler) for number in SIGNALS}
+    try:
+        yield
+    finally:
+        for number, earlier in before.items():
+            signal.signal(number, earlier)
 
 
 def receive(connection: Connection) -> tuple[str, Any]:
