@@ -95,14 +95,14 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def write_csv(rows: Iterator[dict[str, Any]], stream: TextIO) -> None:
-    """Write rows as they come; the columns are those of the first."""
+    """Write rows as they come; the columns are those of the first, or of the best class only."""
     first = next(rows, None)
-    if first is None:
-        return
-    writer = csv.DictWriter(stream, list(first), lineterminator="\n")
+    columns = list(first or ("file", "class", "probability"))
+    writer = csv.DictWriter(stream, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerow(first)
-    writer.writerows(rows)
+    if first is not None:
+        writer.writerow(first)
+        writer.writerows(rows)
 
 
 @contextmanager

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import composition
 import numpy as np
@@ -15,8 +15,11 @@ from hypothesis import Phase, settings
 from PIL import Image
 
 from kd_lightning import cli
-from kd_lightning.config.plan import TrainerPlan
-from kd_lightning.reports import documents
+
+# torch and Lightning are imported where they are needed: pytest-xdist imports this file in a
+# process that runs no test.
+if TYPE_CHECKING:
+    from kd_lightning.config.plan import TrainerPlan
 
 # For mutation testing: a failing example is enough, no need to shrink it.
 settings.register_profile("first-failure", phases=(Phase.explicit, Phase.generate))
@@ -118,7 +121,7 @@ def train(
         with monkeypatch.context() as patch:
             patch.setattr(sys, "argv", ["train.py", *flags, *given, *overrides])
             if "pictures=true" not in overrides:
-                patch.setattr(documents, "draw", lambda *_: {})
+                patch.setattr("kd_lightning.reports.documents.draw", lambda *_: {})
             if not composition.may_choose_mode(overrides):
                 patch.setattr(Hydra, "get_mode", lambda *_, **__: None)
             try:
@@ -137,8 +140,10 @@ def run_directories(root: Path) -> list[Path]:
     return [path.parent for path in root.glob("outputs/*/**/metrics.json")]
 
 
-def trainer_plan(settings: dict[str, Any], precision: str = "32-true") -> TrainerPlan:
+def trainer_plan(settings: dict[str, Any], precision: str = "32-true") -> "TrainerPlan":
     """The plan of a single-process CPU trainer."""
+    from kd_lightning.config.plan import TrainerPlan
+
     return TrainerPlan(settings, precision, channels_last=True, processes=1)
 
 

@@ -408,6 +408,11 @@ def test_validation_without_test_folder_gets_a_suggestion(folder):
         folder_data(folder)
 
 
+def test_class_folders_without_a_split_are_recognised(folder):
+    with pytest.raises(InputError, match=r"no folder 'train'.*class0 looks like a class"):
+        folder_data(folder / "train")
+
+
 def test_unused_folders_and_images_cause_a_warning(folder, caplog):
     (folder / "dev" / "class0").mkdir(parents=True)
     (folder / "__MACOSX").mkdir()

@@ -8,6 +8,7 @@ from kd_lightning.reports.runs import read_runs
 from kd_lightning.reports.statistics import summarise
 
 RUNS = REPOSITORY / "docs" / "results" / "runs.csv"
+GRIDS = REPOSITORY / "docs" / "twelve-epochs.md"
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_further_trainings_follow_from_the_runs(tmp_path, name):
 
 
 def test_results_follow_from_the_runs(tables):
-    text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
+    text = GRIDS.read_text().splitlines()
     assert len(tables) > 30
     for line in tables:
         assert line in text
@@ -40,7 +41,7 @@ def test_results_follow_from_the_runs(tables):
 def test_comparison_with_the_original_table():
     runs = read_runs([RUNS])
     cells = summarise(runs)
-    text = (REPOSITORY / "RESULTS.md").read_text().partition("## Comparison with the original")[2]
+    text = GRIDS.read_text().partition("## Comparison with the original")[2]
     rows = [line.split("|") for line in text.partition("\n## ")[0].splitlines() if "(+" in line]
     assert len(rows) == 7
     for _, method, student, original, *ours, _ in rows:
@@ -55,8 +56,9 @@ def test_comparison_with_the_original_table():
             assert shown.strip() == f"{test:.2f} ({test - float(original):+.2f})"
 
 
-def test_readme_tables_follow_from_the_runs(tables):
-    text = (REPOSITORY / "README.md").read_text()
+@pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
+def test_summaries_follow_from_the_runs(tables, document):
+    text = (REPOSITORY / document).read_text()
     shown = [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
     assert len(shown) >= 4
     for line in shown:

@@ -320,6 +320,12 @@ def test_predict_keeps_the_order_and_names_bad_files(run, photographs, tmp_path,
         )
 
 
+def test_a_table_without_predictions_has_its_columns(run, tmp_path, script):
+    out = tmp_path / "table.csv"
+    assert script("predict.py", run, tmp_path / "missing.png", "--out", out)[0] == 3
+    assert out.read_text() == "file,class,probability\n"
+
+
 def test_predicting_many_files_holds_few_in_memory(run, photographs, monkeypatch):
     files = api.find_images([photographs])
     student = api.load_student(run)

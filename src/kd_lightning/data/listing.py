@@ -218,8 +218,20 @@ class FolderListing:
         root = readable(self.root)
         return InputError(
             f"data.root={root} has no folder '{part}'; expected are {root}/train/<class>/*.png "
-            f"and {root}/test/<class>/*.png"
+            f"and {root}/test/<class>/*.png{self._hint() if part == 'train' else ''}"
         )
+
+    def _hint(self) -> str:
+        """What to do with class folders that are not split; empty if there are none."""
+        for entry in self._scanner.visible(self.root) if self.root.is_dir() else ():
+            if entry.is_dir() and any(
+                is_image_name(file.name) for file in self._scanner.visible(Path(entry.path))
+            ):
+                return (
+                    f". {readable(entry.name)} looks like a class: move the class folders into "
+                    "train, and a part of each one's images into test"
+                )
+        return ""
 
     def _part(self, folder: Path) -> "_Part":
         if _annotations(folder).is_file():
