@@ -259,6 +259,13 @@ def test_settings_of_an_old_table_are_distinguished():
     assert groups(runs)[0].words == "teacher convnet"
 
 
+def test_epochs_of_old_runs_are_those_of_the_table(two_rates, tmp_path):
+    write_run(tmp_path / "old", "none", "small", 0, 0.5, setting="x-0", epochs=12)
+    old, *new = sorted(title(tmp_path), key=lambda words: "optimizer.lr 0" in words)
+    assert "trainer.max_epochs 12" in old
+    assert all("trainer.max_epochs 2" in words for words in new)
+
+
 def contents(folder, method, seed, test, images, teacher=None, code=None, **more):
     hashes = {"images": images, "teacher": teacher, "code": code}
     given = {f"{name}_sha256": value and value * 64 for name, value in hashes.items()}
@@ -397,6 +404,21 @@ def test_invalid_config_only_loses_the_labels(two_rates, tmp_path, content, monk
     words = " ".join(title(two_rates))
     assert "optimizer.lr 0.1" in words
     assert "optimizer.lr 0.05" in words
+
+
+def test_titles_are_within_their_figures(runs, tmp_path, monkeypatch):
+    widths = []
+
+    def png(figure):
+        (title,) = figure.texts
+        widths.append(title.get_window_extent().width / figure.bbox.width)
+        return b""
+
+    monkeypatch.setattr(documents.plots, "png", png)
+    table = read_runs([runs])
+    documents.draw(table, summarise(table), "teacher.model.hidden 512, " * 6)
+    assert len(widths) >= 4
+    assert max(widths) <= 1
 
 
 def test_number_of_figures_is_bounded(tmp_path, monkeypatch):

@@ -27,6 +27,7 @@ EXPLANATIONS = ("differences", "attention", "cka")
 
 FIGURES = ("accuracy", "methods", "cost", "curves", "confusion", "reliability", *EXPLANATIONS)
 MOST_DRAWN = 12  # settings with figures; each takes a second or two
+CHARACTERS = 11  # of a title, per inch of a figure's width
 _OVERVIEW = "Test accuracy of the last epoch in per cent, mean ± standard deviation (runs)."
 _GAIN = (
     "The gain is the difference in test accuracy to none, the same student and seed without a "
@@ -139,7 +140,9 @@ def draw(runs: pd.DataFrame, cells: pd.DataFrame, words: str = "") -> dict[str, 
             figure = make()
             if figure is not None:
                 if words:
-                    figure.suptitle(textwrap.fill(plots.text(words, 400), 80), fontsize="medium")
+                    width = round(CHARACTERS * figure.get_figwidth())
+                    title = textwrap.fill(plots.text(words, 400), width)
+                    figure.suptitle(title, fontsize="medium")
                 pictures[name] = plots.png(figure)
     return pictures | _explanation_of_best(finished)
 
@@ -357,14 +360,22 @@ def _html_table(table: pd.DataFrame) -> str:
 
 _PAGE = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><title>Results</title><style>
+:root {{ color-scheme: light dark; }}
 body {{ font: 14px/1.5 system-ui, sans-serif; max-width: 1200px; margin: 2em auto; padding: 1em; }}
 table {{ border-collapse: collapse; margin: 1em 0; font-variant-numeric: tabular-nums; }}
 th, td {{ padding: .3em .7em; text-align: right; white-space: nowrap; }}
-tr {{ border-bottom: 1px solid #ddd; }}
+tr {{ border-bottom: 1px solid #8885; }}
 th:first-child, td:first-child {{ text-align: left; }}
 .table {{ overflow-x: auto; }}
 h2, p, li {{ overflow-wrap: anywhere; }}
 img {{ max-width: 100%; margin: 1em 0; display: block; }}
+@media print {{
+  body {{ max-width: none; margin: 0; padding: 0; font-size: 9px; }}
+  h2, p {{ break-after: avoid; }}
+  img, tr {{ break-inside: avoid; }}
+  img {{ max-height: 11cm; }}
+  .table {{ overflow: visible; }}
+}}
 </style></head><body><h1>Results</h1>
 {body}
 </body></html>

@@ -14,6 +14,7 @@ CONFIDENCE = 0.95
 
 
 AXES = ("method.", "student.")  # settings that differ within a group
+EPOCHS = "trainer.max_epochs"
 
 
 class Group(NamedTuple):
@@ -51,11 +52,13 @@ def groups(runs: pd.DataFrame) -> list[Group]:
                 found.append((str(setting), known, own))
     keys = [key for key in setting_columns(runs) if not key.startswith(AXES)]
     facts = ["teacher", "data", *keys]
-    if not any(runs[key].notna().any() for key in keys if key == "trainer.max_epochs"):
+    if not any(runs[key].notna().any() for key in keys if key == EPOCHS):
         facts.append("epochs")  # for tables of older versions, without settings
     rows = []
     for setting, known, own in found:
         values = {key: own[key].dropna().unique() for key in facts}
+        if not len(values.get(EPOCHS, ["unused"])):  # of an older version, beside newer ones
+            values[EPOCHS] = own["epochs"].dropna().unique()
         constant = {key: _plain(value[0]) for key, value in values.items() if len(value) == 1}
         rows.append({**constant, **known, "setting": setting})
     named = []
