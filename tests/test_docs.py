@@ -34,3 +34,14 @@ def test_mentioned_modules_exist(document):
 def test_linked_files_exist(document):
     for target in re.findall(r"\]\((?!https?:)([^)#]+)", document.read_text()):
         assert (document.parent / target).exists(), target
+
+
+def test_method_files_have_the_measured_costs():
+    text = (REPOSITORY / "docs" / "methods.md").read_text().partition("## Cost")[2]
+    measured = re.findall(r"`(\w+)` \| ([\d.-]+) \| ([\d.]+)", text.partition("\n## ")[0])
+    methods = {path.stem: path.read_text() for path in REPOSITORY.glob("configs/method/*.yaml")}
+    assert sorted(name for name, *_ in measured) == sorted(methods.keys() - {"none"})
+    for name, *costs in measured:
+        given = re.findall(r"([\d.]+) times", methods[name])
+        expected = [float(cost) for cost in costs if cost != "-"]
+        assert [float(cost) for cost in given] == pytest.approx(expected, abs=0.051)
