@@ -59,7 +59,10 @@ def test_two_processes_train_the_same_student_as_one(tmp_path):
         assert sum(map(sum, counts)) == TEST_IMAGES
 
 
-GRID = ("hydra.mode=MULTIRUN", *TWO, "method=none,logit", "seed=0", "trainer.max_epochs=3")
+GRID = (
+    "hydra.mode=MULTIRUN", *TWO, "method=none,logit", "seed=0", "trainer.max_epochs=3",
+    "+trainer.limit_train_batches=12",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")

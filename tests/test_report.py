@@ -133,7 +133,9 @@ def test_tables_can_be_reproduced_from_the_csv(runs, tmp_path):
     write_report([runs / "results.csv"], again)
     text, same = ((place / "results.md").read_text() for place in (runs, again))
     assert same.partition("![")[0] == text.partition("![")[0]
-    assert (again / "results.csv").read_bytes() == (runs / "results.csv").read_bytes()
+    table = (again / "results.csv").read_text()
+    assert table == (runs / "results.csv").read_text()
+    assert ",530090," in table  # also where other runs have no number of parameters
     assert (again / "accuracy.png").exists()
 
 
@@ -358,6 +360,14 @@ def test_given_baseline_replaces_those_of_the_settings(tmp_path):
     gains = cells[cells["method"] == "logit"].set_index("setting")["gain"].to_dict()
     assert gains == pytest.approx({"one": 0.1, "two": 0.2, "other": math.nan}, nan_ok=True)
     assert set(cells[cells["method"] == "none"]["test"]) == {0.7}
+
+
+def test_size_of_the_teacher_is_known_from_a_finished_run(tmp_path):
+    contents(tmp_path / "best", "none", 0, 0.7, images="a", setting="best")
+    write_run(tmp_path / "one", "attention", "small", 0, None, "running", images_sha256="a" * 64)
+    contents(tmp_path / "one", "logit", 0, 0.8, images="a")
+    cells = summarise(read_runs([tmp_path / "one"], baseline=tmp_path / "best"))
+    assert cell(cells, "none", "small").compression_ratio == pytest.approx(4e6 / 530_090)
 
 
 def test_baseline_must_be_unique(tmp_path):

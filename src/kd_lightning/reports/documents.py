@@ -93,7 +93,8 @@ def write_report(
         texts.append(f"Not readable as runs: {_text(listed)}\n")
         pages.append(f"<p>Not readable as runs: {html.escape(listed)}</p>")
     documents = {
-        "results.csv": runs.to_csv(index=False, lineterminator="\n"),
+        # Whole numbers stay whole where an unfinished run has none.
+        "results.csv": runs.convert_dtypes().to_csv(index=False, lineterminator="\n"),
         "results.md": "\n".join(texts),
         **({"report.html": _PAGE.format(body="\n".join(pages))} if page else {}),
     }

@@ -136,7 +136,7 @@ def _runs_without_teacher(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Added]
     """
     known = {(*_without_teacher(row), row.get("setting")) for row in rows}
     searched = set()
-    for row in list(rows):
+    for row in _teacher_known_first(rows):
         key, folder = row.get("baseline_key"), row.get("folder")
         if key is None or folder is None or (key, row["setting"]) in searched:
             continue
@@ -178,12 +178,17 @@ def _given_baselines(rows: Sequence[Mapping[str, Any]], folder: Path) -> Iterato
     if not found:
         raise InputError(f"there is no finished run of the method none in {folder}")
     settings: dict[Any, Mapping[str, Any]] = {}
-    for row in rows:
+    for row in _teacher_known_first(rows):
         settings.setdefault((row.get("setting"), row.get("student"), row.get("images_sha256")), row)
     for (_, student, images), row in settings.items():
         for (other, _, same), (metrics, path) in found.items():
             if (other, same) == (student, images):
                 yield metrics, path, row
+
+
+def _teacher_known_first(rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """An unfinished run may not know its teacher's size yet."""
+    return sorted(rows, key=lambda row: row.get("teacher_parameters") is None)
 
 
 def _teacher_settings(settings: Settings) -> Settings:
