@@ -3,11 +3,13 @@
 import errno
 import hashlib
 import io
+import os
 import pickle
 import tarfile
 import threading
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -76,6 +78,20 @@ def test_decoded_images_are_cached_until_a_file_changes(folder, tmp_path, monkey
     whole = stored.read_bytes()
     stored.write_bytes(whole[: len(whole) // 2])
     assert third._read_stored(stored, 48) is None
+
+
+def test_an_image_replaced_by_one_of_equal_size_and_time_is_decoded_again(tmp_path):
+    for part, name, number in product(("train", "test"), "ab", range(5)):
+        path = tmp_path / part / name / f"{number}.bmp"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (16, 16)).save(path)
+        os.utime(path, (1e9, 1e9))
+    folder_data(tmp_path, cache_dir=str(tmp_path / "decoded")).setup()
+    Image.new("RGB", (16, 16), "white").save(path)
+    os.utime(path, (1e9, 1e9))
+    data = folder_data(tmp_path, cache_dir=str(tmp_path / "decoded"))
+    data.setup()
+    assert data.pixel_source.pixels[-1].min() == 255
 
 
 def test_normalisation_is_configurable(folder):

@@ -375,6 +375,18 @@ def test_fingerprint_includes_the_validation_split():
     assert len(prints) == 3
 
 
+def test_a_source_without_test_images_is_rejected():
+    class Data(ImageDataModule):
+        classes = ("a", "b")
+
+        def load(self):
+            pixels = torch.zeros(20, 8, 8, 3, dtype=torch.uint8)
+            return Images(pixels, torch.arange(20) % 2, train_size=20)
+
+    with pytest.raises(InputError, match="own has no test images"):
+        Data(name="own", batch_size=2, image_size=8).setup()
+
+
 def test_class_with_one_image_and_a_validation_folder(tmp_path):
     for part in ("train", "val", "test"):
         for name in ("a", "b"):

@@ -164,6 +164,17 @@ def test_attention_map_and_gradient_match_reference(dtype, memory_format):
     torch.testing.assert_close(ours.grad, plain.grad, **tolerance)
 
 
+@pytest.mark.parametrize("scale", [0.0, 1e-3])
+def test_gradient_of_small_maps_does_not_overflow_in_float16(scale):
+    torch.manual_seed(0)
+    half = (torch.rand(1, 3, 4, 4) * scale).half().requires_grad_()
+    full = half.detach().float().requires_grad_()
+    weight = torch.randn(1, 16)
+    for feature_map in (half, full):
+        (attention_map(feature_map) * weight).sum().backward()
+    torch.testing.assert_close(half.grad.float(), full.grad, rtol=1e-3, atol=1e-3)
+
+
 def test_attention_map_does_not_modify_its_input():
     feature_map = torch.randn(2, 3, 4, 4)
     before = feature_map.clone()

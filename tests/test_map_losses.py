@@ -113,9 +113,10 @@ def test_vid_does_not_overflow():
     assert scale.grad.isfinite().all()
 
 
-def test_vid_starts_with_the_given_variance():
-    term, _ = of_shapes(VID(pairs=[["a", "b"]], variance=2.0))
-    torch.testing.assert_close(F.softplus(term.scales[0]) + 1e-5, torch.full((6,), 2.0))
+@pytest.mark.parametrize("variance", [2e-5, 2.0, 1e4])
+def test_vid_starts_with_the_given_variance(variance):
+    term, _ = of_shapes(VID(pairs=[["a", "b"]], variance=variance))
+    torch.testing.assert_close(F.softplus(term.scales[0]) + 1e-5, torch.full((6,), variance))
 
 
 @pytest.mark.parametrize("variance", [0, -1, math.nan, math.inf])

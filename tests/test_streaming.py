@@ -1,5 +1,6 @@
 """Images that are decoded when they are first needed: the same views as in memory."""
 
+import errno
 import logging
 import os
 import tarfile
@@ -215,6 +216,26 @@ def test_a_full_disk_is_not_an_error(tmp_path, monkeypatch, caplog):
     into = np.zeros((3, 5), np.uint8)
     assert rows.read(np.array([2, 0, 1]), into).tolist() == [False, True, False]
     assert into[1].tolist() == [0, 1, 2, 3, 4]
+
+
+def test_rows_on_a_read_only_file_system_are_read(tmp_path, monkeypatch, caplog):
+    pixels = np.arange(15, dtype=np.uint8).reshape(3, 5)
+    DecodedRows(tmp_path / "x.rows", 3, 5).write(np.arange(3), pixels)
+    usual = os.open
+
+    def read_only(path, flags, *others):
+        if flags & os.O_RDWR:
+            raise OSError(errno.EROFS, "Read-only file system")
+        return usual(path, flags, *others)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", read_only)
+        rows, nothing = (DecodedRows(tmp_path / name, 3, 5) for name in ("x.rows", "y.rows"))
+    into = np.zeros((3, 5), np.uint8)
+    assert rows.read(np.arange(3), into).all()
+    assert np.array_equal(into, pixels)
+    assert not nothing.read(np.arange(3), into).any()
+    assert caplog.text.count("Read-only file system") == 1
 
 
 # --- identity -------------------------------------------------------------------------------------

@@ -52,7 +52,9 @@ class DecodedRows:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
                 file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
-            except PermissionError:  # somebody else's, or a read-only file system
+            except OSError:  # somebody else's, or a read-only file system
+                if not self.path.is_file():
+                    raise
                 self._writable = False
                 return os.open(self.path, os.O_RDONLY)
             if os.fstat(file).st_size != total:

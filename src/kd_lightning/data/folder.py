@@ -33,7 +33,7 @@ class FolderDataModule(ImageDataModule):
 
     The classes are the sub-folders of ``train``, in alphabetical order. Every file is decoded to
     RGB, upright, and resized to `stored_size`. The result is cached in `cache_dir`, keyed by the
-    names, sizes and modification times of all files.
+    names, sizes and times of the last change of all files.
 
     If they do not fit into memory, images are streamed: decoded when they are first needed, and
     kept in a file in `cache_dir`; see `streamed`.

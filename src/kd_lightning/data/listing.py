@@ -38,7 +38,8 @@ class Files(NamedTuple):
         labels: (N,), int64.
         train_size: number of training and validation images.
         val_size: how many of these are the source's own validation set; 0: there is none.
-        digest: SHA-256, in hex, of names, labels, sizes and modification times.
+        digest: SHA-256, in hex, of names, labels, sizes, and times of the last change of content
+            and of metadata.
     """
 
     paths: list[str]
@@ -358,7 +359,8 @@ def _add_to(digest: "hashlib._Hash", entry: os.DirEntry[str]) -> None:
     if not status.st_size:
         raise InputError(f"{readable(entry.path)} is empty; repair or remove it")
     digest.update(os.fsencode(entry.path))
-    digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\n".encode())
+    # The last one, unlike the one before, is not preserved by `cp -p` and archives.
+    digest.update(f"\0{status.st_size}\0{status.st_mtime_ns}\0{status.st_ctime_ns}\n".encode())
 
 
 def _is_image(entry: os.DirEntry[str]) -> bool:

@@ -175,7 +175,8 @@ class ImageDataModule(LightningDataModule):
         """Load and split the images; later calls do nothing.
 
         Raises:
-            InputError: as `load`, or the training part is smaller than a batch.
+            InputError: as `load`, or the training part is smaller than a batch, or there are no
+                test images.
         """
         if self.splits:
             return
@@ -199,6 +200,8 @@ class ImageDataModule(LightningDataModule):
                 f"images of {self.name}; use at most {len(train)}"
             )
         test = torch.arange(train_size, len(self.labels))
+        if not len(test):
+            raise InputError(f"{self.name} has no test images, with which every run ends")
         self.splits = {"train": train, "val": val, "test": test}
 
     def cannot_render(self, *parameters: str) -> str:

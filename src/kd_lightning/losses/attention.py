@@ -33,7 +33,10 @@ class _MeanSquare(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         (feature_map,) = ctx.saved_tensors
         scale = gradients[0] * (2 / feature_map.shape[1])
-        return feature_map * scale.unsqueeze(1).to(feature_map.dtype)
+        # The scale of a map of zeros is beyond the range of float16, but not of bfloat16.
+        if feature_map.dtype == torch.bfloat16:
+            scale = scale.bfloat16()
+        return (feature_map * scale.unsqueeze(1)).to(feature_map.dtype)
 
 
 def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> Tensor:

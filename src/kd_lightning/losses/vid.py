@@ -35,7 +35,8 @@ def gaussian_loss(mean: Tensor, teacher: Tensor, scale: Tensor) -> Tensor:
 
 def initial_scale(variance: float) -> float:
     """The `scale` of `gaussian_loss` with this variance, which is above 1e-5."""
-    return math.log(math.expm1(variance - SMALLEST_VARIANCE))
+    soft = variance - SMALLEST_VARIANCE
+    return soft + math.log(-math.expm1(-soft))  # log(exp(soft) - 1), which would overflow
 
 
 class VID(MapTerm):
