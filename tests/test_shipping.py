@@ -438,6 +438,9 @@ def test_arrays_and_files_are_cropped_alike_from_a_larger_stored_size(run, tmp_p
     logits = student.logits([tmp_path / "0.png", tmp_path / "1.png"])
     torch.testing.assert_close(student.logits(list(pixels)), logits)
     torch.testing.assert_close(student.logits(pixels), logits)
+    rows = api.predict_files(student, [tmp_path / "0.png", tmp_path / "1.png"], top=3)
+    best = student.calibrated(logits).sort(descending=True).values
+    torch.testing.assert_close(torch.tensor([row.probabilities for row in rows]), best)
     assert not torch.allclose(api.load_student(run).logits(pixels), logits)
 
 
