@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from kd_lightning import api
+from kd_lightning.config.stored import student_model
 from kd_lightning.errors import InputError
 from kd_lightning.models import CifarResNet
 from kd_lightning.models.cost import (
@@ -23,9 +24,12 @@ from kd_lightning.models.cost import (
     measure_latency,
     peak_memory,
 )
+from kd_lightning.models.preparing import resize
 from kd_lightning.models.similarity import linear_cka
 from kd_lightning.reports import plots
 from kd_lightning.results import FIGURE
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import explain as explaining
 from kd_lightning.workflows import measure as workflow
 from kd_lightning.workflows.explain import explain
 from kd_lightning.workflows.measure import measure
@@ -239,9 +243,6 @@ def test_explain_compares_student_and_teacher(run):
 
 def test_explain_reads_the_weights_of_the_teacher(run, monkeypatch):
     """The student's own weights as the teacher's: everything is the same."""
-    from kd_lightning.config.stored import student_model
-    from kd_lightning.storage.run_directory import RunDirectory
-
     directory = RunDirectory(run)
     config = directory.read_config()
     weights = str(run / "student.safetensors")
@@ -256,6 +257,53 @@ def test_explain_reads_the_weights_of_the_teacher(run, monkeypatch):
     assert explain(run)["different"] == 0
     rows = list(csv.DictReader((run / "explanation" / "cka.csv").open()))
     assert [float(row[row["student"]]) for row in rows] == pytest.approx([1] * len(rows), abs=1e-5)
+
+
+def test_explain_normalises_as_the_run(run, monkeypatch):
+    """The student's own weights as the teacher's, both with a normalisation of their own."""
+    directory = RunDirectory(run)
+    config = directory.read_config()
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.2, 0.2, 0.2]}
+    config["student"] |= own
+    config["teacher"] |= {
+        "model": student_model(config),
+        "checkpoint": str(run / "student.safetensors"),
+        "rename_keys": None,
+        **own,
+    }
+    directory.write_config(config)
+    asked = []
+    monkeypatch.setattr(explaining._Comparison, "__init__", lambda *_: None)
+    monkeypatch.setattr(
+        explaining._Comparison, "read", lambda _, data, index: asked.append(data) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        explain(run)
+    assert asked[0].mean == tuple(own["mean"])
+    images = torch.rand(2, 3, 16, 16)
+    teacher = explaining._load_teacher(config, read(run))
+    student, _ = directory.load_student()
+    torch.testing.assert_close(teacher(images), student(images))
+
+
+def test_explain_loads_the_teacher_that_the_run_had(run, tmp_path):
+    config = RunDirectory(run).read_config()
+    trained = explaining._load_teacher(config, read(run))
+    fine_tuned = config["teacher"] | {"checkpoint": str(tmp_path / "start.pt"), "finetune": True}
+    found = explaining._load_teacher({**config, "teacher": fine_tuned}, read(run))
+    assert found.fingerprint() == trained.fingerprint()  # not the weights that it started from
+    network = CifarResNet(8, num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "teacher.pt")
+    larger = config["teacher"] | {
+        "model": {"_target_": "kd_lightning.models.CifarResNet", "depth": 8, "num_classes": 3},
+        "checkpoint": str(tmp_path / "teacher.pt"),
+        "image_size": 24,
+    }
+    found = explaining._load_teacher({**config, "teacher": larger}, read(run))
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = network.eval()(resize(images, 24))
+    torch.testing.assert_close(found(images), expected)
 
 
 def test_explain_needs_a_teacher(trained):
