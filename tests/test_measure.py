@@ -15,6 +15,8 @@ from torch import nn
 
 from kd_lightning import api
 from kd_lightning.config.stored import student_model
+from kd_lightning.data.views import Normalization
+from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.errors import InputError
 from kd_lightning.models import CifarResNet
 from kd_lightning.models.cost import (
@@ -31,6 +33,7 @@ from kd_lightning.results import FIGURE
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import explain as explaining
 from kd_lightning.workflows import measure as workflow
+from kd_lightning.workflows.costs import count_costs, networks_of
 from kd_lightning.workflows.explain import explain
 from kd_lightning.workflows.measure import measure
 
@@ -207,6 +210,22 @@ def test_measure_adds_figures_and_keeps_the_rest(run, tmp_path, monkeypatch):
     assert after["file_bytes"] == (run / "student.safetensors").stat().st_size
     assert after["macs"] == read(other)["macs"]
     assert "2 threads" in after["measured_on"]
+
+
+def test_a_teacher_is_measured_on_images_of_its_own_size(run):
+    directory = RunDirectory(run)
+    config = directory.read_config()
+    model = {"_target_": "kd_lightning.models.CifarResNet", "depth": 8, "num_classes": 3}
+    config["teacher"] |= {"model": model, "image_size": 32}
+    directory.write_config(config)
+    ((_, found),) = measure([run], seconds=0.001)
+    network = CifarResNet(8, num_classes=3)
+    assert found["teacher_macs"] == count_macs(network, 32) > 3.9 * count_macs(network, 16)
+    assert found["teacher_memory_1"] > peak_memory(network.eval(), torch.zeros(1, 3, 32, 32))
+    teacher = FrozenTeacher(network, *[Normalization((0.5,) * 3, (0.5,) * 3)] * 2, image_size=32)
+    weights = run / "student.safetensors"
+    costs = count_costs(network, weights, networks_of([teacher], 16), 16)
+    assert costs["teacher_macs"] == found["teacher_macs"] > costs["macs"]
 
 
 @pytest.mark.parametrize(
