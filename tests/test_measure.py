@@ -2,14 +2,16 @@
 
 import csv
 import json
+import runpy
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FOLDER, TINY, write_folder
+from conftest import FOLDER, REPOSITORY, TINY, write_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
@@ -323,6 +325,18 @@ def test_explain_loads_the_teacher_that_the_run_had(run, tmp_path):
     with torch.no_grad():
         expected = network.eval()(resize(images, 24))
     torch.testing.assert_close(found(images), expected)
+
+
+@pytest.mark.parametrize(("name", "entry"), [("measure", ".lock"), ("explain", "explanation")])
+def test_a_folder_that_cannot_be_written_is_one_sentence(run, monkeypatch, capsys, name, entry):
+    (run / ".lock").unlink(missing_ok=True)
+    (run / entry).mkdir() if name == "measure" else (run / entry).write_text("")
+    monkeypatch.setattr(sys, "argv", [name, str(run)])
+    monkeypatch.setattr(workflow, "_figures", lambda *_: {})
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPOSITORY / "scripts" / f"{name}.py"), run_name="__main__")
+    assert stop.value.code == 1
+    assert f"{entry} cannot be written" in capsys.readouterr().err
 
 
 def test_explain_needs_a_teacher(trained):
