@@ -42,6 +42,9 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        print(f"error: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
     print(
         f"student and teacher classify {result['different']} of {result['images']} test images "
         f"differently; see {result['folder']}"

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import shutil
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -22,6 +23,7 @@ from kd_lightning.reports import card_results
 from kd_lightning.reports.card import CardOptions, model_card
 from kd_lightning.reports.statistics import interval, wilson
 from kd_lightning.results import FIGURE, Figure
+from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows.publish import publish
 
 
@@ -121,6 +123,21 @@ def test_card_of_a_run_without_teacher_or_neighbours(runs, tmp_path):
     assert "None: trained on the labels alone." in card
     assert "| test accuracy | 50.00 % |" in card  # without a confusion matrix: no interval
     assert "gain" not in card
+
+
+def test_card_of_the_current_folder(run, monkeypatch):
+    monkeypatch.chdir(run)
+    assert "gain" in model_card(run)
+    assert model_card(".") == model_card(run)
+
+
+def test_card_has_the_normalisation_of_the_student(run, tmp_path):
+    copy = RunDirectory(shutil.copytree(run, tmp_path / "run"))
+    config = copy.read_config()
+    config["student"] |= {"mean": [0.1, 0.2, 0.3], "std": [0.4, 0.5, 0.6]}
+    copy.write_config(config)
+    card = model_card(copy.path)
+    assert "mean [0.1, 0.2, 0.3] and standard deviation [0.4, 0.5, 0.6]" in card
 
 
 def test_code_of_the_card_loads_the_student(run, monkeypatch):

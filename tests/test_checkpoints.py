@@ -16,6 +16,7 @@ from torch import nn
 from kd_lightning.errors import InputError
 from kd_lightning.storage import checkpoints
 from kd_lightning.storage.checkpoints import convert, load_checkpoint, read_checkpoint
+from kd_lightning.storage.weights import load_weights, save_weights
 
 
 def network(seed=0):
@@ -268,6 +269,16 @@ def test_truncated_safetensors_file_is_rejected(tmp_path, cut):
     whole = (tmp_path / "a.safetensors").read_bytes()
     (tmp_path / "a.safetensors").write_bytes(whole[:cut])
     assert "safely" in refusal(tmp_path / "a.safetensors")
+
+
+def test_tied_weights_are_stored(tmp_path):
+    network, other = (nn.Sequential(nn.Conv2d(3, 3, 3), nn.Conv2d(3, 3, 3)) for _ in range(2))
+    network[1].weight = network[0].weight
+    network.to(memory_format=torch.channels_last)
+    save_weights(network, tmp_path / "tied.safetensors")
+    load_weights(other, tmp_path / "tied.safetensors")
+    for name, value in network.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[name], value, msg=name)
 
 
 def test_missing_checkpoint_file_is_reported(tmp_path):

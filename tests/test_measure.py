@@ -2,18 +2,23 @@
 
 import csv
 import json
+import runpy
 import shutil
+import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import FOLDER, TINY, write_folder
+from conftest import FOLDER, REPOSITORY, TINY, write_folder
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 
 from kd_lightning import api
+from kd_lightning.config.stored import student_model
+from kd_lightning.data.views import Normalization
+from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.errors import InputError
 from kd_lightning.models import CifarResNet
 from kd_lightning.models.cost import (
@@ -23,10 +28,14 @@ from kd_lightning.models.cost import (
     measure_latency,
     peak_memory,
 )
+from kd_lightning.models.preparing import resize
 from kd_lightning.models.similarity import linear_cka
 from kd_lightning.reports import plots
 from kd_lightning.results import FIGURE
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import explain as explaining
 from kd_lightning.workflows import measure as workflow
+from kd_lightning.workflows.costs import count_costs, networks_of
 from kd_lightning.workflows.explain import explain
 from kd_lightning.workflows.measure import measure
 
@@ -205,6 +214,22 @@ def test_measure_adds_figures_and_keeps_the_rest(run, tmp_path, monkeypatch):
     assert "2 threads" in after["measured_on"]
 
 
+def test_a_teacher_is_measured_on_images_of_its_own_size(run):
+    directory = RunDirectory(run)
+    config = directory.read_config()
+    model = {"_target_": "kd_lightning.models.CifarResNet", "depth": 8, "num_classes": 3}
+    config["teacher"] |= {"model": model, "image_size": 32}
+    directory.write_config(config)
+    ((_, found),) = measure([run], seconds=0.001)
+    network = CifarResNet(8, num_classes=3)
+    assert found["teacher_macs"] == count_macs(network, 32) > 3.9 * count_macs(network, 16)
+    assert found["teacher_memory_1"] > peak_memory(network.eval(), torch.zeros(1, 3, 32, 32))
+    teacher = FrozenTeacher(network, *[Normalization((0.5,) * 3, (0.5,) * 3)] * 2, image_size=32)
+    weights = run / "student.safetensors"
+    costs = count_costs(network, weights, networks_of([teacher], 16), 16)
+    assert costs["teacher_macs"] == found["teacher_macs"] > costs["macs"]
+
+
 @pytest.mark.parametrize(
     ("change", "device", "message"),
     [({"status": "failed"}, "cpu", "no finished run"), ({}, "cuda:99", "not available")],
@@ -239,9 +264,6 @@ def test_explain_compares_student_and_teacher(run):
 
 def test_explain_reads_the_weights_of_the_teacher(run, monkeypatch):
     """The student's own weights as the teacher's: everything is the same."""
-    from kd_lightning.config.stored import student_model
-    from kd_lightning.storage.run_directory import RunDirectory
-
     directory = RunDirectory(run)
     config = directory.read_config()
     weights = str(run / "student.safetensors")
@@ -256,6 +278,65 @@ def test_explain_reads_the_weights_of_the_teacher(run, monkeypatch):
     assert explain(run)["different"] == 0
     rows = list(csv.DictReader((run / "explanation" / "cka.csv").open()))
     assert [float(row[row["student"]]) for row in rows] == pytest.approx([1] * len(rows), abs=1e-5)
+
+
+def test_explain_normalises_as_the_run(run, monkeypatch):
+    """The student's own weights as the teacher's, both with a normalisation of their own."""
+    directory = RunDirectory(run)
+    config = directory.read_config()
+    own = {"mean": [0.1, 0.2, 0.3], "std": [0.2, 0.2, 0.2]}
+    config["student"] |= own
+    config["teacher"] |= {
+        "model": student_model(config),
+        "checkpoint": str(run / "student.safetensors"),
+        "rename_keys": None,
+        **own,
+    }
+    directory.write_config(config)
+    asked = []
+    monkeypatch.setattr(explaining._Comparison, "__init__", lambda *_: None)
+    monkeypatch.setattr(
+        explaining._Comparison, "read", lambda _, data, index: asked.append(data) or 1 / 0
+    )
+    with pytest.raises(ZeroDivisionError):
+        explain(run)
+    assert asked[0].mean == tuple(own["mean"])
+    images = torch.rand(2, 3, 16, 16)
+    teacher = explaining._load_teacher(config, read(run))
+    student, _ = directory.load_student()
+    torch.testing.assert_close(teacher(images), student(images))
+
+
+def test_explain_loads_the_teacher_that_the_run_had(run, tmp_path):
+    config = RunDirectory(run).read_config()
+    trained = explaining._load_teacher(config, read(run))
+    fine_tuned = config["teacher"] | {"checkpoint": str(tmp_path / "start.pt"), "finetune": True}
+    found = explaining._load_teacher({**config, "teacher": fine_tuned}, read(run))
+    assert found.fingerprint() == trained.fingerprint()  # not the weights that it started from
+    network = CifarResNet(8, num_classes=3)
+    torch.save(network.state_dict(), tmp_path / "teacher.pt")
+    larger = config["teacher"] | {
+        "model": {"_target_": "kd_lightning.models.CifarResNet", "depth": 8, "num_classes": 3},
+        "checkpoint": str(tmp_path / "teacher.pt"),
+        "image_size": 24,
+    }
+    found = explaining._load_teacher({**config, "teacher": larger}, read(run))
+    images = torch.rand(2, 3, 16, 16)
+    with torch.no_grad():
+        expected = network.eval()(resize(images, 24))
+    torch.testing.assert_close(found(images), expected)
+
+
+@pytest.mark.parametrize(("name", "entry"), [("measure", ".lock"), ("explain", "explanation")])
+def test_a_folder_that_cannot_be_written_is_one_sentence(run, monkeypatch, capsys, name, entry):
+    (run / ".lock").unlink(missing_ok=True)
+    (run / entry).mkdir() if name == "measure" else (run / entry).write_text("")
+    monkeypatch.setattr(sys, "argv", [name, str(run)])
+    monkeypatch.setattr(workflow, "_figures", lambda *_: {})
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPOSITORY / "scripts" / f"{name}.py"), run_name="__main__")
+    assert stop.value.code == 1
+    assert f"{entry} cannot be written" in capsys.readouterr().err
 
 
 def test_explain_needs_a_teacher(trained):

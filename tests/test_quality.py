@@ -98,6 +98,12 @@ def test_temperature_is_bounded():
     assert SMALLEST < fit_temperature(masked, labels) < LARGEST
 
 
+def test_temperature_of_a_single_image():
+    recorded = RecordedLogits()
+    recorded.update(torch.tensor([[2.0, 0.0, 0.0]]), torch.tensor([0]))
+    assert fit_temperature(*recorded.compute()) == SMALLEST
+
+
 def test_recorded_logits_are_limited(monkeypatch):
     logits, labels, _ = draw(images=100)
     recorded = RecordedLogits()

@@ -238,6 +238,16 @@ def test_a_lossy_quantization_is_not_written(run, quick, tmp_path, monkeypatch, 
     assert script("export.py", run, "--int8", "--out", file, "--max-loss", "100")[0] == 0
 
 
+def test_exactly_the_allowed_loss_is_allowed():
+    def judge(right):
+        compared = exporting.Exported(Path("x"), 100, False, 1.0, 1.0, 0.9, right / 100, 83 / 100)
+        exporting._judge(compared, 0.01)
+
+    judge(82)
+    with pytest.raises(RunError):
+        judge(81)
+
+
 def test_without_the_images_random_ones_are_compared(run, photographs, script):
     aside = photographs.rename(photographs.with_name("moved"))
     try:
@@ -415,6 +425,7 @@ def test_pillow_images_are_turned_upright(run, photographs):
     [
         np.zeros((2, 16, 16, 3), np.float32), np.zeros((3, 16, 16), np.uint8),
         torch.zeros(2, 3, 8, 8), torch.zeros(2, 3, 16, 16, dtype=torch.int64), [3], ["missing.png"],
+        [np.zeros((1, 16, 16, 3), np.uint8)], Path().glob("*.png"), None,
         torch.full((2, 3, 16, 16), 255.0), torch.full((2, 3, 16, 16), float("nan")),
     ],
 )  # fmt: skip
@@ -438,6 +449,9 @@ def test_arrays_and_files_are_cropped_alike_from_a_larger_stored_size(run, tmp_p
     logits = student.logits([tmp_path / "0.png", tmp_path / "1.png"])
     torch.testing.assert_close(student.logits(list(pixels)), logits)
     torch.testing.assert_close(student.logits(pixels), logits)
+    rows = api.predict_files(student, [tmp_path / "0.png", tmp_path / "1.png"], top=3)
+    best = student.calibrated(logits).sort(descending=True).values
+    torch.testing.assert_close(torch.tensor([row.probabilities for row in rows]), best)
     assert not torch.allclose(api.load_student(run).logits(pixels), logits)
 
 

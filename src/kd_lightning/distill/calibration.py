@@ -149,7 +149,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     Returns:
         T in [`SMALLEST`, `LARGEST`]; the nearer bound if the optimum is outside.
     """
-    logits, labels = logits.detach().cpu(), labels.cpu()
+    # torchmetrics removes the dimension of a single label.
+    logits, labels = logits.detach().cpu(), labels.cpu().reshape(-1)
 
     def slope(inverse: float) -> float:
         """Derivative of the summed negative log-likelihood with respect to 1 / T."""

@@ -23,6 +23,7 @@ from kd_lightning.errors import InputError, RunError
 from kd_lightning.inference.description import Description
 from kd_lightning.inference.network import PixelNetwork
 from kd_lightning.inference.student import Runner
+from kd_lightning.storage.weights import separate_state
 
 SUFFIXES = {"onnx": ".onnx", "pt2": ".pt2", "safetensors": ".safetensors"}
 """Format to the suffix of its files."""
@@ -177,8 +178,9 @@ def write_safetensors(
         description: classes and preprocessing.
         path: the file.
     """
-    state = {key: value.contiguous() for key, value in network.model.state_dict().items()}
-    save_file(state, path, description.as_metadata() | {MODEL: json.dumps(node)})
+    save_file(
+        separate_state(network.model), path, description.as_metadata() | {MODEL: json.dumps(node)}
+    )
 
 
 def read_metadata(path: Path) -> tuple[Node, Description]:

@@ -40,13 +40,18 @@ def batches(images: Images, description: Description, size: int) -> Iterator[Ten
         return
     if isinstance(images, str | Path | Image.Image) or _is_array(images, 3):
         images = [images]  # type: ignore[list-item]
+    if not hasattr(images, "__getitem__"):
+        raise InputError(
+            f"images must be one image, a list of them, an array or a tensor, not "
+            f"{type(images).__name__}"
+        )
     as_they_are = (
         description.stored_size is None
         and _is_array(images, 4)
         and images.shape[1:3] == (description.image_size,) * 2  # type: ignore[union-attr]
     )
     if as_they_are:
-        yield from torch.from_numpy(np.ascontiguousarray(_checked(images))).split(size)
+        yield from torch.from_numpy(np.ascontiguousarray(_checked(images, 4))).split(size)
         return
     with ThreadPoolExecutor() as pool:  # Pillow releases the GIL while decoding
         for start in range(0, len(images), size):
@@ -71,7 +76,7 @@ def _to_square_pixels(image: AnImage, size: int, resize: str) -> Pixels:
     if isinstance(image, str | Path):
         return read_image(Path(image), size, resize)
     if isinstance(image, np.ndarray):
-        image = Image.fromarray(_checked(image))
+        image = Image.fromarray(_checked(image, 3))
     if not isinstance(image, Image.Image):
         raise InputError(
             "images must be files, Pillow images, uint8 arrays or a tensor, not "
@@ -87,8 +92,8 @@ def _is_array(images: Any, axes: int) -> bool:
     return isinstance(images, np.ndarray) and images.ndim == axes
 
 
-def _checked(array: Any) -> Pixels:
-    if array.dtype != np.uint8 or array.shape[-1] != 3 or array.ndim not in (3, 4):
+def _checked(array: Any, axes: int) -> Pixels:
+    if array.dtype != np.uint8 or array.ndim != axes or array.shape[-1] != 3:
         raise InputError(
             "arrays must have the type uint8 and the shape (height, width, 3), or (images, height, "
             f"width, 3), not {array.dtype} and {array.shape}"

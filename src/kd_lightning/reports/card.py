@@ -13,7 +13,7 @@ import yaml
 from kd_lightning.config.naming import tidy
 from kd_lightning.config.nodes import Node, find_target
 from kd_lightning.config.published import published_config, published_metrics
-from kd_lightning.config.stored import student_model
+from kd_lightning.config.stored import student_data, student_model
 from kd_lightning.config.trust import TRUSTED
 from kd_lightning.errors import InputError
 from kd_lightning.reports.card_results import result_tables
@@ -80,7 +80,7 @@ def model_card(run_dir: str | Path, options: CardOptions | None = None) -> str:
     if metrics.get("status") != "finished" or not isinstance(metrics.get("test_accuracy"), float):
         raise InputError(f"{run_dir} contains no finished run with a test accuracy")
     config, metrics = published_config(config), published_metrics(metrics)
-    data = config["data"]
+    data = student_data(config)
     title, dataset = _dataset(data, options)
     name = options.repository or str(metrics["name"])
     parts = [

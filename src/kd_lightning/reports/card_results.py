@@ -61,6 +61,7 @@ def _interval(folder: Path, metrics: Node) -> str:
 
 def _over_seeds(folder: Path) -> list[tuple[str, str]]:
     """Mean over the seeds of the run's cell, and its gain over the method `none`."""
+    folder = folder.resolve()  # "." has no parent
     # Only the folders next to the run: its parent may contain anything.
     runs = read_runs(sorted(path.parent for path in folder.parent.glob("*/metrics.json")))
     own = runs[runs["folder"] == str(folder)]

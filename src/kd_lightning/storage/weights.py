@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import nn
+from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
 from kd_lightning.files import replacing
@@ -16,9 +16,22 @@ from kd_lightning.storage.checkpoints import fit_state
 
 def save_weights(model: nn.Module, path: Path) -> None:
     """Write a model's weights and buffers atomically."""
-    state = {key: value.contiguous() for key, value in model.state_dict().items()}
     with replacing(path) as partial:
-        save_file(state, partial)
+        save_file(separate_state(model), partial)
+
+
+def separate_state(model: nn.Module) -> dict[str, Tensor]:
+    """A model's weights and buffers, contiguous and without shared memory, which safetensors files
+    do not support: tied weights are copied.
+    """
+    state: dict[str, Tensor] = {}
+    known: set[int] = set()
+    for key, value in model.state_dict().items():
+        address = value.untyped_storage().data_ptr()
+        state[key] = value.clone() if address in known else value
+        state[key] = state[key].contiguous()
+        known.add(address)
+    return state
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

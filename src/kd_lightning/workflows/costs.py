@@ -15,7 +15,7 @@ log = logging.getLogger(__name__)
 
 
 def count_costs(
-    student: nn.Module, weights: Path, teachers: Sequence[nn.Module], image_size: int
+    student: nn.Module, weights: Path, teachers: Sequence[tuple[nn.Module, int]], image_size: int
 ) -> dict[str, Any]:
     """Operations and bytes of student and teacher; see `results.FIGURES`.
 
@@ -25,8 +25,8 @@ def count_costs(
         student: the student.
         weights: its weights file.
         teachers: networks of the teacher, or of the members of an ensemble, whose costs are added
-            up; empty if there is none.
-        image_size: height and width of the images, in pixels.
+            up, each with the size of its images; empty if there is none.
+        image_size: height and width of the student's images, in pixels.
     """
     found: dict[str, Any] = {
         "macs": _try("student", lambda: count_macs(student, image_size)),
@@ -34,15 +34,21 @@ def count_costs(
     }
     if teachers:
         found["teacher_macs"] = _try(
-            "teacher", lambda: sum(count_macs(network, image_size) for network in teachers)
+            "teacher", lambda: sum(count_macs(network, size) for network, size in teachers)
         )
-        found["teacher_bytes"] = sum(map(count_bytes, teachers))
+        found["teacher_bytes"] = sum(count_bytes(network) for network, _ in teachers)
     return {name: value for name, value in found.items() if value is not None}
 
 
-def networks_of(teachers: Sequence[FrozenTeacher]) -> list[nn.Module]:
-    """The networks of teachers; none of a packed teacher, which only has outputs."""
-    return [teacher.model for teacher in teachers if not isinstance(teacher, RecordedTeacher)]
+def networks_of(teachers: Sequence[FrozenTeacher], image_size: int) -> list[tuple[nn.Module, int]]:
+    """The networks of teachers, each with the size that images of `image_size` are resized to; none
+    of a packed teacher, which only has outputs.
+    """
+    return [
+        (teacher.model, teacher.image_size or image_size)
+        for teacher in teachers
+        if not isinstance(teacher, RecordedTeacher)
+    ]
 
 
 def _try(whose: str, count: Callable[[], int]) -> int | None:

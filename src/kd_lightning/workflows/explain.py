@@ -14,7 +14,8 @@ from torch.utils.tensorboard import SummaryWriter
 from kd_lightning.config.checks import single_teachers
 from kd_lightning.config.hardware import find_device
 from kd_lightning.config.nodes import Node, build
-from kd_lightning.config.stored import student_model
+from kd_lightning.config.pretrained import initial_weights, with_own_input
+from kd_lightning.config.stored import student_data, student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import PLAIN, Normalization
@@ -30,9 +31,9 @@ from kd_lightning.models.shapes import LayerShapes
 from kd_lightning.models.similarity import centered_gram, cka
 from kd_lightning.models.trial import no_gradients
 from kd_lightning.reports import explanation_plots, plots
-from kd_lightning.storage.checkpoints import load_checkpoint
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.weights import load_weights
+from kd_lightning.workflows.initial import load_initial
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +99,7 @@ def explain(
         config["data"]["root"] = data_root
     student, _ = directory.load_student(trust)
     teacher = _load_teacher(config, metrics)
-    data: ImageDataModule = build(config["data"], "data")
+    data: ImageDataModule = build(student_data(config), "data")
     data.setup()
     comparison = _Comparison(student.to(place), teacher, config["data"], place)
     test = data.splits["test"]
@@ -146,27 +147,27 @@ def _check_teacher(run_dir: str | Path, config: Node, metrics: Node) -> None:
 
 
 def _load_teacher(config: Node, metrics: Node) -> FrozenTeacher:
-    """The teacher of a run, from its checkpoint or from the teacher store."""
-    section, data = config["teacher"], config["data"]
+    """The teacher of a run, from its checkpoint, pretrained weights or the teacher store."""
+    data, given = config["data"], student_data(config)
+    section = with_own_input(config["teacher"], "teacher", data)
+    size = section.get("image_size")
     model = build(section["model"], "teacher.model")
-    materialize(model, data["image_size"], "teacher.model")
-    if section.get("checkpoint") is not None:
-        load_checkpoint(
-            model,
-            Path(str(section["checkpoint"])).expanduser(),
-            section.get("rename_keys"),
-            tuple(section.get("ignore_keys") or ()),
-            section.get("checkpoint_key"),
-        )
+    materialize(model, size or data["image_size"], "teacher.model")
+    weights = None if section.get("finetune") else initial_weights(section, "teacher")
+    if weights is not None:
+        load_initial(model, section["model"], weights)
     else:
         name = f"{section['name']}-{str(metrics.get('teacher_key'))[:16]}"
         store = Path(config["output_dir"]) / "teachers"
         load_weights(model, store / name / "teacher.safetensors")
-    given = Normalization(tuple(data["mean"]), tuple(data["std"]))
-    expects = Normalization(
-        tuple(section.get("mean") or data["mean"]), tuple(section.get("std") or data["std"])
+    return FrozenTeacher(
+        model,
+        expects=Normalization(
+            tuple(section.get("mean") or data["mean"]), tuple(section.get("std") or data["std"])
+        ),
+        given=Normalization(tuple(given["mean"]), tuple(given["std"])),
+        image_size=size,
     )
-    return FrozenTeacher(model, expects=expects, given=given)
 
 
 class _Comparison:

@@ -3,7 +3,7 @@
 import json
 import logging
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,13 @@ from torch import Tensor, nn
 from kd_lightning.config.checks import single_teachers
 from kd_lightning.config.hardware import find_device
 from kd_lightning.config.nodes import Node, build
+from kd_lightning.config.pretrained import with_own_input
 from kd_lightning.config.resolve import resolve_trainer
 from kd_lightning.config.stored import student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.errors import InputError
 from kd_lightning.models.cost import measure_latency, peak_memory
-from kd_lightning.models.preparing import materialize, to_memory_format
+from kd_lightning.models.preparing import materialize, resize, to_memory_format
 from kd_lightning.results import BATCHES
 from kd_lightning.storage.provenance import device_name
 from kd_lightning.storage.run_directory import RunDirectory
@@ -30,15 +31,17 @@ BUSY = 0.5  # load per CPU, from which latencies are not to be trusted
 
 
 class _Together(nn.Module):
-    """The members of an ensemble, one after the other."""
+    """The members of an ensemble, one after the other, each with the size of its images."""
 
-    def __init__(self, members: Iterable[nn.Module]) -> None:
+    def __init__(self, members: Sequence[tuple[nn.Module, int]]) -> None:
         super().__init__()
-        self.members = nn.ModuleList(members)
+        self.members = nn.ModuleList(network for network, _ in members)
+        self.sizes = [size for _, size in members]
 
     def forward(self, images: Tensor) -> list[Any]:
         """Images (B, 3, H, W) to the output of every member."""
-        return [member(images) for member in self.members]
+        members = zip(self.members, self.sizes, strict=True)
+        return [member(resize(images, size)) for member, size in members]
 
 
 def measure(
@@ -81,9 +84,10 @@ def measure(
             student, directory.path / "student.safetensors", teachers, size
         )
         nodes = [part["teacher"]["model"] for part in single_teachers(config)]
+        sizes = [teacher_size for _, teacher_size in teachers]
         networks: dict[str, tuple[nn.Module, Any]] = {"": (student, student_model(config))}
         if teachers:
-            networks["teacher_"] = (_Together(teachers), nodes)
+            networks["teacher_"] = (_Together(teachers), [nodes, sizes])
         for prefix, (network, node) in networks.items():
             channels_last = _channels_last(config, place)
             key = json.dumps([node, size, channels_last], sort_keys=True, default=str)
@@ -134,15 +138,19 @@ def _checked(folder: str | Path, trust: Iterable[str]) -> Node:
     return config
 
 
-def _teachers(config: Node) -> list[nn.Module]:
-    """The networks of the configured teacher, with initial weights; none of a packed teacher."""
-    networks: list[nn.Module] = []
+def _teachers(config: Node) -> list[tuple[nn.Module, int]]:
+    """The networks of the configured teacher, with initial weights, and the sizes of their images;
+    none of a packed teacher.
+    """
+    networks: list[tuple[nn.Module, int]] = []
     for part in single_teachers(config):
         if part["teacher"].get("outputs"):
             return []
-        network: nn.Module = build(part["teacher"]["model"], "teacher.model")
-        materialize(network, config["data"]["image_size"], "teacher.model")
-        networks.append(network.eval())
+        section = with_own_input(part["teacher"], "teacher", config["data"])
+        size = section.get("image_size") or config["data"]["image_size"]
+        network: nn.Module = build(section["model"], "teacher.model")
+        materialize(network, size, "teacher.model")
+        networks.append((network.eval(), size))
     return networks
 
 

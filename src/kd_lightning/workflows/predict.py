@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from kd_lightning.data.decoding import is_image_name
 from kd_lightning.errors import InputError
@@ -113,7 +114,11 @@ def _predict(
             errors[number] = str(error)
     best: dict[int, tuple[list[float], list[int]]] = {}
     if decoded:
-        probabilities = student.probabilities(np.stack(list(decoded.values())), len(batch))
+        # Not `student.probabilities`, which would resize and crop the pixels once more if the
+        # student's images are stored larger.
+        with torch.inference_mode():
+            logits = student.run(torch.from_numpy(np.stack(list(decoded.values()))))
+        probabilities = student.calibrated(logits)
         values, labels = probabilities.topk(min(top, probabilities.shape[1]))
         best = dict(zip(decoded, zip(values.tolist(), labels.tolist(), strict=True), strict=True))
     for number, (file, _) in enumerate(batch):

@@ -195,7 +195,7 @@ def _train_and_test(
         **count_costs(
             module.student,
             directory.path / "student.safetensors",
-            networks_of(job.teachers),
+            networks_of(job.teachers, job.plan.data.image_size),
             job.plan.data.image_size,
         ),
         **results,
