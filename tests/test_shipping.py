@@ -408,6 +408,7 @@ def test_all_kinds_of_images_give_the_same_prediction(run, exported, photographs
         torch.testing.assert_close(student.logits(files[1]), expected[1:], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(student.logits(opened, batch_size=1), expected)
         assert student.logits([]).shape == (0, 3)
+    assert api.load_student(run).preprocess([]).shape == (0, 3, 16, 16)
 
 
 def test_pillow_images_are_turned_upright(run, photographs):

@@ -75,7 +75,8 @@ class Student:
             InputError: an image is unreadable or has an unsupported shape or type.
         """
         normalize = self._network().normalize
-        return torch.cat([normalize(part) for part in batches(images, self.description, BATCH)])
+        parts = [normalize(part) for part in batches(images, self.description, BATCH)]
+        return torch.cat(parts) if parts else torch.zeros(0, 3, self.image_size, self.image_size)
 
     @torch.inference_mode()
     def logits(self, images: Images, batch_size: int = BATCH) -> Tensor:
