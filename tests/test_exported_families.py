@@ -9,7 +9,18 @@ from kd_lightning.errors import RunError
 from kd_lightning.inference.description import Description
 from kd_lightning.inference.exported import read_onnx, read_pt2, trace, write_onnx, write_pt2
 from kd_lightning.inference.network import PixelNetwork
-from kd_lightning.models import CifarResNet, ConvNet, ResNet9
+from kd_lightning.models import (
+    VGG,
+    BottleneckResNet,
+    CifarResNet,
+    ConvNet,
+    MobileNetV2,
+    ProjectionResNet,
+    ResNet9,
+    ShuffleNetV1,
+    ShuffleNetV2,
+    WideResNet,
+)
 from kd_lightning.models.preparing import materialize
 from kd_lightning.models.reused_classifier import ReusedClassifier
 
@@ -26,6 +37,13 @@ FAMILIES = {
     "cifar_resnet": lambda: CifarResNet(8),
     "resnet9": lambda: ResNet9(4),
     "reused_classifier": lambda: ReusedClassifier(ConvNet([4, 8], 8), channels=16, size=8),
+    "projection_resnet": lambda: ProjectionResNet(8, num_classes=10),
+    "bottleneck_resnet": lambda: BottleneckResNet((1, 1, 1, 1), 16, num_classes=10),
+    "wide_resnet": lambda: WideResNet(10, 1, num_classes=10),
+    "vgg": lambda: VGG([1] * 5, num_classes=10),
+    "mobilenetv2": lambda: MobileNetV2(num_classes=10),
+    "shufflenet_v1": lambda: ShuffleNetV1(num_classes=10),
+    "shufflenet_v2": lambda: ShuffleNetV2(num_classes=10),
     "resnet10t": lambda: timm_model("resnet10t"),
     "mobilenetv3_small_050": lambda: timm_model("mobilenetv3_small_050"),
     "vit_tiny_patch16_224": lambda: timm_model("vit_tiny_patch16_224", img_size=SIZE),
