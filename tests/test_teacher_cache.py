@@ -252,6 +252,17 @@ def test_whole_view_with_a_live_term(tmp_path):
     assert torch.equal(values["b"][:, 1], -expected([3, 1], 0))
 
 
+def test_a_cache_may_be_removed_while_sizes_are_added_up(tmp_path, caplog):
+    other = tmp_path / "other-cache"
+    other.mkdir()
+    (other / "view-00000.rows").symlink_to(tmp_path / "gone")  # listed, but not there any more
+    with caplog.at_level(logging.WARNING):
+        recall(make_memory(tmp_path), [1, 2], [0, 0])
+    assert not caplog.text
+    _, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
+    assert not teacher.asked
+
+
 def test_full_disk_causes_a_warning(tmp_path, caplog):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
