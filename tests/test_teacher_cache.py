@@ -1,5 +1,7 @@
 """The teacher-output cache: correct rows, no recomputation, unchanged results."""
 
+import errno
+import fcntl
 import logging
 import os
 import resource
@@ -259,6 +261,21 @@ def test_a_cache_may_be_removed_while_sizes_are_added_up(tmp_path, caplog):
     with caplog.at_level(logging.WARNING):
         recall(make_memory(tmp_path), [1, 2], [0, 0])
     assert not caplog.text
+    _, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
+    assert not teacher.asked
+
+
+def test_file_system_without_fallocate(tmp_path, monkeypatch):
+    allocate = os.posix_fallocate
+
+    def emulated(descriptor, *range_):
+        # glibc, if the file system does not know the call.
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        allocate(descriptor, *range_)
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    recall(make_memory(tmp_path), [1, 2], [0, 0])
     _, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
     assert not teacher.asked
 
