@@ -1,6 +1,7 @@
 """Training in the processes of a launcher (torchrun, srun), and launchers that must not matter."""
 
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -19,6 +20,7 @@ from kd_lightning.config.launcher import find_launcher, launched_together, train
 from kd_lightning.config.resolve import check_devices, resolve_trainer
 from kd_lightning.engine.agreement import Agreement, last_batch
 from kd_lightning.engine.callbacks.curves import Curves
+from kd_lightning.engine.group import Follower
 from kd_lightning.errors import InputError
 from kd_lightning.workflows import nodes
 from kd_lightning.workflows.cards import card_in_turn
@@ -244,6 +246,26 @@ def test_processes_follow_from_the_launcher(variables):
     with pytest.raises(InputError, match="on every node, with torchrun or srun"):
         resolve_trainer({**trainer, "num_nodes": 2}, model)
     assert resolve_trainer({**trainer, "devices": 1}, model).processes == 1
+
+
+class OwnError(Exception):
+    """An error that cannot be unpickled, like those of failed downloads."""
+
+    def __init__(self, file, reason):
+        super().__init__(f"{file}: {reason}")
+
+
+def failing(file):
+    raise OwnError(file, "not found")
+
+
+def test_any_error_of_another_node_reaches_rank_0():
+    here, link = multiprocessing.Pipe()
+    follower = object.__new__(Follower)
+    follower._link = link
+    follower._obey("call", (failing, ("x.png",)))
+    kind, error = here.recv()
+    assert (kind, str(error)) == ("error", "OwnError: x.png: not found")
 
 
 @pytest.mark.parametrize("slowest", range(3))

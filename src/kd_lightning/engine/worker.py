@@ -222,7 +222,7 @@ def _main(
         result = task.work(*task.arguments)
     except BaseException as error:
         log.info("failed", exc_info=error)
-        parent.send("error", _portable(error))
+        parent.send("error", portable(error))
         parent.finish()
         os._exit(1)  # at once: leaving the process group could wait for the other processes
     parent.send("done", result)
@@ -231,7 +231,7 @@ def _main(
         distributed.destroy_process_group()
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The error, or a `RunError` with the same message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))
