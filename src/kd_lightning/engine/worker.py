@@ -6,6 +6,7 @@ a training can be interrupted now), ``stop`` (a signal), ``begun`` (see `engine.
 """
 
 import contextlib
+import copy
 import logging
 import multiprocessing
 import os
@@ -171,6 +172,10 @@ class _Parent:
         os._exit(1)
 
 
+_PLAIN = vars(logging.makeLogRecord({})).keys()
+"""The attributes of every log record."""
+
+
 class _Forward(logging.Handler):
     """Logging handler that sends records to the parent."""
 
@@ -179,9 +184,12 @@ class _Forward(logging.Handler):
         self._parent = parent
 
     def emit(self, record: logging.LogRecord) -> None:
+        record = copy.copy(record)  # others may handle it, too
         if record.exc_info:
             record.exc_text = "".join(traceback.format_exception(*record.exc_info))
         record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        for name in vars(record).keys() - _PLAIN:  # of `extra`: it may not be possible to pickle it
+            delattr(record, name)
         self._parent.send("log", record)
 
 
