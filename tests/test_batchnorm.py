@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from conftest import trainer_plan
-from lightning.pytorch import seed_everything
+from lightning.pytorch import Callback, seed_everything
 from test_distillation import CROSS_ENTROPY, SGD, make_data, make_module
 from test_resume import Ask, configuration, left
 from test_tensorboard import CPU
@@ -89,6 +89,26 @@ def test_best_epoch_is_tested_with_its_own_statistics(folder, tmp_path):
     tested = test(trainer, module, data, directory, {**results, "best_epoch": 3}, True)
     assert tested["test_accuracy_at_best"] > 0.5  # the stored weights are at chance level
     assert all(torch.equal(value, last[name]) for name, value in module.state_dict().items())
+
+
+class Spoiled(Callback):
+    """The last step of an epoch makes a student that always predicts the same class."""
+
+    def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
+        if trainer.is_last_batch:
+            for weight in module.student.parameters():
+                weight.data.zero_()
+
+
+def test_best_weights_within_the_last_epoch_are_tested(folder, tmp_path):
+    directory, data = RunDirectory(tmp_path), make_data(folder).variant(batch_size=4)
+    plan = trainer_plan({**CPU, "max_epochs": 1, "val_check_interval": 4})
+    trainer = build_trainer(plan, tmp_path, "x", callbacks=[Spoiled()])
+    module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, optimizer={**SGD, "lr": 0.2})
+    results = fit(trainer, module, data, directory, "student")
+    tested = test(trainer, module, data, directory, results, False)
+    assert results["best_val_accuracy"] > results["val_accuracy"]
+    assert tested["test_accuracy_at_best"] > tested["test_accuracy"]
 
 
 def test_update_bn_is_a_cumulative_average_without_dropout():

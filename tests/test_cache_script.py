@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kd_lightning.errors import InputError
+from kd_lightning.storage import packing
 from kd_lightning.storage.packing import pack, unpack
 from kd_lightning.storage.teacher_cache import TeacherCache, stored
 
@@ -181,6 +182,21 @@ def test_forged_manifest_is_rejected(tmp_path, packed, change):
     with pytest.raises(InputError, match="damaged, or not a packed cache"):
         unpack(packed, tmp_path / "two" / "deep")
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_two_processes_may_unpack_the_same_cache(tmp_path, packed, monkeypatch):
+    extract = packing._extract
+
+    def interrupted(*arguments):
+        monkeypatch.setattr(packing, "_extract", extract)
+        unpack(packed, tmp_path / "two")  # another process, in the meantime
+        extract(*arguments)
+
+    monkeypatch.setattr(packing, "_extract", interrupted)
+    unpack(packed, tmp_path / "two")
+    (entry,) = stored(tmp_path / "two")
+    assert entry.views == 2
+    assert sorted(entry.folder.parent.iterdir()) == [entry.folder]
 
 
 def test_example_of_the_document_runs(tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 """Training in the processes of a launcher (torchrun, srun), and launchers that must not matter."""
 
 import json
+import logging
+import multiprocessing
 import os
 import signal
 import socket
@@ -17,8 +19,10 @@ from kd_lightning import api
 from kd_lightning.config import hardware
 from kd_lightning.config.launcher import find_launcher, launched_together, trainer_of
 from kd_lightning.config.resolve import check_devices, resolve_trainer
+from kd_lightning.engine import worker
 from kd_lightning.engine.agreement import Agreement, last_batch
 from kd_lightning.engine.callbacks.curves import Curves
+from kd_lightning.engine.group import Follower
 from kd_lightning.errors import InputError
 from kd_lightning.workflows import nodes
 from kd_lightning.workflows.cards import card_in_turn
@@ -244,6 +248,38 @@ def test_processes_follow_from_the_launcher(variables):
     with pytest.raises(InputError, match="on every node, with torchrun or srun"):
         resolve_trainer({**trainer, "num_nodes": 2}, model)
     assert resolve_trainer({**trainer, "devices": 1}, model).processes == 1
+
+
+class OwnError(Exception):
+    """An error that cannot be unpickled, like those of failed downloads."""
+
+    def __init__(self, file, reason):
+        super().__init__(f"{file}: {reason}")
+
+
+def failing(file):
+    raise OwnError(file, "not found")
+
+
+def test_any_error_of_another_node_reaches_rank_0():
+    here, link = multiprocessing.Pipe()
+    follower = object.__new__(Follower)
+    follower._link = link
+    follower._obey("call", (failing, ("x.png",)))
+    kind, error = here.recv()
+    assert (kind, str(error)) == ("error", "OwnError: x.png: not found")
+
+
+def test_any_log_record_of_a_worker_reaches_its_parent():
+    here, connection = multiprocessing.Pipe()
+    parent = worker._Parent(connection)
+    record = logging.makeLogRecord({"msg": "%s left", "args": (3,), "cannot_be_pickled": lambda: 0})
+    worker._Forward(parent).emit(record)
+    parent.send("done", {})
+    parent.finish()
+    assert here.poll(10)
+    assert here.recv()[1].getMessage() == "3 left"
+    assert here.recv() == ("done", {})
 
 
 @pytest.mark.parametrize("slowest", range(3))

@@ -23,6 +23,8 @@ from kd_lightning.config.tree import tree
 from kd_lightning.errors import RunError, Stopped
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as training
+from kd_lightning.workflows.jobs import prepare
+from kd_lightning.workflows.record import begin_record
 
 register()
 
@@ -160,6 +162,17 @@ def test_resume_after_repeated_signals(tmp_path, whole):
     training.run(configuration(root), tmp_path / "run", callbacks=[seen])
     assert seen.shown == shown
     assert left(tmp_path / "run") == left(root / "run")
+
+
+def test_checkpoint_of_another_configuration_is_never_resumed(tmp_path, whole):
+    root, shown = whole
+    config, folder = configuration(root), tmp_path / "run"
+    with pytest.raises(Stopped):
+        training.run({**config, "seed": 5}, folder, callbacks=[Ask(2 * BATCHES)])
+    begin_record(prepare(config), RunDirectory(folder), "")  # killed before its first checkpoint
+    seen = Steps()
+    training.run(config, folder, callbacks=[seen])
+    assert seen.shown == shown
 
 
 def test_tensorboard_curves_after_resume(tmp_path, whole):

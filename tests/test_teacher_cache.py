@@ -1,5 +1,7 @@
 """The teacher-output cache: correct rows, no recomputation, unchanged results."""
 
+import errno
+import fcntl
 import logging
 import os
 import resource
@@ -250,6 +252,32 @@ def test_whole_view_with_a_live_term(tmp_path):
     assert len(teacher.asked) == 2
     assert torch.equal(values["a"][:, 0], expected([3, 1], 0))
     assert torch.equal(values["b"][:, 1], -expected([3, 1], 0))
+
+
+def test_a_cache_may_be_removed_while_sizes_are_added_up(tmp_path, caplog):
+    other = tmp_path / "other-cache"
+    other.mkdir()
+    (other / "view-00000.rows").symlink_to(tmp_path / "gone")  # listed, but not there any more
+    with caplog.at_level(logging.WARNING):
+        recall(make_memory(tmp_path), [1, 2], [0, 0])
+    assert not caplog.text
+    _, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
+    assert not teacher.asked
+
+
+def test_file_system_without_fallocate(tmp_path, monkeypatch):
+    allocate = os.posix_fallocate
+
+    def emulated(descriptor, *range_):
+        # glibc, if the file system does not know the call.
+        if fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_APPEND:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+        allocate(descriptor, *range_)
+
+    monkeypatch.setattr(os, "posix_fallocate", emulated)
+    recall(make_memory(tmp_path), [1, 2], [0, 0])
+    _, teacher = recall(make_memory(tmp_path), [1, 2], [0, 0])
+    assert not teacher.asked
 
 
 def test_full_disk_causes_a_warning(tmp_path, caplog):

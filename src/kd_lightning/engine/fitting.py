@@ -117,7 +117,7 @@ def test(
         update_bn: as in `fit`; the best epoch is selected without it, but tested with it.
     """
     results = {}
-    if fitted["best_epoch"] < fitted["epochs"]:
+    if _best_is_earlier(trainer, fitted["val_accuracy"]):
         last = {key: value.clone() for key, value in module.state_dict().items()}
         module.load_state_dict(_load(_best(trainer))["state_dict"])
         if update_bn and trained_batchnorms(module.student):
@@ -163,6 +163,16 @@ def _best(trainer: Trainer) -> ModelCheckpoint:
     best = trainer.checkpoint_callback
     assert isinstance(best, ModelCheckpoint)
     return best
+
+
+def _best_is_earlier(trainer: Trainer, val_accuracy: float) -> bool:
+    """Whether the best weights are not the last ones, which have this validation accuracy; earlier
+    ones may be of the same epoch, with several validations in it.
+    """
+    best = _best(trainer)
+    if best.best_model_score is None or best.best_model_score < val_accuracy:
+        return False
+    return bool(_load(best)["global_step"] < trainer.global_step)
 
 
 def _load(best: ModelCheckpoint) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from kd_lightning.config.launcher import Launcher
 from kd_lightning.engine.supervision import handling_signals
-from kd_lightning.engine.worker import Task, Worker, check_environment
+from kd_lightning.engine.worker import Task, Worker, check_environment, portable
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.terminal import say
 
@@ -269,7 +269,7 @@ class Follower:
             try:
                 self._link.send(("done", work(*arguments)))
             except Exception as error:
-                self._link.send(("error", error))
+                self._link.send(("error", portable(error)))
         elif self._worker is not None and not self._ended:
             with contextlib.suppress(OSError):  # it has ended, which will be passed on
                 self._worker.connection.send((kind, value))

@@ -6,6 +6,7 @@ a training can be interrupted now), ``stop`` (a signal), ``begun`` (see `engine.
 """
 
 import contextlib
+import copy
 import logging
 import multiprocessing
 import os
@@ -171,6 +172,10 @@ class _Parent:
         os._exit(1)
 
 
+_PLAIN = vars(logging.makeLogRecord({})).keys()
+"""The attributes of every log record."""
+
+
 class _Forward(logging.Handler):
     """Logging handler that sends records to the parent."""
 
@@ -179,9 +184,12 @@ class _Forward(logging.Handler):
         self._parent = parent
 
     def emit(self, record: logging.LogRecord) -> None:
+        record = copy.copy(record)  # others may handle it, too
         if record.exc_info:
             record.exc_text = "".join(traceback.format_exception(*record.exc_info))
         record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        for name in vars(record).keys() - _PLAIN:  # of `extra`: it may not be possible to pickle it
+            delattr(record, name)
         self._parent.send("log", record)
 
 
@@ -222,7 +230,7 @@ def _main(
         result = task.work(*task.arguments)
     except BaseException as error:
         log.info("failed", exc_info=error)
-        parent.send("error", _portable(error))
+        parent.send("error", portable(error))
         parent.finish()
         os._exit(1)  # at once: leaving the process group could wait for the other processes
     parent.send("done", result)
@@ -231,7 +239,7 @@ def _main(
         distributed.destroy_process_group()
 
 
-def _portable(error: BaseException) -> BaseException:
+def portable(error: BaseException) -> BaseException:
     """The error, or a `RunError` with the same message if it cannot be pickled."""
     try:
         pickle.loads(pickle.dumps(error))

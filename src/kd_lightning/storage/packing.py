@@ -4,6 +4,7 @@ import hashlib
 import json
 import math
 import re
+import secrets
 import shutil
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
@@ -121,8 +122,7 @@ def unpack(file: Path, root: Path) -> list[tuple[Path, int]]:
             ]
             new = [[name for name in files if _is_new(name, rows)] for rows, _, files in caches]
             for (rows, prefix, files), names in zip(caches, new, strict=True):
-                partials.append(partial := rows.folder.with_name(f".{rows.folder.name}.unpacked"))
-                shutil.rmtree(partial, ignore_errors=True)
+                partials.append(partial := _partial(rows.folder))
                 partial.mkdir(parents=True)
                 for name in names:
                     target = partial / name
@@ -137,6 +137,11 @@ def unpack(file: Path, root: Path) -> list[tuple[Path, int]]:
         for partial in partials:
             shutil.rmtree(partial, ignore_errors=True)
     return [(rows.folder, len(names)) for (rows, _, _), names in zip(caches, new, strict=True)]
+
+
+def _partial(folder: Path) -> Path:
+    # Of this process alone: others may unpack the same cache.
+    return folder.with_name(f".{folder.name}.{secrets.token_hex(4)}.unpacked")
 
 
 def _caches(manifest: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, Any]]]:

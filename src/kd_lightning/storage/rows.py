@@ -150,8 +150,11 @@ class Rows:
             OSError: the disk is full, or the folder cannot be written.
         """
         self.create()
-        with self.path(view).open("ab") as file:
-            before = file.tell()
+        self.path(view).touch()
+        # Not in append mode, in which file systems without `fallocate` (NFS 3, some of FUSE), where
+        # the C library writes to every block, refuse it with EBADF.
+        with self.path(view).open("rb+") as file:
+            before = file.seek(0, os.SEEK_END)
             if before >= self.file_size:
                 return
             try:

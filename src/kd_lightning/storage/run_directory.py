@@ -136,6 +136,10 @@ class RunDirectory:
             log.warning("%s is damaged; training restarts from the beginning", path)
             return None
 
+    def drop_checkpoint(self) -> None:
+        """Remove the last checkpoint, if any."""
+        (self.path / "checkpoints" / LAST).unlink(missing_ok=True)
+
     @rank_zero_only
     def save_weights(self, model: nn.Module, name: str = "student") -> None:
         """Write a model's weights and buffers to `<name>.safetensors`."""

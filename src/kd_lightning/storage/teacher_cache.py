@@ -262,7 +262,7 @@ def stored(root: Path) -> list[Stored]:
     """All caches below `root`, sorted by name."""
     found = []
     for folder in sorted(path for path in root.glob("[!.]*") if path.is_dir()):
-        files = [file.stat().st_size for file in folder.glob("view-*.rows")]
+        files = [_size(file) for file in folder.glob("view-*.rows")]
         key, geometry = (read_json(folder / f"{name}.json") for name in ("key", "rows"))
         found.append(Stored(folder, sum(files), len(files), key, geometry))
     return found
@@ -275,7 +275,14 @@ def remove(folder: Path) -> None:
 
 def used_bytes(root: Path) -> int:
     """Total size of all caches below `root`, in bytes."""
-    return sum(file.stat().st_size for file in root.glob("*/view-*.rows"))
+    return sum(_size(file) for file in root.glob("*/view-*.rows"))
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size
+    except OSError:  # removed in the meantime
+        return 0
 
 
 def folder_name(teacher: str, term: str, key: Mapping[str, Any]) -> str:

@@ -28,6 +28,11 @@ def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[
             directory.path.name, ", ".join(changes), aside,
         )  # fmt: skip
         earlier = {}
+    resumes = earlier.get("config_key") == plan.key
+    if not resumes:
+        # Of another configuration: interrupted before its first checkpoint, this one would resume
+        # from it.
+        directory.drop_checkpoint()
     record = {
         **_identity(plan),
         "config_key": plan.key,
@@ -40,7 +45,7 @@ def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[
         record["key_without_teacher"] = plan.key_without_teacher
     directory.write_metrics(record)
     directory.write_config(plan.config)
-    return record, earlier.get("config_key") == plan.key
+    return record, resumes
 
 
 def _identity(plan: Plan) -> dict[str, Any]:
