@@ -104,6 +104,20 @@ def test_variants_are_separate_cells_with_one_baseline(tmp_path):
     assert gains["logit logit.temperature_2"] == pytest.approx(0.04)
 
 
+@pytest.mark.parametrize("again", ["../outputs", "link", "results.csv"])
+def test_a_run_that_is_named_twice_counts_once(tmp_path, monkeypatch, again):
+    outputs = tmp_path / "outputs"
+    for seed, accuracy in ((0, 0.7), (1, 0.8)):
+        write_run(outputs, "none", "small", seed, accuracy)
+    (tmp_path / "link").symlink_to(outputs)
+    monkeypatch.chdir(outputs)
+    write_report([outputs], tmp_path, draw_figures=False)
+    if again != "../outputs":
+        again = tmp_path / again
+    assert len(read_runs([again, outputs])) == 2
+    assert len(read_runs([again, again])) == 2
+
+
 def test_interval_of_equal_differences_is_a_point():
     assert interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 
