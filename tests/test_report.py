@@ -306,6 +306,31 @@ def test_runs_with_different_contents_share_no_cell(tmp_path, what, monkeypatch)
     )
 
 
+def test_teachers_that_depend_on_the_seed_share_a_cell(tmp_path):
+    """Those that `teacher.run={...}` trains first, for each seed."""
+    for seed in range(3):
+        run = contents(
+            tmp_path, "logit", seed, 0.8 + seed / 100, images="a", teacher=str(seed),
+            teacher_test_accuracy=0.7 + seed / 100,
+        )  # fmt: skip
+        file = f"outputs/{seed}/student.safetensors"
+        write_config(run, seed, teacher__run={"method": "none"}, teacher__checkpoint=file)
+    runs = read_runs([tmp_path])
+    row = cell(summarise(runs), "logit", "small")
+    assert (row.n, row.missing) == (3, 0)
+    table = documents.overview(summarise(runs), runs).set_index("method")
+    assert table.loc["teacher convnet", "small"] == "71.00"
+    assert "70.00 to 72.00 % on test" in documents.facts(runs)
+
+
+def test_accuracy_of_a_teacher_that_follows_the_student(tmp_path):
+    write_run(tmp_path, "logit", "small", 0, 0.8, teacher_test_accuracy=0.81)
+    write_run(tmp_path, "logit", "medium", 0, 0.9, teacher_test_accuracy=0.91)
+    runs = read_runs([tmp_path])
+    table = documents.overview(summarise(runs), runs).set_index("method")
+    assert list(table.loc["teacher convnet", ["small", "medium"]]) == ["81.00", "91.00"]
+
+
 def test_baseline_of_all_teachers_with_the_same_images(tmp_path):
     contents(tmp_path / "1", "none", 0, 0.5, images="a")
     contents(tmp_path / "2", "logit", 0, 0.6, images="a", teacher="c")

@@ -68,8 +68,13 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
         metrics = read_json(folder / "metrics.json")
         if wrong_figure(metrics):
             metrics = {"status": "unreadable", "name": folder.name}
+        own = reader.read(folder)
+        if any(key.startswith("teacher.run.") for key in own):
+            # The setting says how the teacher was trained, with the seed of the run.
+            metrics = {**metrics, "teacher_sha256": None}
+            own = {key: value for key, value in own.items() if key != "teacher.checkpoint"}
         rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
-        settings.append(reader.read(folder))
+        settings.append(own)
     # A run that is read twice would pass for two, with a deviation and an interval too small.
     read = {_place(row) for row in rows}
     for path in paths:
