@@ -283,6 +283,18 @@ def test_home_with_special_characters(monkeypatch):
     assert composed("output_dir=~/x")["output_dir"] == "/home/josé (1)/x"
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("method.terms=[a]", "method.terms must be a dictionary"),
+        ("teacher.trainer=null", "teacher.trainer must be a dictionary"),
+        ("~trainer.precision", "trainer.precision must be given"),
+    ],
+)
+def test_incomplete_section_is_reported(given, words):
+    assert words in refusal(given)
+
+
 def test_home_of_an_unknown_user_is_reported():
     with pytest.raises(InputError, match="data.root=~nobody-here/x"):
         expand_home("data.root=~nobody-here/x")
