@@ -118,6 +118,14 @@ def test_a_run_that_is_named_twice_counts_once(tmp_path, monkeypatch, again):
     assert len(read_runs([again, again])) == 2
 
 
+def test_gain_of_some_seeds_says_of_how_many(tmp_path):
+    write_run(tmp_path, "none", "small", 0, 0.7)
+    for seed in range(3):
+        write_run(tmp_path, "logit", "small", seed, 0.75)
+    table = documents.details(summarise(read_runs([tmp_path]))).set_index("method")
+    assert table.loc["logit", "gain"] == "+5.00 (1 of 3 runs)"
+
+
 def test_interval_of_equal_differences_is_a_point():
     assert interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 

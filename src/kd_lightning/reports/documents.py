@@ -301,9 +301,9 @@ def _gain(cell: "pd.core.series.Series") -> str:
     if pd.isna(cell.gain):
         return DASH
     text = f"{100 * cell.gain:+.2f}"
-    if pd.isna(cell.gain_low):
-        return text
-    return f"{text} [{100 * cell.gain_low:+.2f}, {100 * cell.gain_high:+.2f}]"
+    if not pd.isna(cell.gain_low):
+        text += f" [{100 * cell.gain_low:+.2f}, {100 * cell.gain_high:+.2f}]"
+    return text if cell.pairs == cell.n else f"{text} ({cell.pairs} of {cell.n} runs)"
 
 
 def _spread(mean: float, deviation: float) -> str:
