@@ -21,9 +21,9 @@ from torch import nn
 from kd_lightning import api
 from kd_lightning.config.hardware import choose_memory_format, choose_precision, device_type
 from kd_lightning.config.nodes import Node, build
+from kd_lightning.config.pretrained import with_own_input
 from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.top_k import chosen_k
-from kd_lightning.config.pretrained import with_own_input
 from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError
 from kd_lightning.models.preparing import materialize
