@@ -48,6 +48,7 @@ def main() -> None:
     command = commands.add_parser("remove", help="remove caches", parents=[place])
     command.add_argument("names", nargs="+", metavar="NAME", help="or: all")
     arguments = parser.parse_args()
+    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
     root = Path(getattr(arguments, "output_dir", "outputs")) / "teachers" / "remembered"
     try:
         run(arguments, root)

@@ -10,6 +10,7 @@ methods that read features store more, or compute them live.
 """
 
 import argparse
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,9 +21,11 @@ from torch import nn
 from kd_lightning import api
 from kd_lightning.config.hardware import choose_memory_format, choose_precision, device_type
 from kd_lightning.config.nodes import Node, build
+from kd_lightning.config.pretrained import with_own_input
 from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.top_k import chosen_k
 from kd_lightning.engine.quiet import quiet_lightning
+from kd_lightning.errors import InputError
 from kd_lightning.models.preparing import materialize
 from kd_lightning.reports.summary import about
 from kd_lightning.storage.rows import Rows
@@ -33,6 +36,16 @@ PER_IMAGE = 250  # bytes of paths, labels, splits, order and digests
 
 
 def main() -> None:
+    """Read the command line and print the estimate."""
+    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    try:
+        estimate()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+def estimate() -> None:
     """Measure both networks and print the estimate."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -49,6 +62,8 @@ def main() -> None:
     quiet_lightning()
     config = api.compose(*overrides)
     data, epochs = config["data"], config["trainer"]["max_epochs"]
+    if data["num_classes"] is None:
+        raise InputError("data.num_classes must be given, as no data is read")
     views = min(epochs, data["views"] or epochs)
     student = speed(config, "student", arguments.seconds, train=True) * arguments.devices
     teacher = speed(config, "teacher", arguments.seconds, train=False) * arguments.devices
@@ -78,7 +93,8 @@ def speed(config: Node, part: str, seconds: float, train: bool) -> float:
     """Images per second of a network on this machine, with a batch of the configured size."""
     accelerator = config["trainer"]["accelerator"]
     device = torch.device(device_type(accelerator))
-    size = config["data"]["image_size"]
+    section = with_own_input(config[part], part, config["data"])
+    size = section.get("image_size") or config["data"]["image_size"]  # a teacher may have its own
     torch.manual_seed(0)
     model = build(config[part]["model"], f"{part}.model")
     materialize(model, size, f"{part}.model")

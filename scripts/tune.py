@@ -7,6 +7,7 @@ Started again it goes on; started several times at once, the workers share the s
 
 import argparse
 import sys
+from pathlib import Path
 
 
 def main() -> None:
@@ -22,6 +23,7 @@ def main() -> None:
     parser.add_argument("--storage", help="URL of a database; by default SQLite in output_dir")
     parser.add_argument("--study", help="name; by default from method, student and setting")
     arguments = parser.parse_intermixed_args()
+    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
     try:
         from kd_lightning.workflows.tune import parse_range, tune
     except ModuleNotFoundError as error:

@@ -53,3 +53,9 @@ def test_invalid_input_raises_input_error(given):
         api.compose("trainer.max_epoch=1")
     with pytest.raises(InputError, match="not a run directory"):
         api.load_student("nowhere")
+
+
+@pytest.mark.parametrize("given", ["student=smal", "seed=0,1"])
+def test_invalid_override_is_an_input_error(given):
+    with pytest.raises(InputError, match=given):
+        api.compose(given)

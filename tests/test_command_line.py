@@ -283,6 +283,34 @@ def test_home_with_special_characters(monkeypatch):
     assert composed("output_dir=~/x")["output_dir"] == "/home/josé (1)/x"
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("teacher.trainer=null", "teacher.trainer must be a dictionary"),
+        ("~trainer.precision", "trainer.precision must be given"),
+    ],
+)
+def test_incomplete_section_is_reported(given, words):
+    assert words in refusal(given)
+
+
+def test_home_of_an_unknown_user_is_reported():
+    with pytest.raises(InputError, match=r"data\.root=~nobody-here/x"):
+        expand_home("data.root=~nobody-here/x")
+
+
+@pytest.mark.parametrize(
+    ("text", "line"), [("name: x\n\tlayers: []\n", 2), ("name: x\nname: y\n", 2)]
+)
+def test_configuration_with_a_syntax_error_is_named(tmp_path, train, text, line):
+    (tmp_path / "student").mkdir()
+    (tmp_path / "student" / "mine.yaml").write_text(text)
+    done = train(f"--config-dir={tmp_path}", "student=mine")
+    assert done.code == 2
+    assert f"mine.yaml, line {line}: " in done.err
+    assert "Traceback" not in done.err
+
+
 def test_run_in_the_home_folder(monkeypatch, tmp_path, train):
     monkeypatch.setenv("HOME", str(tmp_path))
     done = train("method=none", "output_dir=~/outputs", "trainer.max_epochs=1")

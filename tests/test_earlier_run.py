@@ -102,6 +102,19 @@ def test_earlier_run_inherits_all_but_method_student_and_teacher(tmp_path):
     assert earlier.folder == tmp_path / "runs" / node["setting"] / "none-small-s5"
 
 
+def test_setting_is_that_of_the_folder(tmp_path):
+    """Whatever run the teacher is from: that of each seed is in the same setting."""
+    config = api.compose("data=digits", "method=none")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
+    (tmp_path / "metrics.json").write_text(json.dumps({"status": "finished", "name": "other"}))
+    arguments = ["data=digits", "method=logit", "teacher=run", f"teacher.run={tmp_path}"]
+    with initialize_config_dir(tree_folder(), version_base="1.3"):
+        composed = compose("train", arguments)
+    completed = api.compose(*arguments)
+    assert completed["teacher"]["name"] == "other"
+    assert completed["setting"] == composed.setting
+
+
 def test_student_is_inherited_unless_another_is_named():
     shared, own = ["data=digits"], ["student=medium", "student.model.hidden=32", "method=logit"]
     naming.register()

@@ -40,3 +40,23 @@ def test_fifty_reduced_views_of_imagenet_fit_into_five_gigabytes(monkeypatch):
     script = runpy.run_path(SCRIPT)
     config = {"data": {"num_classes": 1000}, "remember": {"top_k": "auto", "dtype": "float16"}}
     assert 50 * script["bytes_per_view"](config, 1_281_167) == pytest.approx(4.87e9, rel=1e-3)
+
+
+def test_mistakes_are_reported_in_one_line(monkeypatch, capsys):
+    for given in ("student=nonsense", "data.num_classes=null"):
+        with pytest.raises(SystemExit) as stop:
+            estimate(monkeypatch, capsys, given)
+        assert stop.value.code == 2
+        assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_teacher_is_measured_at_its_own_image_size(monkeypatch, capsys):
+    sizes = []
+    script = runpy.run_path(SCRIPT)
+    monkeypatch.setitem(
+        script["speed"].__globals__, "materialize", lambda model, size, _: sizes.append(size)
+    )
+    config = script["api"].compose("data=digits", "teacher=resnet9", "teacher.image_size=64")
+    config["data"]["batch_size"] = 2
+    script["speed"](config, "teacher", 0, train=False)
+    assert sizes == [64]

@@ -104,6 +104,28 @@ def test_variants_are_separate_cells_with_one_baseline(tmp_path):
     assert gains["logit logit.temperature_2"] == pytest.approx(0.04)
 
 
+@pytest.mark.parametrize("again", ["../outputs", "link", "results.csv"])
+def test_a_run_that_is_named_twice_counts_once(tmp_path, monkeypatch, again):
+    outputs = tmp_path / "outputs"
+    for seed, accuracy in ((0, 0.7), (1, 0.8)):
+        write_run(outputs, "none", "small", seed, accuracy)
+    (tmp_path / "link").symlink_to(outputs)
+    monkeypatch.chdir(outputs)
+    write_report([outputs], tmp_path, draw_figures=False)
+    if again != "../outputs":
+        again = tmp_path / again
+    assert len(read_runs([again, outputs])) == 2
+    assert len(read_runs([again, again])) == 2
+
+
+def test_gain_of_some_seeds_says_of_how_many(tmp_path):
+    write_run(tmp_path, "none", "small", 0, 0.7)
+    for seed in range(3):
+        write_run(tmp_path, "logit", "small", seed, 0.75)
+    table = documents.details(summarise(read_runs([tmp_path]))).set_index("method")
+    assert table.loc["logit", "gain"] == "+5.00 (1 of 3 runs)"
+
+
 def test_interval_of_equal_differences_is_a_point():
     assert interval([0.5, 0.5, 0.5]) == (0.5, 0.5)
 
@@ -290,6 +312,31 @@ def test_runs_with_different_contents_share_no_cell(tmp_path, what, monkeypatch)
     pd.testing.assert_frame_equal(
         summarise(read_runs([tmp_path / "out" / "results.csv"])), summarise(runs)
     )
+
+
+def test_teachers_that_depend_on_the_seed_share_a_cell(tmp_path):
+    """Those that `teacher.run={...}` trains first, for each seed."""
+    for seed in range(3):
+        run = contents(
+            tmp_path, "logit", seed, 0.8 + seed / 100, images="a", teacher=str(seed),
+            teacher_test_accuracy=0.7 + seed / 100,
+        )  # fmt: skip
+        file = f"outputs/{seed}/student.safetensors"
+        write_config(run, seed, teacher__run={"method": "none"}, teacher__checkpoint=file)
+    runs = read_runs([tmp_path])
+    row = cell(summarise(runs), "logit", "small")
+    assert (row.n, row.missing) == (3, 0)
+    table = documents.overview(summarise(runs), runs).set_index("method")
+    assert table.loc["teacher convnet", "small"] == "71.00"
+    assert "70.00 to 72.00 % on test" in documents.facts(runs)
+
+
+def test_accuracy_of_a_teacher_that_follows_the_student(tmp_path):
+    write_run(tmp_path, "logit", "small", 0, 0.8, teacher_test_accuracy=0.81)
+    write_run(tmp_path, "logit", "medium", 0, 0.9, teacher_test_accuracy=0.91)
+    runs = read_runs([tmp_path])
+    table = documents.overview(summarise(runs), runs).set_index("method")
+    assert list(table.loc["teacher convnet", ["small", "medium"]]) == ["81.00", "91.00"]
 
 
 def test_baseline_of_all_teachers_with_the_same_images(tmp_path):

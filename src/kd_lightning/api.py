@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
 from kd_lightning.config import naming, overrides
 from kd_lightning.config.checks import check_sections
-from kd_lightning.config.commandline import check_overrides
+from kd_lightning.config.commandline import check_overrides, composition_error
 from kd_lightning.config.complete import plain
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.tree import tree_folder
@@ -62,7 +65,10 @@ def compose(*arguments: str) -> Node:
     given = check_overrides(arguments)
     with initialize_config_dir(tree_folder(), version_base="1.3"):
         # The `name` resolver needs HydraConfig, which `hydra.compose` does not set.
-        composed = hydra_compose("train", given)
+        try:
+            composed = hydra_compose("train", given)
+        except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
+            raise InputError(composition_error(error)) from error
         train_earlier_runs(composed, given)
         config = plain(composed, given)
     if not any(argument.startswith("name=") for argument in given):

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import hydra
+import yaml
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
@@ -83,7 +84,7 @@ def _main() -> None:
         _fail(str(error), 2)
     except RunError as error:
         _fail(str(error), 1)
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
         _fail(composition_error(error), 2)
     except OSError as error:
         _fail(f"output_dir cannot be written: {error.strerror}: {error.filename}", 2)

@@ -27,6 +27,10 @@ KEYS: dict[str, set[str]] = {
     },
     "remember": {"disk_gb", "dtype"},
 }  # fmt: skip
+TRAINER = (
+    "accelerator", "devices", "precision", "memory_format", "max_epochs", "log_every_n_steps",
+)  # fmt: skip
+"""Keys of `trainer` that are read here; others are arguments of Lightning's Trainer."""
 OPTIONAL: dict[str, set[str]] = {
     "remember": {"top_k"},
     "method": {"student_wrapper"},
@@ -197,7 +201,19 @@ def check_sections(config: Node) -> None:
     for section, required in KEYS.items():
         node = config[section] if section else config
         _check_section(node, section, required, OPTIONAL.get(section, set()))
-    for number, member in enumerate(config["teacher"].get("members") or ()):
+    for section in ("trainer", "method.terms", "teacher.trainer", "data"):
+        if not isinstance(node := select(config, section), dict):
+            raise InputError(f"{section} must be a dictionary, not {node!r}")
+    for key in TRAINER:
+        if key not in config["trainer"]:
+            raise InputError(
+                f"trainer.{key} must be given; a file of your own begins with "
+                "defaults: [auto, _self_]"
+            )
+    members = config["teacher"].get("members") or ()
+    if not isinstance(members, list | tuple):
+        raise InputError(f"teacher.members must be a list of teachers, not {members!r}")
+    for number, member in enumerate(members):
         path, optional = f"teacher.members[{number}]", OPTIONAL["teacher"] | {"terms"}
         _check_section(member, path, KEYS["teacher"], optional)
 

@@ -73,11 +73,18 @@ def check_overrides(overrides: Sequence[str]) -> list[str]:
 
 
 def expand_home(word: str) -> str:
-    """Expand `KEY=~/x` to `KEY=/home/me/x`."""
+    """Expand `KEY=~/x` to `KEY=/home/me/x`.
+
+    Raises:
+        InputError: there is no such home folder.
+    """
     key, sign, value = word.partition("=")
     if not sign or not value.startswith("~"):
         return word
-    parts = [str(Path(part).expanduser()) for part in value.split(",")]
+    try:
+        parts = [str(Path(part).expanduser()) for part in value.split(",")]
+    except RuntimeError as error:  # `~other/x`, without such a user
+        raise InputError(f"{word}: this home folder is not known; write the whole path") from error
     expanded = f"{key}={','.join(parts)}"
     if key.startswith("-") or len(parts) > 1 or _parsed(expanded) is not None:
         return expanded
@@ -191,7 +198,9 @@ def _parsed(override: str) -> Override | None:
 
 
 def composition_error(error: Exception) -> str:
-    """Summarise a composition error of Hydra in one sentence."""
+    """Summarise a composition error, of Hydra or of YAML, in one sentence."""
+    if isinstance(error, yaml.MarkedYAMLError) and (mark := error.problem_mark) is not None:
+        return f"{mark.name}, line {mark.line + 1}: {error.problem}"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, choice = error.missing_cfg_file.rpartition("/")
         return no_such_choice(group, choice, error.options)

@@ -73,6 +73,7 @@ def fill_in_runs(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
     Raises:
         InputError: there is no such run, or it is not finished.
     """
+    folder_of_run = {key: config[key] for key in ("setting", "name")}  # as composed
     for section in sections(config):
         run = section.get("run")
         if run is None:
@@ -87,6 +88,7 @@ def fill_in_runs(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
             raise InputError(f"teacher.run must be {_EXAMPLE}, not {run}")
         with open_dict(config):
             section.merge_with(_teacher(folder, section, checked=isinstance(run, str)))
+            config.merge_with(folder_of_run)
     members = [part.name for part in sections(config)[1:]]
     if members and config.teacher.name == f"run x{len(members)}":
         with open_dict(config):

@@ -228,13 +228,19 @@ def facts(runs: pd.DataFrame) -> str:
     )
     teacher = done.dropna(subset="teacher_test_accuracy")
     if len(teacher):
-        first = teacher.iloc[0]
         text += (
-            f" Teacher {first['teacher']}: {first['teacher_parameters']:,.0f} parameters, "
-            f"{_percent(first['teacher_val_accuracy'])} % on validation, "
-            f"{_percent(first['teacher_test_accuracy'])} % on test."
+            f" Teacher {teacher.iloc[0]['teacher']}: "
+            f"{_range(teacher, 'teacher_parameters')} parameters, "
+            f"{_range(teacher, 'teacher_val_accuracy')} % on validation, "
+            f"{_range(teacher, 'teacher_test_accuracy')} % on test."
         )
     return text
+
+
+def _range(runs: pd.DataFrame, name: str) -> str:
+    """The value of a figure, or its range: every run may have a teacher of its own."""
+    ends = (runs[name].astype(float).min(), runs[name].astype(float).max())
+    return " to ".join(dict.fromkeys(map(FIGURE[name].show, ends)))
 
 
 def overview(cells: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
@@ -243,8 +249,11 @@ def overview(cells: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
     table: dict[str, dict[str, str]] = {}
     teachers = runs.dropna(subset="teacher_test_accuracy")
     if len(teachers):
-        accuracy = _percent(teachers.iloc[0]["teacher_test_accuracy"])
-        table[f"teacher {teachers.iloc[0]['teacher']}"] = dict.fromkeys(students, accuracy)
+        accuracies = teachers["teacher_test_accuracy"].astype(float)
+        own = accuracies.groupby(teachers["student"]).median()  # some follow the student
+        table[f"teacher {teachers.iloc[0]['teacher']}"] = {
+            student: _percent(own.get(student, accuracies.median())) for student in students
+        }
     for cell in cells.itertuples():
         table.setdefault(str(cell.label), dict.fromkeys(students, DASH))[str(cell.student)] = (
             _short(cell)
@@ -292,9 +301,9 @@ def _gain(cell: "pd.core.series.Series") -> str:
     if pd.isna(cell.gain):
         return DASH
     text = f"{100 * cell.gain:+.2f}"
-    if pd.isna(cell.gain_low):
-        return text
-    return f"{text} [{100 * cell.gain_low:+.2f}, {100 * cell.gain_high:+.2f}]"
+    if not pd.isna(cell.gain_low):
+        text += f" [{100 * cell.gain_low:+.2f}, {100 * cell.gain_high:+.2f}]"
+    return text if cell.pairs == cell.n else f"{text} ({cell.pairs} of {cell.n} runs)"
 
 
 def _spread(mean: float, deviation: float) -> str:

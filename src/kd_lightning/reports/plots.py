@@ -109,10 +109,10 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
             color=colour[str(label)],
         )
     teacher = runs.dropna(subset="teacher_test_accuracy")
-    if len(teacher):
+    if teacher["teacher_parameters"].nunique() == 1:  # not of another size for every student
         row = teacher.iloc[0]
         axes.axhline(
-            100 * row["teacher_test_accuracy"], color="0.4", linestyle="--",
+            100 * teacher["teacher_test_accuracy"].median(), color="0.4", linestyle="--",
             label=text(f"teacher {row['teacher']}, {_count(row['teacher_parameters'])}", 64),
         )  # fmt: skip
     axes.set_xscale("log")

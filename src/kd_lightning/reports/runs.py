@@ -33,15 +33,15 @@ METHODS = ("none", "logit", "attention", "combined")  # display order; other met
 
 
 def run_folders(folders: Iterable[str | Path]) -> list[Path]:
-    """All run directories in and below these folders, sorted."""
-    found = []
+    """All run directories in and below these folders, sorted; each once, however it is named."""
+    found: dict[str, Path] = {}
     for folder in folders:
         for path, below, files in os.walk(folder):
             if "metrics.json" in files:
-                found.append(Path(path))
+                found.setdefault(os.path.realpath(path), Path(path))
                 below.clear()  # do not descend into a run
             below.sort()
-    return list(dict.fromkeys(found))
+    return list(found.values())
 
 
 def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None) -> pd.DataFrame:
@@ -63,19 +63,30 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
     paths = [Path(source) for source in sources]
     rows: list[dict[str, Any]] = []
     settings: list[Settings] = []
-    for path in paths:
-        if path.is_file():
-            for row in _read_table(path).to_dict("records"):
-                known = {str(key): value for key, value in row.items() if value == value}
-                rows.append({key: known.get(key) for key in COLUMNS})
-                settings.append({k: v for k, v in known.items() if k not in (*COLUMNS, "label")})
     reader = SettingsReader()
     for folder in run_folders(path for path in paths if not path.is_file()):
         metrics = read_json(folder / "metrics.json")
         if wrong_figure(metrics):
             metrics = {"status": "unreadable", "name": folder.name}
+        own = reader.read(folder)
+        if any(key.startswith("teacher.run.") for key in own):
+            # The setting says how the teacher was trained, with the seed of the run.
+            metrics = {**metrics, "teacher_sha256": None}
+            own = {key: value for key, value in own.items() if key != "teacher.checkpoint"}
         rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
-        settings.append(reader.read(folder))
+        settings.append(own)
+    # A run that is read twice would pass for two, with a deviation and an interval too small.
+    read = {_place(row) for row in rows}
+    for path in paths:
+        if path.is_file():
+            for row in _read_table(path).to_dict("records"):
+                known = {str(key): value for key, value in row.items() if value == value}
+                place = _place(known)
+                if place is not None and place in read:
+                    continue
+                read.add(place)
+                rows.append({key: known.get(key) for key in COLUMNS})
+                settings.append({k: v for k, v in known.items() if k not in (*COLUMNS, "label")})
     if baseline is None:
         added = list(_runs_without_teacher(rows))
     else:
@@ -122,6 +133,12 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
         ~several | methods.isna(), (methods.map(str) + " " + runs["variant"]).str.strip()
     )
     return runs
+
+
+def _place(row: Mapping[str, Any]) -> tuple[Any, str] | None:
+    """What identifies a run in a report: a baseline may be in several settings."""
+    folder = row.get("folder")
+    return None if folder is None else (row.get("setting"), os.path.realpath(str(folder)))
 
 
 _Added = tuple[dict[str, Any], Path, Mapping[str, Any]]
