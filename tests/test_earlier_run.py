@@ -60,6 +60,17 @@ def test_student_of_a_finished_run_is_a_teacher(command):
     assert "already finished" not in third.err
 
 
+def test_students_of_another_image_size_see_images_of_their_own(command):
+    (folder,) = command("method=none").runs
+    run = ("method=logit", "teacher=run", f"teacher.run={folder}")
+    for size, own in ((8, 16), (16, None)):
+        done = command(*run, f"data.image_size={size}")
+        assert done.code == 0, done.err
+        config = yaml.safe_load((done.runs[0] / "config.yaml").read_text())
+        assert config["teacher"].get("image_size") == own
+    assert done.metrics["teacher_test_accuracy"] == metrics_of(folder)["test_accuracy"]
+
+
 def test_chain_is_trained_in_order_and_once(command, tmp_path):
     chain = (
         "method=logit", "teacher=run", "setting=chain",

@@ -87,7 +87,8 @@ def fill_in_runs(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         else:
             raise InputError(f"teacher.run must be {_EXAMPLE}, not {run}")
         with open_dict(config):
-            section.merge_with(_teacher(folder, section, checked=isinstance(run, str)))
+            size = OmegaConf.select(config, "data.image_size")
+            section.merge_with(_teacher(folder, section, size, checked=isinstance(run, str)))
             config.merge_with(folder_of_run)
     members = [part.name for part in sections(config)[1:]]
     if members and config.teacher.name == f"run x{len(members)}":
@@ -140,12 +141,13 @@ def _sections(override: str) -> set[str]:
     return {re.split("[./]", part)[0] for part in key.split("@")}
 
 
-def _teacher(folder: Path, section: DictConfig, checked: bool) -> Node:
+def _teacher(folder: Path, section: DictConfig, image_size: int | None, checked: bool) -> Node:
     """The section of a teacher that is a run's student.
 
     Args:
         folder: folder of the run.
         section: the section to complete.
+        image_size: of the data, in pixels.
         checked: whether the run may be from an untrusted source.
     """
     config, metrics = read_config(folder), read_json(folder / "metrics.json")
@@ -155,7 +157,10 @@ def _teacher(folder: Path, section: DictConfig, checked: bool) -> Node:
         trust = [str(package) for package in section.get("trust") or ()]
         check_trusted(student_model(config), "teacher.run: student.model", trust)
     data, name = student_data(config), section.get("name")
+    # Part of a teacher's identity, so that it is only given where it matters.
+    own_size = {} if data["image_size"] == image_size else {"image_size": data["image_size"]}
     return {
+        **({} if section.get("image_size") else own_size),
         "name": str(metrics.get("name", folder.name)) if name == "run" else name,
         "model": student_model(config),
         "layers": config["student"].get("layers"),
