@@ -206,6 +206,7 @@ def test_variant_shares_the_images(folder):
         {"val_fraction": 0},
         {"val_fraction": 1},
         {"std": [0.5, 0, 0.5]},
+        {"mean": ["a", "b", "c"]},
         {"mean": [0.5]},
         {"padding": 16},
         {"padding": -1},

@@ -272,6 +272,7 @@ def test_weights_for_other_classes_are_refused_unless_fine_tuned(job, place):
         (["student.checkpoint=/no/file.pt"], "student.checkpoint=/no/file.pt does not exist"),
         (["teacher.image_size=0"], "teacher.image_size must be null or a number of pixels"),
         (["student.mean=[1]"], "student.mean must be null or three numbers"),
+        (["teacher.std=[0.5,0,0.5]"], "teacher.std must be null or three numbers above 0"),
         (["teacher.pretrained=true", "teacher.checkpoint=a.pt"], "omit one"),
         (["student=timm"], "student.model.model_name must be given"),
         ([*STUDENT, "student.pretrained=true", "method=simkd"], "replaces the student's class"),

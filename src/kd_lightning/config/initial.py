@@ -1,5 +1,6 @@
 """Checks of the keys that say which weights a network starts from and which input it expects."""
 
+import math
 from typing import Any
 
 from kd_lightning.config.nodes import Node
@@ -30,8 +31,9 @@ def check_initial(section: Node, path: str) -> None:
         raise InputError(f"{path}.image_size must be null or a number of pixels, not {size}")
     for key in ("mean", "std"):
         values: Any = section.get(key)
-        if values is not None and not _is_colour(values):
-            raise InputError(f"{path}.{key} must be null or three numbers, not {values}")
+        if values is not None and not _is_colour(values, positive=key == "std"):
+            above = " above 0" if key == "std" else ""
+            raise InputError(f"{path}.{key} must be null or three numbers{above}, not {values}")
     renamed, ignored = section.get("rename_keys") or {}, section.get("ignore_keys") or []
     if not isinstance(renamed, dict) or not all(isinstance(new, str) for new in renamed.values()):
         raise InputError(
@@ -44,9 +46,10 @@ def check_initial(section: Node, path: str) -> None:
         )
 
 
-def _is_colour(values: Any) -> bool:
+def _is_colour(values: Any, positive: bool) -> bool:
     return (
         isinstance(values, list | tuple)
         and len(values) == 3
-        and all(isinstance(value, int | float) for value in values)
+        and all(type(value) in (int, float) and math.isfinite(value) for value in values)
+        and (min(values) > 0 or not positive)
     )

@@ -109,7 +109,8 @@ class ImageDataModule(LightningDataModule):
             check_seed(key, number)
         if views is not None and (not isinstance(views, int) or views < 1):
             raise ValueError(f"views must be null or a whole number of at least 1, not {views}")
-        if len(mean) != 3 or len(std) != 3 or min(std) <= 0:
+        numbers = all(isinstance(value, int | float) for value in (*mean, *std))
+        if not numbers or len(mean) != 3 or len(std) != 3 or min(std) <= 0:
             raise ValueError("mean and std need three numbers each, those of std above 0")
         if not isinstance(image_size, int) or image_size < 1:
             raise ValueError(f"image_size must be at least 1 pixel, not {image_size}")
