@@ -1,16 +1,18 @@
 """The moving average of the student as its teacher."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch import nn
+from torch import distributed, nn
 
 from kd_lightning import api
 from kd_lightning.config.checks import check
 from kd_lightning.data.views import Normalization
 from kd_lightning.distill.mean_teacher import MeanTeacher
+from kd_lightning.engine.callbacks.following import FollowStudent
 from kd_lightning.errors import InputError
 from kd_lightning.models import ConvNet
 
@@ -53,6 +55,17 @@ def test_shared_weights_are_averaged_once():
         nn.init.constant_(student[0].weight, value)
         teacher.follow(student, step)
     torch.testing.assert_close(teacher.model[1].weight, torch.full((2, 2), 4.0))
+
+
+def test_processes_average_the_same_buffers(monkeypatch):
+    def broadcast(buffer, rank):
+        buffer.fill_(4 + rank)  # as rank 0 has it
+
+    monkeypatch.setattr(distributed, "broadcast", broadcast)
+    student, teacher = network(), MeanTeacher(network(1), HALF, decay=0.5)
+    trainer, module = SimpleNamespace(world_size=2, global_step=1), SimpleNamespace(student=student)
+    FollowStudent(teacher).on_train_batch_end(trainer, module, None, None, 0)
+    assert teacher.model[1].running_mean.tolist() == [4, 4]
 
 
 def test_outputs_follow_the_weights():

@@ -4,7 +4,7 @@ from typing import cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
-from torch import distributed
+from torch import distributed, nn
 
 from kd_lightning.distill.module import DistillationModule
 
@@ -19,5 +19,10 @@ class SameBuffers(Callback):
     def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Broadcast the buffers; outside of training, Lightning does."""
         if trainer.world_size > 1 and trainer.state.fn == TrainerFn.FITTING:
-            for buffer in cast(DistillationModule, module).student.buffers():
-                distributed.broadcast(buffer, 0)
+            broadcast_buffers(cast(DistillationModule, module).student)
+
+
+def broadcast_buffers(network: nn.Module) -> None:
+    """Give every process the buffers of rank 0."""
+    for buffer in network.buffers():
+        distributed.broadcast(buffer, 0)

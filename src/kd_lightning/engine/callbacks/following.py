@@ -6,6 +6,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 
 from kd_lightning.distill.mean_teacher import MeanTeacher
 from kd_lightning.distill.module import DistillationModule
+from kd_lightning.engine.callbacks.buffers import broadcast_buffers
 
 
 class FollowStudent(Callback):
@@ -26,7 +27,11 @@ class FollowStudent(Callback):
         """Update the teacher after an optimizer step."""
         if trainer.global_step > self._steps:
             self._steps = trainer.global_step
-            self._teacher.follow(cast(DistillationModule, module).student, self._steps)
+            student = cast(DistillationModule, module).student
+            if trainer.world_size > 1:
+                # Otherwise those of each process's own batch; the checkpoint has rank 0's average.
+                broadcast_buffers(student)
+            self._teacher.follow(student, self._steps)
 
     def on_save_checkpoint(
         self, trainer: Trainer, module: LightningModule, checkpoint: dict[str, Any]
