@@ -377,3 +377,13 @@ def test_the_version_is_printed(train, capsys, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "seed=1", "--version"])
     cli.main()
     assert re.fullmatch(rf"kd_lightning {__version__}\n", capsys.readouterr().out)
+
+
+def test_packages_are_found_in_the_current_folder(train, tmp_path, monkeypatch):
+    (tmp_path / "own_networks.py").write_text(
+        "from kd_lightning.models import ConvNet\nclass Own(ConvNet): pass\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    done = train("method=none", "student.model._target_=own_networks.Own")
+    assert done.code == 0, done.err

@@ -6,6 +6,7 @@ from conftest import REPOSITORY
 from kd_lightning.reports.documents import write_report
 from kd_lightning.reports.runs import read_runs
 from kd_lightning.reports.statistics import summarise
+from kd_lightning.results import FIGURE
 
 RUNS = REPOSITORY / "docs" / "results" / "runs.csv"
 GRIDS = REPOSITORY / "docs" / "twelve-epochs.md"
@@ -72,3 +73,8 @@ def test_grids_are_complete():
     for _, cell in runs.groupby(["setting", "method", "student"]):
         assert sorted(cell["seed"]) == [0, 1, 2]
     assert not runs["git_commit"].str.contains("dirty").any()
+
+
+def test_small_ratios_are_shown():
+    shown = [FIGURE["compression_ratio"].show(value) for value in (64.01, 1.25, 0.51, 0.0062)]
+    assert shown == ["64.0", "1.2", "0.5", "0.0062"]

@@ -435,6 +435,11 @@ def test_unsupported_images_are_rejected(run, images):
         api.load_student(run).predict(images)
 
 
+def test_a_grey_array_is_named_by_its_shape(run):
+    with pytest.raises(InputError, match=r"uint8 and \(16, 16\)"):
+        api.load_student(run).predict(np.zeros((16, 16), np.uint8))
+
+
 def test_arrays_and_files_are_cropped_alike_from_a_larger_stored_size(run, tmp_path):
     copy = tmp_path / "run"
     copy.mkdir()

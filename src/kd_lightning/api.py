@@ -54,8 +54,14 @@ __all__ = [
 def compose(*arguments: str) -> Node:
     """Compose the complete configuration of a command, exactly as `train.py` does.
 
+    `run` completes it: with the number of classes of an image folder, for instance, and the name of
+    the setting that follows from it.
+
     Args:
         arguments: command-line overrides: ``method=logit``, ``optimizer.lr=0.05``.
+
+    Returns:
+        A dictionary of dictionaries.
 
     Raises:
         InputError: an override cannot be parsed, or its key or choice does not exist.

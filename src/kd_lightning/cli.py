@@ -45,6 +45,8 @@ def main() -> None:
     """Run the command line. Exit code: 0, 1 (failed while running), 2 (invalid input), or
     128 + signal number.
     """
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)  # for the user's own packages, also with kd-train
     with robust_streams():
         try:
             _main()

@@ -62,7 +62,7 @@ class Figure:
             "bytes": _with_unit(value, ("B", "kB", "MB", "GB")),
             "operations": _with_unit(value, ("", "k", "M", "G", "T")),
         }
-        return formats.get(self.kind, f"{value:.1f}")
+        return formats.get(self.kind, f"{value:.1f}" if value >= 0.1 else f"{value:.2g}")
 
 
 def _with_unit(value: float, units: tuple[str, ...]) -> str:

@@ -40,6 +40,8 @@ def batches(images: Images, description: Description, size: int) -> Iterator[Ten
         return
     if isinstance(images, str | Path | Image.Image) or _is_array(images, 3):
         images = [images]  # type: ignore[list-item]
+    if isinstance(images, np.ndarray) and images.ndim < 4:
+        _checked(images, 3)  # a grey image, whose rows would be taken for images
     if not hasattr(images, "__getitem__"):
         raise InputError(
             f"images must be one image, a list of them, an array or a tensor, not "

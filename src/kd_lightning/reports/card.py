@@ -17,6 +17,7 @@ from kd_lightning.config.stored import student_data, student_model
 from kd_lightning.config.trust import TRUSTED
 from kd_lightning.errors import InputError
 from kd_lightning.reports.card_results import result_tables
+from kd_lightning.results import FIGURE
 from kd_lightning.storage.identity import target_paths
 from kd_lightning.storage.run_directory import RunDirectory
 
@@ -148,7 +149,8 @@ def _summary(data: Node, metrics: Node, title: str) -> str:
     if metrics.get("teacher_test_accuracy") is not None:
         taught = f", distilled from {_text(metrics['teacher'])}"
         if metrics.get("compression_ratio"):
-            taught += f", which has {metrics['compression_ratio']:.1f} times as many"
+            ratio = FIGURE["compression_ratio"].show(metrics["compression_ratio"])
+            taught += f", which has {ratio} times as many"
     return (
         f"An image classifier for {data['num_classes']} classes, trained on "
         f"{_text(title)}: the network `{_text(metrics['student'])}` with "
