@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from kd_lightning.errors import InputError
-from kd_lightning.files import home
+from kd_lightning.files import find_own_packages, home
 from kd_lightning.storage.packing import pack, unpack
 from kd_lightning.storage.teacher_cache import Stored, remove, stored
 
@@ -48,7 +48,7 @@ def main() -> None:
     command = commands.add_parser("remove", help="remove caches", parents=[place])
     command.add_argument("names", nargs="+", metavar="NAME", help="or: all")
     arguments = parser.parse_args()
-    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    find_own_packages()
     root = Path(getattr(arguments, "output_dir", "outputs")) / "teachers" / "remembered"
     try:
         run(arguments, root)

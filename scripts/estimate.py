@@ -26,6 +26,7 @@ from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.top_k import chosen_k
 from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError
+from kd_lightning.files import find_own_packages
 from kd_lightning.models.preparing import materialize
 from kd_lightning.reports.summary import about
 from kd_lightning.storage.rows import Rows
@@ -37,7 +38,7 @@ PER_IMAGE = 250  # bytes of paths, labels, splits, order and digests
 
 def main() -> None:
     """Read the command line and print the estimate."""
-    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    find_own_packages()
     try:
         estimate()
     except InputError as error:

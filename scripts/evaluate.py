@@ -5,10 +5,9 @@ python scripts/evaluate.py outputs/runs/cifar10-convnet-15e-3ff7b752/combined-sm
 
 import argparse
 import sys
-from pathlib import Path
 
 from kd_lightning.errors import InputError
-from kd_lightning.files import home
+from kd_lightning.files import find_own_packages, home
 
 
 def main() -> None:
@@ -24,7 +23,7 @@ def main() -> None:
         help="your own packages that contain the run's model or data",
     )
     arguments = parser.parse_args()
-    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    find_own_packages()
 
     from kd_lightning import api
     from kd_lightning.reports.summary import percent

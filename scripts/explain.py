@@ -8,10 +8,9 @@ the folder `explanation` of the run and to TensorBoard.
 
 import argparse
 import sys
-from pathlib import Path
 
 from kd_lightning.errors import InputError
-from kd_lightning.files import home
+from kd_lightning.files import find_own_packages, home
 
 
 def main() -> None:
@@ -29,7 +28,7 @@ def main() -> None:
         help="your own packages that contain the run's models or data",
     )
     arguments = parser.parse_args()
-    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    find_own_packages()
     if arguments.images < 2:
         print("error: --images must be at least 2", file=sys.stderr)
         sys.exit(2)

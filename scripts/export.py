@@ -10,10 +10,9 @@ the student on all test images before it is written.
 
 import argparse
 import sys
-from pathlib import Path
 
 from kd_lightning.errors import InputError, RunError
-from kd_lightning.files import home
+from kd_lightning.files import find_own_packages, home
 
 MEGABYTE = 10**6
 
@@ -39,7 +38,7 @@ def main() -> None:
         help="your own packages that contain the run's model or data",
     )  # fmt: skip
     arguments = parser.parse_args()
-    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    find_own_packages()
 
     from kd_lightning import api
     from kd_lightning.reports.summary import percent

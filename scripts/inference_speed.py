@@ -12,14 +12,13 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
 
 from kd_lightning import api
 from kd_lightning.errors import InputError
-from kd_lightning.files import home
+from kd_lightning.files import find_own_packages, home
 
 
 def main() -> None:
@@ -34,7 +33,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE")
     arguments = parser.parse_args()
-    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    find_own_packages()
     try:
         student = api.load_student(arguments.student, arguments.trust)
         files = api.find_images(arguments.images) if arguments.images else []

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from kd_lightning.errors import InputError
-from kd_lightning.files import home
+from kd_lightning.files import find_own_packages, home
 
 
 def main() -> None:
@@ -30,7 +30,7 @@ def main() -> None:
         help="your own packages that contain the models of a run",
     )
     arguments = parser.parse_args()
-    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    find_own_packages()
     # A glob of a setting's folder also matches its tables and pictures.
     runs = [run for run in arguments.runs if Path(run).is_dir()] or arguments.runs
     if arguments.seconds <= 0 or (arguments.threads is not None and arguments.threads < 1):

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kd_lightning.errors import InputError
-from kd_lightning.files import home, readable, replacing
+from kd_lightning.files import find_own_packages, home, readable, replacing
 from kd_lightning.streams import robust_streams
 
 SKIPPED = 3
@@ -44,7 +44,7 @@ def main() -> None:
         help="your own packages that contain the run's model, or the .pt2 file itself",
     )  # fmt: skip
     arguments = parser.parse_args()
-    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    find_own_packages()
     with robust_streams():
         try:
             skipped = run(arguments)

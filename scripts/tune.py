@@ -7,7 +7,8 @@ Started again it goes on; started several times at once, the workers share the s
 
 import argparse
 import sys
-from pathlib import Path
+
+from kd_lightning.files import find_own_packages
 
 
 def main() -> None:
@@ -23,7 +24,7 @@ def main() -> None:
     parser.add_argument("--storage", help="URL of a database; by default SQLite in output_dir")
     parser.add_argument("--study", help="name; by default from method, student and setting")
     arguments = parser.parse_intermixed_args()
-    sys.path.append(str(Path.cwd()))  # where train.py finds your own packages
+    find_own_packages()
     try:
         from kd_lightning.workflows.tune import parse_range, tune
     except ModuleNotFoundError as error:

@@ -24,6 +24,7 @@ from kd_lightning.config.complete import plain
 from kd_lightning.config.launcher import find_launcher, launched_together, trainer_of
 from kd_lightning.config.tree import tree
 from kd_lightning.errors import InputError, RunError, Stopped
+from kd_lightning.files import find_own_packages
 from kd_lightning.storage.identity import finished, finished_elsewhere, unchanged
 from kd_lightning.streams import robust_streams
 from kd_lightning.terminal import say
@@ -45,8 +46,7 @@ def main() -> None:
     """Run the command line. Exit code: 0, 1 (failed while running), 2 (invalid input), or
     128 + signal number.
     """
-    if (here := str(Path.cwd())) not in sys.path:
-        sys.path.append(here)  # for the user's own packages, also with kd-train
+    find_own_packages()
     with robust_streams():
         try:
             _main()

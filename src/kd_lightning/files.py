@@ -5,6 +5,7 @@ import logging
 import os
 import re
 import secrets
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -20,6 +21,12 @@ log = logging.getLogger(__name__)
 def home(path: str) -> str:
     """Expand a leading ``~``, which shells do not do in ``--option=~/x`` or ``KEY=~/x``."""
     return str(Path(path).expanduser()) if path == "~" or path.startswith("~/") else path
+
+
+def find_own_packages() -> None:
+    """Let Python find the user's packages in the current folder, after all others."""
+    if (here := str(Path.cwd())) not in sys.path:
+        sys.path.append(here)
 
 
 @contextmanager
