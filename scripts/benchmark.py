@@ -169,7 +169,8 @@ def ready_made(count: int, batch_size: int, device: torch.device) -> list[Batch]
     """Rendered batches on their device."""
     data = random_batches(count, batch_size)
     return [
-        {key: value.to(device) for key, value in batch.items()} for batch in data.train_dataloader()
+        {key: batch[key].to(device) for key in ("images", "labels")}
+        for batch in data.train_dataloader()
     ]
 
 

@@ -9,6 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from kd_lightning.config.nodes import build
+from kd_lightning.data.loading import Shown
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import FrozenTeacher, Normalization
 from kd_lightning.models.preparing import materialize
@@ -93,8 +94,7 @@ def batches(count):
         {
             "images": torch.randn(8, 3, 16, 16, generator=generator),
             "labels": torch.arange(8),
-            "index": torch.arange(8),
-            "view": torch.zeros(8, dtype=torch.long),
+            "shown": Shown(torch.arange(8), torch.zeros(8, dtype=torch.long)),
             "loss_weight": 1.0,
         }
         for _ in range(count)

@@ -189,7 +189,7 @@ def test_resume_with_update_bn_is_bit_identical(tmp_path):
 )
 def test_small_last_batch_is_merged_into_the_previous_one(images, batch, smallest, sizes):
     sampler = ViewSampler(torch.arange(images), batch, shuffle=True, smallest=smallest)
-    batches = [part["index"] for part in sampler]
+    batches = [part["shown"].index for part in sampler]
     assert [len(part) for part in batches] == sizes
     assert len(sampler) == len(sizes)
     assert torch.cat(batches).sort().values.tolist() == list(range(images))
@@ -202,10 +202,10 @@ def test_every_process_has_enough_images_and_the_right_weight(images):
         for rank in (0, 1)
     ]
     for one, two in zip(*parts, strict=True):
-        total = len(one["index"]) + len(two["index"])
-        assert min(len(one["index"]), len(two["index"])) >= 2
+        total = len(one["shown"].index) + len(two["shown"].index)
+        assert min(len(one["shown"].index), len(two["shown"].index)) >= 2
         for part in (one, two):
-            assert float(part["loss_weight"]) == pytest.approx(2 * len(part["index"]) / total)
+            assert float(part["loss_weight"]) == pytest.approx(2 * len(part["shown"].index) / total)
 
 
 def needed(model, size=16):

@@ -18,7 +18,7 @@ def test_memory_does_not_grow_with_the_speed(monkeypatch):
     data = random_images.random_batches(count=50, batch_size=16)
     batches = list(data.train_dataloader())
     assert [len(batch["labels"]) for batch in batches] == [16] * 50
-    assert len(torch.cat([batch["index"] for batch in batches]).unique()) == 100
+    assert len(torch.cat([batch["shown"].index for batch in batches]).unique()) == 100
     assert len(data.labels) == 100 + 1000 + 1000
     # As many as are used, if fewer.
     few = random_images.random_batches(count=2, batch_size=16)

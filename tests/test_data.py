@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from test_faults import Disk
+from torch.distributed.utils import _recursive_to
 from torchvision.datasets import CIFAR10
 
 from kd_lightning.data import CIFAR10DataModule, DigitsDataModule, FolderDataModule
@@ -124,11 +125,23 @@ def test_training_views_are_augmented_and_evaluation_is_not(folder):
     for epoch in (0, 1):
         loader.sampler.set_epoch(epoch)
         for batch in loader:
-            for index, image in zip(batch["index"].tolist(), batch["images"], strict=True):
+            for index, image in zip(batch["shown"].index.tolist(), batch["images"], strict=True):
                 images[index, epoch] = image
     assert any(not torch.equal(images[i, 0], images[i, 1]) for i in data.splits["train"].tolist())
     first, second = (folder_data_batches(data, "val")[0]["images"] for _ in range(2))
     assert torch.equal(first, second)
+
+
+def test_views_stay_on_the_host_when_a_strategy_copies_the_batch(folder):
+    """As `DistributedDataParallel` on a GPU does with the arguments of a step."""
+    data = folder_data(folder)
+    data.setup()
+    batch = folder_data_batches(data, "train")[0]
+    (copied,) = _recursive_to(batch, torch.device("meta"), False)
+    assert copied["images"].is_meta
+    assert copied["shown"].index.tolist() == batch["shown"].index.tolist()
+    assert copied["shown"].view.device.type == "cpu"
+    assert copied["loss_weight"] == 1
 
 
 def test_prefetched_batches_match_the_sampler(folder):
@@ -140,11 +153,13 @@ def test_prefetched_batches_match_the_sampler(folder):
     asked, got = list(loader.sampler), list(loader)
     assert len(asked) == len(got) == len(loader) == 17
     for views, batch in zip(asked, got, strict=True):
-        alone = data.render(views["index"], views["view"])
-        assert set(batch) == {"images", "labels", "index", "view", "loss_weight"}
+        shown = views["shown"]
+        alone = data.render(shown.index, shown.view)
+        assert set(batch) == {"images", "labels", "shown", "loss_weight"}
         assert batch["loss_weight"] == 1
-        for key, value in alone.items():
-            assert torch.equal(batch[key], value), key
+        assert batch["shown"] is shown
+        for key in ("images", "labels"):
+            assert torch.equal(batch[key], alone[key]), key
         assert batch["images"].is_contiguous(memory_format=torch.channels_last)
 
 
@@ -154,7 +169,7 @@ def test_splits_are_disjoint(folder):
     parts = [set(data.splits[name].tolist()) for name in ("train", "val", "test")]
     assert set.union(*parts) == set(range(48))
     assert sum(len(part) for part in parts) == 48
-    seen = {i for batch in data.train_dataloader() for i in batch["index"].tolist()}
+    seen = {i for batch in data.train_dataloader() for i in batch["shown"].index.tolist()}
     assert seen == parts[0]
 
 
@@ -193,7 +208,7 @@ def test_variant_shares_the_images(folder):
     data.setup()
     other = data.variant(seed=9)
     assert other.pixel_source is data.pixel_source
-    orders = [torch.cat([b["index"] for b in d.train_dataloader()]) for d in (data, other)]
+    orders = [torch.cat([b["shown"].index for b in d.train_dataloader()]) for d in (data, other)]
     assert not torch.equal(*orders)
 
 

@@ -8,6 +8,7 @@ from safetensors.torch import load_file
 
 from kd_lightning import api
 from kd_lightning.config.checks import check
+from kd_lightning.data.loading import Shown
 from kd_lightning.data.views import Normalization
 from kd_lightning.distill.ensemble import Ensemble, PerMember
 from kd_lightning.distill.module import DistillationModule
@@ -45,8 +46,8 @@ def batch(size=5):
     torch.manual_seed(9)
     index = torch.arange(size)
     return {
-        "images": torch.randn(size, 3, 16, 16), "labels": index % 3, "index": index,
-        "view": index * 0, "loss_weight": torch.tensor(1.0),
+        "images": torch.randn(size, 3, 16, 16), "labels": index % 3,
+        "shown": Shown(index, index * 0), "loss_weight": 1.0,
     }  # fmt: skip
 
 

@@ -339,7 +339,7 @@ def test_validation_folder_is_the_validation_set(folder, name):
     assert (batch["images"] > 0.999).all()
     assert batch["labels"].tolist() == [0, 1, 1, 2, 2, 2]
     # Training uses exactly the images of train.
-    seen = torch.cat([batch["index"] for batch in data.train_dataloader()])
+    seen = torch.cat([batch["shown"].index for batch in data.train_dataloader()])
     assert sorted(seen.tolist()) == list(range(36))
     assert data.fingerprint() != before.fingerprint()
 
@@ -609,7 +609,7 @@ def test_largest_seed_shuffles_every_epoch():
     for epoch in (0, 1, 10**6, 2**31):
         sampler.set_epoch(epoch)
         (batch,) = sampler
-        orders.add(tuple(batch["index"].tolist()))
+        orders.add(tuple(batch["shown"].index.tolist()))
     assert len(orders) == 4
 
 

@@ -128,15 +128,18 @@ def test_training_batches_are_mixed_and_others_are_not(data):
     plain = data()
     for batch in (next(iter(module.val_dataloader())), next(iter(module.test_dataloader()))):
         assert "ratio" not in batch
-        same = plain.render(batch["index"], batch["view"])
+        same = plain.render(batch["shown"].index, batch["shown"].view)
         assert torch.equal(batch["images"], same["images"])
     batch = next(iter(module.train_dataloader()))
-    mixture = Mixup().mixture(batch["index"], batch["view"], module.splits["train"], (16, 16))
+    mixture = Mixup().mixture(
+        batch["shown"].index, batch["shown"].view, module.splits["train"], (16, 16)
+    )
     assert torch.equal(batch["ratio"], mixture.ratio)
-    assert torch.equal(batch["labels"], module.labels[batch["index"]])
+    assert torch.equal(batch["labels"], module.labels[batch["shown"].index])
     assert torch.equal(batch["partner_labels"], module.labels[mixture.partner])
     own, other = (
-        plain.render(i, batch["view"])["images"] for i in (batch["index"], mixture.partner)
+        plain.render(i, batch["shown"].view)["images"]
+        for i in (batch["shown"].index, mixture.partner)
     )
     weight = mixture.ratio.view(-1, 1, 1, 1)
     torch.testing.assert_close(

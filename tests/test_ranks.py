@@ -142,13 +142,13 @@ def test_every_image_has_equal_weight_in_an_epoch(images):
     assert len({len(sampler) for sampler in samplers}) == 1
     whole = list(ViewSampler(torch.arange(images), 25, shuffle=True, seed=1))
     for together, *parts in zip(whole, *samplers, strict=True):
-        own = [part["index"] for part in parts if part["loss_weight"] > 0]
-        assert sorted(torch.cat(own).tolist()) == sorted(together["index"].tolist())
+        own = [part["shown"].index for part in parts if part["loss_weight"] > 0]
+        assert sorted(torch.cat(own).tolist()) == sorted(together["shown"].index.tolist())
         seen += torch.cat(own).tolist()
         for part in parts:  # the mean over processes of weight * mean is the mean over the batch
-            for index in part["index"].tolist():
-                weight = float(part["loss_weight"]) / len(part["index"]) / world
-                weights[index] = weights.get(index, 0) + weight * len(together["index"])
+            for index in part["shown"].index.tolist():
+                weight = float(part["loss_weight"]) / len(part["shown"].index) / world
+                weights[index] = weights.get(index, 0) + weight * len(together["shown"].index)
     assert sorted(seen) == list(range(images))
     assert set(weights) == set(range(images))
     assert all(weight == pytest.approx(1) for weight in weights.values())

@@ -92,7 +92,9 @@ class Steps(Callback):
         self.shown = []
 
     def on_train_batch_end(self, trainer, module, outputs, batch, batch_idx):
-        self.shown.append((batch["index"].tolist(), batch["view"].tolist(), float(outputs["loss"])))
+        self.shown.append(
+            (batch["shown"].index.tolist(), batch["shown"].view.tolist(), float(outputs["loss"]))
+        )
 
 
 def left(folder):

@@ -100,7 +100,7 @@ def test_logged_loss_of_several_processes_is_of_the_whole_batch():
 
     trainer, curves = TwoOfThem(), Curves()
     # Three images: two in this process, one in the other.
-    batch = {"loss_weight": torch.tensor(2 * 2 / 3)}
+    batch = {"loss_weight": 2 * 2 / 3}
     trainer.other_share = 2 * 1 / 3
     curves.on_train_batch_start(trainer, None, batch, 0)
     trainer.global_step = 1

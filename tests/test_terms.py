@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kd_lightning.data.loading import Shown
 from kd_lightning.data.views import Normalization
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import FrozenTeacher
@@ -263,7 +264,7 @@ def test_module_passes_requested_features_to_terms():
     terms = {n.lower(): {"_target_": f"{__name__}.{n}", "weight": 1.0} for n in names}
     sgd = {"_target_": "torch.optim.SGD", "lr": 0.1}
     module = DistillationModule(node, terms, sgd, None, 3, 16, train_size=7, teacher=teacher)
-    batch = {"images": IMAGES, "labels": LABELS, "index": torch.arange(6), "view": torch.arange(6)}
+    batch = {"images": IMAGES, "labels": LABELS, "shown": Shown(torch.arange(6), torch.arange(6))}
     losses, _ = module.losses(batch, progress=0.5)
     assert list(losses) == ["projected", "several", "relations"]
     assert module.ask_teacher(IMAGES).keys() == {

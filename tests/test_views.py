@@ -141,19 +141,19 @@ def test_training_order_depends_on_seed_and_epoch():
         sampler.set_epoch(epoch)
         batches = list(sampler)
         assert len(batches) == len(sampler) == 5
-        order = torch.cat([batch["index"] for batch in batches])
+        order = torch.cat([batch["shown"].index for batch in batches])
         assert torch.equal(order.sort().values, images)
-        assert all((batch["view"] == epoch).all() for batch in batches)
+        assert all((batch["shown"].view == epoch).all() for batch in batches)
         orders.append(order)
     assert not torch.equal(*orders)
     again = ViewSampler(images, batch_size=5, shuffle=True, seed=3)
     again.set_epoch(1)
-    assert torch.equal(torch.cat([batch["index"] for batch in again]), orders[1])
+    assert torch.equal(torch.cat([batch["shown"].index for batch in again]), orders[1])
     other = ViewSampler(images, batch_size=5, shuffle=True, seed=4)
-    assert not torch.equal(torch.cat([batch["index"] for batch in other]), orders[0])
+    assert not torch.equal(torch.cat([batch["shown"].index for batch in other]), orders[0])
 
 
 def test_evaluation_uses_plain_images_in_order():
     (batch,) = ViewSampler(torch.arange(4), batch_size=10, shuffle=False)
-    assert batch["index"].tolist() == [0, 1, 2, 3]
-    assert (batch["view"] == PLAIN).all()
+    assert batch["shown"].index.tolist() == [0, 1, 2, 3]
+    assert (batch["shown"].view == PLAIN).all()

@@ -12,7 +12,9 @@ from torch.utils.data import Sampler
 
 from kd_lightning.data.views import PLAIN
 
-Batch = dict[str, Tensor]
+Batch = dict[str, Any]
+"""``shown`` (`Shown`); ``loss_weight``, a number; on the training device ``images`` (B, 3, H, W),
+``labels`` (B,) and other tensors."""
 
 AHEAD = 8
 """Number of batches rendered at once: for a small student, the overhead of launching many small
@@ -22,9 +24,23 @@ PREFETCHED = 2
 """Number of such groups of batches whose pixels are fetched in the background."""
 
 
+class Shown:
+    """Which views a batch consists of.
+
+    No container known to Lightning or DDP, which copy all tensors of a batch to the device: the
+    teacher's outputs are looked up on the host.
+
+    Args:
+        index: image indices (B,), int64, on the CPU.
+        view: view numbers (B,), int64, on the CPU.
+    """
+
+    def __init__(self, index: Tensor, view: Tensor) -> None:
+        self.index, self.view = index, view
+
+
 class ViewSampler(Sampler[Batch]):
-    """Yields batches of views: ``{"index": (B,), "view": (B,)}``, int64, and the batch's weight
-    ``share`` (), float32.
+    """Yields batches of views: ``shown``, and ``loss_weight``.
 
     In training, every image appears once per epoch, in an order that depends only on the seed and
     the epoch; epoch e uses view number e, modulo the number of views. In evaluation, images are
@@ -39,9 +55,9 @@ class ViewSampler(Sampler[Batch]):
         seed: seed of the order.
         views: number of views per image; None: a new one every epoch.
         rank: rank of this process; each yields its part of every batch.
-        world: number of processes. Their parts may differ in size by one image: ``share`` is the
-            weight of this part's mean in the mean over the processes, 1 if all parts are equal. An
-            empty part is filled with one image of weight 0.
+        world: number of processes. Their parts may differ in size by one image: ``loss_weight`` is
+            the weight of this part's mean in the mean over the processes, 1 if all parts are equal.
+            An empty part is filled with one image of weight 0.
         smallest: minimum batch size; a smaller last batch is merged into the previous one.
     """
 
@@ -87,10 +103,10 @@ class ViewSampler(Sampler[Batch]):
         ends = [self.batch_size * (number + 1) for number in range(len(self) - 1)]
         for together in order.tensor_split(ends):
             index = together[self.rank :: self.world]
-            batch = {"loss_weight": torch.tensor(len(index) * self.world / len(together))}
+            weight = len(index) * self.world / len(together)
             if not len(index):  # every process must take part in every step
                 index = together[:1]
-            yield {"index": index, "view": torch.full_like(index, view), **batch}
+            yield {"shown": Shown(index, torch.full_like(index, view)), "loss_weight": weight}
 
 
 class ViewLoader:
@@ -144,7 +160,7 @@ class ViewLoader:
         resume, self._resume = self._resume, {}
         self._given = resume["batches"] if resume.get("epoch") == self.sampler.epoch else 0
         for ahead, cut in self._groups(islice(self.sampler, self._given, None)):
-            sizes = [len(batch["index"]) for batch in ahead]
+            sizes = [len(batch["shown"].index) for batch in ahead]
             parts = {key: value.split(sizes) for key, value in cut.items()}
             for number, batch in enumerate(ahead):
                 self._given += 1
@@ -173,5 +189,5 @@ class ViewLoader:
 
 def _views(group: list[Batch]) -> tuple[Tensor, Tensor]:
     """Image indices and view numbers of all batches of a group."""
-    index, view = (torch.cat([batch[key] for batch in group]) for key in ("index", "view"))
-    return index, view
+    shown: list[Shown] = [batch["shown"] for batch in group]
+    return torch.cat([part.index for part in shown]), torch.cat([part.view for part in shown])

@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch import LightningDataModule
 from torch import Tensor
 
-from kd_lightning.data.loading import Batch, ViewLoader, ViewSampler
+from kd_lightning.data.loading import Batch, Shown, ViewLoader, ViewSampler
 from kd_lightning.data.mixing import Mixing, Mixture, blend
 from kd_lightning.data.sources import Fetched, InMemoryImages, PixelSource
 from kd_lightning.data.splits import stratified_split
@@ -299,11 +299,11 @@ class ImageDataModule(LightningDataModule):
             view: view numbers (B,), int64.
 
         Returns:
-            ``images`` (B, 3, H, W), float32, normalised, channels-last; ``labels``, ``index`` and
-            ``view`` (B,), int64, the last two on the CPU. If images are mixed, also
-            ``partner_labels`` (B,), int64, and ``ratio`` (B,), float32: the share of ``labels``.
+            ``images`` (B, 3, H, W), float32, normalised, channels-last; ``labels`` (B,), int64;
+            ``shown``, the arguments. If images are mixed, also ``partner_labels`` (B,), int64, and
+            ``ratio`` (B,), float32: the share of ``labels``.
         """
-        return self._finish({"index": index, "view": view, **self._cut(index, view)})
+        return self._finish({"shown": Shown(index, view), **self._cut(index, view)})
 
     def _fetch_pixels(self, index: Tensor, view: Tensor) -> list[Fetched]:
         """The pixels of a batch and, if it is mixed, of the partners."""

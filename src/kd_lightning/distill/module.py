@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kd_lightning.config.nodes import Node, build, without
 from kd_lightning.config.trust import check_trusted
-from kd_lightning.data.loading import Batch
+from kd_lightning.data.loading import Batch, Shown
 from kd_lightning.distill import metrics
 from kd_lightning.distill.batchnorm import min_batch_size
 from kd_lightning.distill.calibration import RecordedLogits
@@ -214,14 +214,11 @@ class DistillationModule(LightningModule):
         images = batch["images"].contiguous(memory_format=self.memory_format)
         targets = self.targets(batch) if self.teacher is not None else {}
         output = self._read_student(images)
+        shown: Shown = batch["shown"]
         own = TermBatch(
-            batch["labels"],
-            batch["index"],
-            batch["view"],
-            progress,
-            batch.get("partner_labels"),
-            batch.get("ratio"),
-        )
+            batch["labels"], shown.index, shown.view, progress,
+            batch.get("partner_labels"), batch.get("ratio"),
+        )  # fmt: skip
         losses = {
             name: term(output, targets.get(name), own)
             for name, term in self._terms.items()
@@ -252,7 +249,8 @@ class DistillationModule(LightningModule):
     ) -> Mapping[str, Tensor]:
         if cache is None:
             return compute()
-        return cache.fetch(batch["index"], batch["view"], batch["images"].device, compute)
+        shown: Shown = batch["shown"]
+        return cache.fetch(shown.index, shown.view, batch["images"].device, compute)
 
     def target_parts(self) -> dict[str, tuple[int, Term]]:
         """The targets that can be cached; see `TeacherTargets.parts`."""
@@ -316,7 +314,7 @@ class DistillationModule(LightningModule):
         logits = self(batch["images"])
         if batch["loss_weight"]:
             self.val_metrics.update(logits, batch["labels"])
-        self.val_logits.update(logits, batch["labels"], bool(batch["loss_weight"]))
+        self.val_logits.update(logits, batch["labels"], batch["loss_weight"] > 0)
         self.log_dict(self.val_metrics)
         if self.trainer.state.fn != TrainerFn.FITTING and self.teacher is not None:
             self._score_teacher(batch, "val")
@@ -334,7 +332,7 @@ class DistillationModule(LightningModule):
             if batch["loss_weight"]:
                 self.agreement.update(logits, teacher.argmax(dim=1))
             self.log("test/agreement", self.agreement)
-            self.quality.compare(logits, teacher, batch["labels"], bool(batch["loss_weight"]))
+            self.quality.compare(logits, teacher, batch["labels"], batch["loss_weight"] > 0)
 
     def _score_teacher(self, batch: Batch, part: str) -> Tensor:
         images = batch["images"].contiguous(memory_format=self.memory_format)

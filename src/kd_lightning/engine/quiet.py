@@ -11,8 +11,10 @@ def quiet_lightning() -> None:
     """Suppress messages of Lightning that are the same in every training."""
     threading.excepthook = _report_thread
     logging.getLogger("lightning.pytorch.utilities.rank_zero").setLevel(logging.WARNING)
-    for module in ("seed", "distributed"):
-        logging.getLogger(f"lightning.fabric.utilities.{module}").setLevel(logging.WARNING)
+    for module in ("fabric.utilities.seed", "fabric.utilities.distributed", "pytorch.accelerators"):
+        logging.getLogger(f"lightning.{module}").setLevel(logging.WARNING)
+    # `trainer=cpu` on a machine with a GPU.
+    warnings.filterwarnings("ignore", message="GPU available but not used.*")
     # Data-loader workers are useless here: pixels are rendered on the model's device.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
     # Caused by Lightning itself.
