@@ -8,6 +8,7 @@ from conftest import TINY, write_folder
 from emulated_accelerator import CountSteps, install
 from emulated_device import DEVICE, GARBAGE, EmulatedDevice
 from lightning.pytorch import Callback
+from torch import distributed
 
 from kd_lightning import api
 from kd_lightning.data import loading
@@ -230,3 +231,20 @@ def test_synchronisations_are_counted(device, what, wait):
 def test_unsupported_on_apple_gpus_raises(device, what):
     with pytest.raises((RuntimeError, TypeError), match=r"Apple|asynchronous"):
         what()
+
+
+def test_metrics_are_exchanged_on_the_device(tmp_path, images, device, monkeypatch):
+    """NCCL does not exchange tensors on the CPU."""
+    exchanged = []
+
+    def gather(value, group=None):
+        exchanged.append(value.device)
+        return [value]
+
+    monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", gather)
+    distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+    try:
+        run(tmp_path, images, "emulated", *COMBINED)
+    finally:
+        distributed.destroy_process_group()
+    assert set(exchanged) == {DEVICE}

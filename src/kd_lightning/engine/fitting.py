@@ -8,6 +8,7 @@ from typing import Any, TypeVar, cast
 import torch
 from lightning.pytorch import Callback, Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch import distributed, nn
 
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.batchnorm import measure_lag, reestimate, trained_batchnorms
@@ -72,6 +73,7 @@ def fit(
             "the loss on the validation images is not finite after the last epoch; "
             "lower the learning rate"
         )
+    _place(trainer, module.val_logits)
     temperature = fit_temperature(*module.val_logits.compute())
     module.val_logits.reset()
     module.quality.calibrate(temperature)
@@ -128,6 +130,7 @@ def test(
     # Test the last epoch last, so that its figures are kept: it is the reported result.
     trainer.test(module, data, verbose=False)
     results["test_accuracy"] = metric(trainer, "test/accuracy")
+    _place(trainer, module.confusion, module.quality)
     names, counts = _columns(data.classes), module.confusion.compute()
     rows = [dict(zip(names, row, strict=True)) for row in counts.tolist()]
     directory.write_table("confusion", rows)
@@ -141,6 +144,16 @@ def test(
             step=trainer.global_step,
         )
     return results | figures
+
+
+def _place(trainer: Trainer, *metrics: nn.Module) -> None:
+    """Move metrics back to the training device, if processes exchange them.
+
+    Lightning moves a module to the CPU after every pass, and NCCL exchanges tensors on GPUs only.
+    """
+    if distributed.is_available() and distributed.is_initialized():
+        for part in metrics:
+            part.to(trainer.strategy.root_device)
 
 
 def _columns(classes: Sequence[str]) -> list[str]:

@@ -17,8 +17,9 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="GPU available but not used.*")
     # Data-loader workers are useless here: pixels are rendered on the model's device.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Caused by Lightning itself.
+    # Caused by Lightning itself; the second one by DDP on a GPU.
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
     # The last step of every epoch is logged, however short the epoch.
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
     # A resumed training has existing checkpoints.
