@@ -47,7 +47,8 @@ class Pictures(Callback):
             with plots.optional("the reliability diagram"):
                 import pandas as pd
 
-                table = pd.DataFrame(bins).replace("", float("nan"))
+                rows = [{k: None if v == "" else v for k, v in row.items()} for row in bins]
+                table = pd.DataFrame(rows)
                 _add(trainer, "test/reliability", reliability_diagram(table))
 
 
