@@ -1,5 +1,6 @@
 """The tables in the documents follow from the committed runs."""
 
+import pandas as pd
 import pytest
 from conftest import REPOSITORY
 
@@ -32,6 +33,56 @@ def test_further_trainings_follow_from_the_runs(tmp_path, name):
         assert row in text
 
 
+@pytest.fixture(scope="module")
+def half(tmp_path_factory):
+    """The lines of the tables of students trained on half of the images."""
+    out = tmp_path_factory.mktemp("half")
+    write_report([RUNS.with_name("half-cifar.csv")], out, draw_figures=False)
+    lines = (out / "results.md").read_text().splitlines()
+    return [line for line in lines if line.startswith(("| small |", "| medium |", "| large |"))]
+
+
+def test_half_of_the_images_follow_from_the_runs(half):
+    text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
+    rows = [row for row in half if "5 missing" not in row and row.count("±") and " 1, " not in row]
+    assert len(rows) == 7
+    for row in rows:
+        assert row in text
+
+
+CHANGES = {
+    "-": {},
+    "ema=0.999": {"ema": "0.999"},
+    "augmentation=mixup": {"data.mixing": "Mixup"},
+    "augmentation=strong": {"data.augmentation": "RandomOperations"},
+    "data.views=25": {"data.views": "25"},
+    "method.terms.logit.temperature=2": {"method.terms.logit.temperature": "2"},
+    "method.terms.logit.temperature=1": {"method.terms.logit.temperature": "1"},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_changes_follow_from_the_runs(change):
+    runs = pd.read_csv(RUNS.with_name("half-cifar.csv"), dtype=str, keep_default_na=False)
+    runs = runs[(runs["student"] == "small") & (runs["seed"] == "0")]
+    standard = {
+        "ema": "none",
+        "data.mixing": "none",
+        "data.augmentation": "none",
+        "data.views": "none",
+    }
+    for column, value in (standard | CHANGES[change]).items():
+        runs = runs[runs[column] == value]
+    if "temperature" not in change:
+        runs = runs[runs["variant"] == ""]
+    test = runs.set_index("method")["test_accuracy"].astype(float) * 100
+    cells = [f"{test[m]:.2f}" if m in test else "-" for m in ("none", "matching")]
+    gain = f"{test['matching'] - test['none']:+.2f}" if "none" in test else "-"
+    name = change if change == "-" else f"`{change}`"
+    line = f"| {name} | {' | '.join(cells)} | {gain} |"
+    assert line in (REPOSITORY / "RESULTS.md").read_text().splitlines()
+
+
 def test_results_follow_from_the_runs(tables):
     text = GRIDS.read_text().splitlines()
     assert len(tables) > 30
@@ -58,12 +109,12 @@ def test_comparison_with_the_original_table():
 
 
 @pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
-def test_summaries_follow_from_the_runs(tables, document):
+def test_summaries_follow_from_the_runs(tables, half, document):
     text = (REPOSITORY / document).read_text()
     shown = [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
     assert len(shown) >= 4
     for line in shown:
-        assert line in tables
+        assert line in [*tables, *half]
 
 
 def test_grids_are_complete():

@@ -225,7 +225,7 @@ def _add_legend(axes: Any) -> None:
     """Add a legend inside the axes, smaller and wider for more than ten lines."""
     lines = len(axes.get_legend_handles_labels()[1])
     size = "medium" if lines <= 10 else "xx-small"
-    axes.legend(frameon=False, fontsize=size, ncols=1 + lines // 16)
+    axes.legend(framealpha=1, edgecolor="none", fontsize=size, ncols=1 + lines // 16)
 
 
 def _count(parameters: float) -> str:
