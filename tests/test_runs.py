@@ -192,6 +192,21 @@ def test_damaged_checkpoint_is_reported_and_ignored(run, caplog):
     assert message.startswith(f"{path} is damaged")
 
 
+@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
+def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(run, monkeypatch, error):
+    path = run.path / "checkpoints" / "last.ckpt"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(b"intact")
+
+    def load(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(torch, "load", load)
+    with pytest.raises(InputError, match="cannot be read"):
+        run.checkpoint()
+    assert path.read_bytes() == b"intact"
+
+
 class Bomb:
     def __init__(self, path):
         self.path = path

@@ -17,6 +17,7 @@ from torch import nn
 from kd_lightning.config.nodes import Node, build
 from kd_lightning.config.stored import read_config, student_model
 from kd_lightning.config.trust import check_trusted
+from kd_lightning.errors import InputError
 from kd_lightning.files import hold, read_json, write_json, write_text
 from kd_lightning.models.preparing import materialize
 from kd_lightning.storage.weights import load_weights, save_weights
@@ -121,7 +122,11 @@ class RunDirectory:
         return aside
 
     def checkpoint(self) -> Checkpoint | None:
-        """The last checkpoint, from the end of an epoch or a graceful stop, if any."""
+        """The last checkpoint, from the end of an epoch or a graceful stop, if any.
+
+        Raises:
+            InputError: it cannot be read now, though it may be intact.
+        """
         path = self.path / "checkpoints" / LAST
         if not path.exists():
             return None
@@ -132,6 +137,12 @@ class RunDirectory:
             begun = epochs["processed"] < epochs["ready"]
             batches = loops["epoch_loop.batch_progress"]["current"]["processed"] if begun else 0
             return Checkpoint(path, epochs["processed"], content["global_step"], batches)
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
+            raise InputError(
+                f"{path} cannot be read: {reason}; run the same command again once it can, "
+                "or remove the file to train from the beginning"
+            ) from error
         except Exception:  # torch may raise anything
             log.warning("%s is damaged; training restarts from the beginning", path)
             return None
