@@ -331,6 +331,13 @@ def test_teachers_that_depend_on_the_seed_share_a_cell(tmp_path):
     assert "70.00 to 72.00 % on test" in documents.facts(runs)
 
 
+def test_limited_images_are_always_shown(tmp_path):
+    run = write_run(tmp_path, "none", "small", 0, 0.8)
+    write_config(run, 0, trainer__limit_test_batches=2)
+    facts = documents.facts(read_runs([tmp_path]))
+    assert "trainer.limit_test_batches 2" in facts
+
+
 def test_accuracy_of_a_teacher_that_follows_the_student(tmp_path):
     write_run(tmp_path, "logit", "small", 0, 0.8, teacher_test_accuracy=0.81)
     write_run(tmp_path, "logit", "medium", 0, 0.9, teacher_test_accuracy=0.91)

@@ -223,8 +223,9 @@ def facts(runs: pd.DataFrame) -> str:
     ]
     settings = "".join(f", {words}" for words in told)
     text = (
-        f"Data {values('data')}, {epochs or 'unknown'} epochs{settings}, {values('precision')} on "
-        f"{values('device')}, torch {values('torch')}, commit {values('git_commit') or 'unknown'}."
+        f"Data {values('data')}, {epochs or 'unknown'} epoch{'' if epochs == '1' else 's'}"
+        f"{settings}, {values('precision')} on {values('device')}, torch {values('torch')}, "
+        f"commit {values('git_commit') or 'unknown'}."
     )
     teacher = done.dropna(subset="teacher_test_accuracy")
     if len(teacher):

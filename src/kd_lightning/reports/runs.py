@@ -116,7 +116,7 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
     ]
     columns = {
         key: pd.Series([known.get(key) for known in settings], dtype=object, index=runs.index)
-        for key in union([dict.fromkeys(ALWAYS, ""), *differences(told)])
+        for key in union([dict.fromkeys(ALWAYS, ""), *differences(told), *map(_limits, told)])
         if key not in (*COLUMNS, "label")
     }
     runs = pd.concat([runs, pd.DataFrame(columns, index=runs.index)], axis=1)
@@ -133,6 +133,11 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
         ~several | methods.isna(), (methods.map(str) + " " + runs["variant"]).str.strip()
     )
     return runs
+
+
+def _limits(settings: Settings) -> Settings:
+    """What restricts a run to a part of the images: shown even if all runs have it."""
+    return {key: value for key, value in settings.items() if key.startswith("trainer.limit_")}
 
 
 def _place(row: Mapping[str, Any]) -> tuple[Any, str] | None:
