@@ -1,13 +1,17 @@
-"""Fast composition for tests: each choice of groups is composed once per process.
+"""Fast composition for tests: each choice of groups is composed once per session.
 
 Composing takes longer than training a tiny student. As in a grid, values are applied to a copy of
 the composed groups (`kd_lightning.config.sweeps`). tests/test_sweeps.py compares this with Hydra.
+Test processes and the commands that they start share what is composed, as files in `STORE`.
 """
 
 import contextlib
 import copy
+import hashlib
+import os
 import pickle
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,12 +24,12 @@ from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config import sweeps
 
-CHANGING = ("PYTEST_CURRENT_TEST", "KD_GRID_FOLDERS")
-"""Environment variables that change all the time, and that no configuration file reads."""
+STORE = "KD_TEST_COMPOSED"
+"""Environment variable with the folder of the composed groups of this session."""
 
 _load_as_hydra = ConfigLoaderImpl.load_configuration
 _parse_as_hydra = OverridesParser.parse_rule
-_composed: dict[object, bytes] = {}
+_composed: dict[str, bytes] = {}
 _parsed: dict[str, Any] = {}
 
 
@@ -62,13 +66,17 @@ def _load(
 def _compose(
     loader: ConfigLoaderImpl, config_name: str, overrides: tuple[str, ...], state: Any
 ) -> bytes:
-    files, (folder, *variables) = state
+    files, (folder, *_) = state  # no file is chosen by an environment variable
     searched = tuple((path.provider, path.path) for path in loader.get_search_path().get_path())
-    others = tuple(pair for pair in variables if pair[0] not in CHANGING)
-    key = (searched, config_name, overrides, files, folder, others)
+    key = repr((searched, config_name, overrides, files, str(folder)))
     if key not in _composed:
-        config = _load_as_hydra(loader, config_name, list(overrides), RunMode.RUN)
-        _composed[key] = pickle.dumps(config)
+        place = Path(os.environ[STORE], hashlib.sha256(key.encode()).hexdigest())
+        if not place.exists():
+            config = _load_as_hydra(loader, config_name, list(overrides), RunMode.RUN)
+            partial = place.with_name(f"{place.name}.{os.getpid()}")
+            partial.write_bytes(pickle.dumps(config))
+            partial.replace(place)
+        _composed[key] = place.read_bytes()
     return _composed[key]
 
 

@@ -1,6 +1,8 @@
 """Shared fixtures: a small image folder, and the command line as a user runs it."""
 
+import gc
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -73,6 +75,16 @@ def write_folder(root: Path, classes: int = 3, per_class: int = 12, size: int = 
                 suffix = "png" if number % 2 else "jpg"
                 Image.fromarray(pixels).save(folder / f"{number}.{suffix}")
     return root
+
+
+@pytest.fixture(scope="session", autouse=True)
+def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """A folder that all processes of the session share."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "composed"
+    folder.mkdir(exist_ok=True)
+    os.environ[composition.STORE] = str(folder)
+    gc.freeze()  # a full collection would visit everything that is imported
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -5,6 +5,7 @@ command; nothing is computed in it. What depends on how Python starts runs in a 
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import runpy
@@ -115,14 +116,18 @@ def _run(
     *outputs: str,
 ) -> None:
     import composition
+    import pytest
     from hydra._internal.hydra import Hydra
 
     from kd_lightning.engine import worker
     from kd_lightning.reports import documents
 
+    gc.freeze()  # a collection would visit, and thereby copy, everything that is imported
     worker.START = "fork"  # cheap; test_gathering.py tests the real start method
     if "pictures=false" in command:  # also those of a grid
         documents.draw = lambda *_: {}
+    if composition.STORE in env:
+        composition.install(pytest.MonkeyPatch())
     if not composition.may_choose_mode(command):
         Hydra.get_mode = lambda *_, **__: None
     with contextlib.suppress(OSError):

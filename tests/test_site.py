@@ -73,7 +73,10 @@ def test_constraints_pin_every_dependency():
     from packaging.utils import canonicalize_name
 
     lines = (REPOSITORY / "constraints.txt").read_text().splitlines()
-    pinned = {canonicalize_name(line.partition("==")[0]) for line in lines if "==" in line}
+    pins = dict(line.split(" ")[0].split("==") for line in lines if "==" in line)
+    if any(metadata.version(name) != pins[name] for name in ("lightning", "timm")):
+        pytest.skip("another environment than the locked one")
+    pinned = {canonicalize_name(name) for name in pins}
     own = "kd-lightning"
     unseen, seen = [Requirement(f"{own}[dev]")], set()
     while unseen:
