@@ -1,11 +1,20 @@
-"""Runs on machines with several GPUs, which are pretended."""
+"""Runs on machines with GPUs, which are pretended."""
 
+import multiprocessing
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import FOLDER, TINY, write_folder
 
+from kd_lightning import api
+from kd_lightning.data.sources import InMemoryImages
 from kd_lightning.engine.callbacks.resuming import ExactResume
+from kd_lightning.engine.supervision import Supervision
+from kd_lightning.engine.worker import portable
+from kd_lightning.errors import InputError, RunError
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import student
 
 
 @pytest.fixture
@@ -55,3 +64,63 @@ def test_random_states_of_an_earlier_checkpoint(generators):
 def test_training_on_a_cpu_does_not_touch_a_gpu(generators):
     generators.clear()
     assert begun("cpu", begun("cpu").state_dict()).state_dict().keys() == {"cpu"}
+
+
+FULL = torch.OutOfMemoryError(
+    "CUDA out of memory. Tried to allocate 20.00 GiB. GPU 1 has a total capacity of 79.11 GiB of "
+    "which 3.52 GiB is free. Including non-PyTorch memory, this process has 75.58 GiB memory in "
+    "use. If reserved but unallocated memory is large try setting PYTORCH_ALLOC_CONF"
+)
+SENTENCE = (
+    "the device has too little memory (CUDA out of memory; Tried to allocate 20.00 GiB; GPU 1 has "
+    "a total capacity of 79.11 GiB of which 3.52 GiB is free): reduce data.batch_size, or the "
+    "number of runs at a time"
+)
+
+
+def outcome_of(*errors):
+    """What the workers' parent raises if each of them reports an error."""
+    pipes = [multiprocessing.Pipe() for _ in errors]
+    for (_, theirs), error in zip(pipes, errors, strict=True):
+        theirs.send(("error", portable(error)))
+    workers = [SimpleNamespace(connection=ours, place="") for ours, _ in pipes]
+    with pytest.raises(RunError) as raised:
+        Supervision(workers).result()
+    return str(raised.value)
+
+
+def test_memory_of_a_gpu_is_the_cause_of_lost_connections():
+    lost = RuntimeError("Connection closed by peer")
+    assert outcome_of(lost, FULL) == f"worker 1 of 2: {SENTENCE}"
+    assert outcome_of(FULL, lost) == SENTENCE
+
+
+def test_error_of_a_gpu_is_the_cause_of_lost_connections():
+    lost, broken = RuntimeError("Connection closed by peer"), torch.AcceleratorError("CUDA error")
+    assert outcome_of(lost, broken) == "worker 1 of 2: CUDA error"
+
+
+def test_out_of_memory_is_one_sentence(tmp_path, monkeypatch):
+    def fill(*given):
+        raise FULL
+
+    monkeypatch.setattr(student, "train_student", fill)
+    images = write_folder(tmp_path / "images")
+    config = api.compose(
+        *FOLDER, *TINY, "method=none", f"data.root={images}", f"output_dir={tmp_path}"
+    )
+    with pytest.raises(RunError) as raised:
+        student.run(config, tmp_path / "run")
+    assert str(raised.value) == SENTENCE
+    assert RunDirectory(tmp_path / "run").read_metrics()["error"] == SENTENCE
+
+
+def test_images_that_do_not_fit_on_the_device(monkeypatch):
+    images = InMemoryImages(torch.zeros(2, 4, 4, 3, dtype=torch.uint8))
+
+    def fill(*given):
+        raise FULL
+
+    monkeypatch.setattr(torch.Tensor, "to", fill)
+    with pytest.raises(InputError, match=r"^the images need 9.6e-08 GB on cuda:1, .*streamed"):
+        images.to(torch.device("cuda", 1))
