@@ -1,6 +1,8 @@
 """Runs on machines with GPUs, which are pretended."""
 
+import gc
 import multiprocessing
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -124,3 +126,29 @@ def test_images_that_do_not_fit_on_the_device(monkeypatch):
     monkeypatch.setattr(torch.Tensor, "to", fill)
     with pytest.raises(InputError, match=r"^the images need 9.6e-08 GB on cuda:1, .*streamed"):
         images.to(torch.device("cuda", 1))
+
+
+def test_images_are_released_after_a_run(tmp_path, monkeypatch):
+    made = []
+    create = InMemoryImages.__init__
+
+    def note(self, pixels):
+        create(self, pixels)
+        made.append(weakref.ref(pixels))
+
+    monkeypatch.setattr(InMemoryImages, "__init__", note)
+    # As on an accelerator: a copy for every training.
+    monkeypatch.setattr(
+        InMemoryImages, "to", lambda self, device: InMemoryImages(self.pixels.clone())
+    )
+    images = write_folder(tmp_path / "images")
+    config = api.compose(
+        *FOLDER, *TINY, "method=logit", f"data.root={images}", f"output_dir={tmp_path}"
+    )
+    gc.disable()
+    try:
+        student.run(config, tmp_path / "run")
+        assert len(made) > 4
+        assert not any(pixels() is not None for pixels in made)
+    finally:
+        gc.enable()

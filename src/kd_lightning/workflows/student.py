@@ -118,6 +118,8 @@ def _train_and_record(
         check_nodes(job, directory)
         job = job.with_teachers(find_teachers(job.plan, job.data, job.teachers))
         resume = directory.checkpoint() if resumes else None
+        if job.processes > 1:
+            job.data.forget()  # every worker loads its own
         arguments = (job, directory.path, resume, callbacks, test)
         record |= launch(job.processes, train_student, *arguments)
     except Stopped:
@@ -128,6 +130,8 @@ def _train_and_record(
         if reason is not error:
             raise reason from error
         raise
+    finally:
+        job.data.forget()
     record["status"] = "finished"
     directory.write_metrics(record)
     return record
