@@ -3,6 +3,7 @@
 import gc
 import multiprocessing
 import weakref
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from conftest import FOLDER, TINY, write_folder
 
 from kd_lightning import api
+from kd_lightning.config.resolve import check_devices
 from kd_lightning.data.sources import InMemoryImages
 from kd_lightning.engine.callbacks.resuming import ExactResume
 from kd_lightning.engine.supervision import Supervision
@@ -152,3 +154,36 @@ def test_images_are_released_after_a_run(tmp_path, monkeypatch):
         assert not any(pixels() is not None for pixels in made)
     finally:
         gc.enable()
+
+
+SRUN = {"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NNODES": "1"}
+
+
+@pytest.mark.parametrize(("seen", "words"), [(1, "see 1 GPU:"), (2, "see 2 GPUs:"), (4, "")])
+def test_more_processes_than_gpus_are_rejected(monkeypatch, seen, words):
+    config = api.compose("trainer=ddp", "method=none")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: seen)
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    if not words:
+        check_devices(config)
+        return
+    with pytest.raises(InputError, match=f"srun has started 4 processes on this node, .*{words}"):
+        check_devices(config)
+
+
+def test_runs_of_all_settings_share_the_gpus(train, monkeypatch):
+    folders = []
+
+    @contextmanager
+    def note(folder, trainer):
+        folders.append(folder)
+        yield
+
+    monkeypatch.setattr("kd_lightning.workflows.cards.card_in_turn", note)
+    done = train(*TINY, "method=none", "seed=0", "trainer.max_epochs=1,2", "-m")
+    assert done.code == 0, done.err
+    assert len({run.parent for run in done.runs}) == 2
+    assert len(folders) == 2
+    assert folders[0] == folders[1]
