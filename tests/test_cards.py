@@ -2,6 +2,7 @@
 
 import gc
 import multiprocessing
+import os
 import weakref
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import FOLDER, TINY, write_folder
+from torch import distributed
 
 from kd_lightning import api
 from kd_lightning.config.resolve import check_devices
@@ -187,3 +189,14 @@ def test_runs_of_all_settings_share_the_gpus(train, monkeypatch):
     assert len({run.parent for run in done.runs}) == 2
     assert len(folders) == 2
     assert folders[0] == folders[1]
+
+
+def test_ddp_in_one_process_leaves_nothing_behind(tmp_path):
+    images, before = write_folder(tmp_path / "images"), set(os.environ)
+    config = api.compose(
+        *FOLDER, *TINY, "method=none", "trainer=ddp", "trainer.devices=1",
+        "trainer.accelerator=cpu", f"data.root={images}", f"output_dir={tmp_path}",
+    )  # fmt: skip
+    student.run(config, tmp_path / "run")
+    assert not distributed.is_initialized()
+    assert not {"MASTER_PORT", "LOCAL_RANK"} & (set(os.environ) - before)
