@@ -118,8 +118,6 @@ def _train_and_record(
         check_nodes(job, directory)
         job = job.with_teachers(find_teachers(job.plan, job.data, job.teachers))
         resume = directory.checkpoint() if resumes else None
-        if job.processes > 1:
-            job.data.forget()  # every worker loads its own
         arguments = (job, directory.path, resume, callbacks, test)
         record |= launch(job.processes, train_student, *arguments)
     except Stopped:
