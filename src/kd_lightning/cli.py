@@ -140,7 +140,8 @@ def _app(composed: DictConfig) -> float | None:
 
             quiet_lightning()
             if in_a_grid:
-                with card_in_turn(run_dir.parent, config["trainer"]):
+                # Of all settings together: they share the GPUs.
+                with card_in_turn(Path(config["output_dir"]) / "gpus", config["trainer"]):
                     metrics = run(config, run_dir, wait=False)
             else:
                 metrics = run(config, run_dir)

@@ -235,7 +235,8 @@ def check_devices(config: Node) -> None:
     """Check that the devices for student and teacher exist.
 
     Raises:
-        InputError: see `hardware.check_accelerator`.
+        InputError: see `hardware.check_accelerator`; or a launcher has started more processes than
+            there are GPUs.
     """
     teachers = single_teachers(config) if needs_teacher(config) else []
     trainers = [trainer_node(config), *(trainer_node(part, teacher=True) for part in teachers)]
@@ -243,6 +244,16 @@ def check_devices(config: Node) -> None:
         trainers, ["trainer", *["teacher.trainer"] * len(teachers)], strict=True
     ):
         check_accelerator(trainer["accelerator"], trainer["devices"], path)
+    launcher = find_launcher() if uses_several(config["trainer"]) else None
+    kind = device_type(config["trainer"]["accelerator"])
+    if launcher is not None and kind != "cpu":
+        there = AcceleratorRegistry[kind]["accelerator"].auto_device_count()
+        if launcher.per_node > there:
+            raise InputError(
+                f"{launcher.name} has started {launcher.per_node} processes on this node, which "
+                f"see {there} GPU{'s' * (there != 1)}: start one process per GPU, and let each see "
+                "all GPUs of the node (with srun --gpus-per-node, not --gpus-per-task)"
+            )
 
 
 def resolve_trainer(trainer: Node, model: Node) -> TrainerPlan:

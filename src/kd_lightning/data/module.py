@@ -225,6 +225,16 @@ class ImageDataModule(LightningDataModule):
             setattr(twin, name, value)
         return twin
 
+    def forget(self) -> None:
+        """Release the images; `setup` loads them again.
+
+        Trainer, module and data refer to each other: without this, the images of finished runs stay
+        in memory until Python's garbage collector looks for such cycles, which is rare.
+        """
+        self.splits = {}
+        for name in ("pixel_source", "labels"):
+            vars(self).pop(name, None)
+
     def fingerprint(self) -> str:
         """SHA-256 of all pixels (of all files if they are streamed), labels and the sizes of the
         test set and of the source's own validation set.

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kd_lightning.errors import InputError
+
 
 class Fetched(NamedTuple):
     """The pixels of a batch of images.
@@ -80,8 +82,20 @@ class InMemoryImages:
         return self.pixels.device
 
     def to(self, device: torch.device) -> "InMemoryImages":
-        """Copy all images to a device; no copy if they are there."""
-        return self if self.pixels.device == device else InMemoryImages(self.pixels.to(device))
+        """Copy all images to a device; no copy if they are there.
+
+        Raises:
+            InputError: they do not fit there.
+        """
+        if self.pixels.device == device:
+            return self
+        try:
+            return InMemoryImages(self.pixels.to(device))
+        except torch.OutOfMemoryError as error:
+            raise InputError(
+                f"the images need {self.pixels.numel() / 1e9:.3g} GB on {device}, which has too "
+                "little memory: set data.streamed=true, or use a device with more"
+            ) from error
 
     def fetch(self, index: Tensor) -> Fetched:
         """All images, without a copy."""

@@ -38,7 +38,8 @@ class Ensemble:
         together = torch.stack([part.float() for part in logits])
         if self.average == "logits":
             return together.mean(dim=0)
-        count = torch.tensor(float(len(logits)), device=together.device).log()
+        # Created on the device: a Python number would be copied synchronously.
+        count = together.new_full((), len(logits)).log()
         return together.log_softmax(dim=2).logsumexp(dim=0) - count
 
     def shapes(self, image_size: int) -> LayerShapes:

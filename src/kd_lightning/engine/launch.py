@@ -5,10 +5,13 @@ the results. Each of them is a worker process: of this process, or, under torchr
 process that the launcher started in its place (`engine.group`). Lightning's strategies do the rest.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
+from torch import distributed
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 
 from kd_lightning.engine import group
@@ -30,12 +33,31 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Resu
         RunError: a worker other than rank 0 failed; exceptions of rank 0 are raised unchanged.
     """
     if processes == 1:
-        return work(*arguments)
+        with _nothing_left_behind():
+            return work(*arguments)
     leader = group.leader()
     if leader is None:
         return _supervise(processes, "127.0.0.1", None, work, arguments)
     with leader.busy():
         return _supervise(processes, leader.address, leader, work, arguments)
+
+
+@contextmanager
+def _nothing_left_behind() -> Iterator[None]:
+    """End the process group of a training with `strategy=ddp` in this process, and restore the
+    variables that Lightning sets. The next training may use another device.
+    """
+    there, variables = distributed.is_available(), dict(os.environ)
+    before = there and distributed.is_initialized()
+    try:
+        yield
+    finally:
+        if there and distributed.is_initialized() and not before:
+            distributed.destroy_process_group()
+        for name in ("MASTER_ADDR", "MASTER_PORT", "NODE_RANK", "LOCAL_RANK"):
+            os.environ.pop(name, None)
+            if name in variables:
+                os.environ[name] = variables[name]
 
 
 def _supervise(

@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection, wait
 from types import FrameType
 from typing import Any, Protocol
 
+import torch
+
 from kd_lightning.engine.agreement import last_batch
 from kd_lightning.errors import RunError, Stopped
 
@@ -186,6 +188,6 @@ def receive(connection: Connection) -> tuple[str, Any]:
 
 def _lost(error: BaseException) -> bool:
     """Whether an error only reports the loss of a process."""
-    return isinstance(error, EOFError) or (
-        isinstance(error, RuntimeError) and not isinstance(error, NotImplementedError)
-    )
+    # Errors of a GPU are those of its own process: losses of others are reported otherwise.
+    of_this_process = isinstance(error, NotImplementedError | torch.AcceleratorError)
+    return isinstance(error, EOFError) or (isinstance(error, RuntimeError) and not of_this_process)

@@ -29,6 +29,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import distributed
 
 from kd_lightning.engine.agreement import Agreement
+from kd_lightning.engine.memory import explained
 from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError, RunError
 
@@ -240,7 +241,10 @@ def _main(
 
 
 def portable(error: BaseException) -> BaseException:
-    """The error, or a `RunError` with the same message if it cannot be pickled."""
+    """The error, or a `RunError`: if a device has too little memory, or, with the same message, if
+    the error cannot be pickled.
+    """
+    error = explained(error)
     try:
         pickle.loads(pickle.dumps(error))
         return error

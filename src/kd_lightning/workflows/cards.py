@@ -21,7 +21,7 @@ def card_in_turn(folder: Path, trainer: Node) -> Iterator[int | None]:
     holds a file lock, which the operating system releases if the process dies.
 
     Args:
-        folder: the folder of the grid.
+        folder: folder of the locks, the same for all runs.
         trainer: the trainer section; a run that chooses its GPUs itself keeps them.
 
     Yields:

@@ -21,6 +21,7 @@ from kd_lightning.engine.callbacks.users import build_callbacks
 from kd_lightning.engine.fitting import metric
 from kd_lightning.engine.launch import launch
 from kd_lightning.engine.loggers import closing
+from kd_lightning.engine.memory import explained
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import RunError, Stopped
 from kd_lightning.models import count_parameters
@@ -122,8 +123,13 @@ def _train_and_record(
     except Stopped:
         raise  # can be resumed
     except BaseException as error:
-        directory.write_metrics({**record, "status": "failed", "error": str(error)})
+        reason = explained(error)
+        directory.write_metrics({**record, "status": "failed", "error": str(reason)})
+        if reason is not error:
+            raise reason from error
         raise
+    finally:
+        job.data.forget()
     record["status"] = "finished"
     directory.write_metrics(record)
     return record

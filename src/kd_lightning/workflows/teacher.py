@@ -197,7 +197,10 @@ def train_teacher(
     trainer = build_trainer(
         training.trainer, folder, name, resume, (), training.pictures, training.loggers
     )
-    with closing(trainer.loggers):
-        results = fitting.fit(trainer, module, data, directory, "teacher", resume)
-        results |= fitting.test(trainer, module, data, directory, results, update_bn=False)
+    try:
+        with closing(trainer.loggers):
+            results = fitting.fit(trainer, module, data, directory, "teacher", resume)
+            results |= fitting.test(trainer, module, data, directory, results, update_bn=False)
+    finally:
+        data.forget()  # this variant's, on the training device
     return {"parameters": count_parameters(module.student), **results, **versions()}

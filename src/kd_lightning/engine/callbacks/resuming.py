@@ -20,14 +20,15 @@ class ExactResume(Callback):
         self._generators: dict[str, Any] = {}
         self._loader: dict[str, int] = {}
         self._stopped = False
+        self._device = torch.device("cpu")
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of torch's generators, of the CPU and of every GPU; of every process."""
-        gpus = {
-            f"cuda:{number}": torch.cuda.get_rng_state(number)
-            for number in range(torch.cuda.device_count())
-        }
-        own = {"cpu": torch.get_rng_state(), **gpus}
+        """The state of torch's generators, of the CPU and of the GPU if it trains on one, whatever
+        its number; of every process.
+        """
+        own = {"cpu": torch.get_rng_state()}
+        if self._device.type == "cuda":
+            own["cuda"] = torch.cuda.get_rng_state(self._device)
         if not distributed.is_available() or not distributed.is_initialized():
             return own
         ranks: list[dict[str, Tensor]] = [{}] * distributed.get_world_size()
@@ -50,7 +51,8 @@ class ExactResume(Callback):
         }
 
     def on_fit_start(self, trainer: Trainer, module: LightningModule) -> None:
-        """Do not continue a training that early stopping has ended."""
+        """Note the device. Do not continue a training that early stopping has ended."""
+        self._device = module.device
         trainer.should_stop = trainer.should_stop or self._stopped
 
     def on_load_checkpoint(
@@ -72,11 +74,13 @@ class ExactResume(Callback):
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Restore the random generators and the position in the data loader."""
         states = self._generators.get("ranks", [self._generators])
-        for device, state in states[trainer.global_rank % len(states)].items():
-            if device == "cpu":
-                torch.set_rng_state(state.cpu())
-            elif torch.device(device).index < torch.cuda.device_count():
-                torch.cuda.set_rng_state(state.cpu(), device)
+        own = states[trainer.global_rank % len(states)]
+        if "cpu" in own:
+            torch.set_rng_state(own["cpu"].cpu())
+        # Earlier checkpoints have the states of all GPUs by their names.
+        gpu = own.get("cuda", own.get(str(self._device)))
+        if gpu is not None and self._device.type == "cuda":
+            torch.cuda.set_rng_state(gpu.cpu(), self._device)
         if self._loader:
             # Lightning does not restore a loader that it has already created to count batches.
             loader: Any = trainer.train_dataloader
