@@ -198,12 +198,13 @@ def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(run, monkeypatc
     path.parent.mkdir(parents=True)
     path.write_bytes(b"intact")
 
-    def load(*args, **kwargs):
+    def read(path):
         raise error
 
-    monkeypatch.setattr(torch, "load", load)
+    monkeypatch.setattr(Path, "read_bytes", read)
     with pytest.raises(InputError, match="cannot be read"):
         run.checkpoint()
+    monkeypatch.undo()
     assert path.read_bytes() == b"intact"
 
 

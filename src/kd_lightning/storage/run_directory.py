@@ -131,18 +131,20 @@ class RunDirectory:
         if not path.exists():
             return None
         try:
-            content = torch.load(path, map_location="cpu", weights_only=True)
+            stored = io.BytesIO(path.read_bytes())
+        except (OSError, MemoryError) as error:
+            reason = getattr(error, "strerror", None) or "out of memory"
+            raise InputError(
+                f"{path} cannot be read: {reason}; run the same command again once it can, "
+                "or remove the file to train from the beginning"
+            ) from error
+        try:
+            content = torch.load(stored, map_location="cpu", weights_only=True)
             loops = content["loops"]["fit_loop"]
             epochs = loops["epoch_progress"]["current"]
             begun = epochs["processed"] < epochs["ready"]
             batches = loops["epoch_loop.batch_progress"]["current"]["processed"] if begun else 0
             return Checkpoint(path, epochs["processed"], content["global_step"], batches)
-        except (OSError, MemoryError) as error:
-            reason = getattr(error, "strerror", None) or str(error) or "out of memory"
-            raise InputError(
-                f"{path} cannot be read: {reason}; run the same command again once it can, "
-                "or remove the file to train from the beginning"
-            ) from error
         except Exception:  # torch may raise anything
             log.warning("%s is damaged; training restarts from the beginning", path)
             return None
