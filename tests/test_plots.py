@@ -17,7 +17,7 @@ from kd_lightning.engine.callbacks.pictures import LARGEST_VIEW, page_of_views
 from kd_lightning.engine.fitting import _columns
 from kd_lightning.reports import plots
 from kd_lightning.reports.documents import write_report
-from kd_lightning.reports.runs import read_numbers
+from kd_lightning.reports.runs import python_text, read_numbers
 from kd_lightning.storage.run_directory import RunDirectory
 
 NAMES = [
@@ -122,6 +122,7 @@ def test_class_names_are_literal(classes):
     assert max(len(text) for text in texts(figure)) < 100
 
 
+@python_text
 @pytest.mark.parametrize("name", NAMES)
 def test_method_and_student_names_are_literal(name):
     cells = pd.DataFrame(

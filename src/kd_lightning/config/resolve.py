@@ -147,7 +147,7 @@ def _resolve_teacher(config: Node) -> TeacherPlan:
     settings = trainer_node(config, teacher=True)
     if isinstance(chosen := config["trainer"]["devices"], list):
         settings["devices"] = chosen[:1]  # a GPU by its number
-    trainer = resolve_trainer(settings, teacher["model"])
+    trainer = resolve_trainer(settings, teacher["model"], "teacher.model")
     weights = initial_weights(teacher, "teacher")
     finetune = teacher.get("finetune", False)
     return TeacherPlan(
@@ -256,15 +256,16 @@ def check_devices(config: Node) -> None:
             )
 
 
-def resolve_trainer(trainer: Node, model: Node) -> TrainerPlan:
+def resolve_trainer(trainer: Node, model: Node, role: str = "student.model") -> TrainerPlan:
     """Resolve precision, memory format and the number of processes.
 
     Args:
         trainer: the trainer section of the configuration.
         model: `_target_` node of the model to train.
+        role: its path in the configuration, for the message.
     """
     accelerator = trainer["accelerator"]
-    precision = _resolve_precision(trainer, model)
+    precision = _resolve_precision(trainer, model, role)
     memory_format = {
         "auto": choose_memory_format(precision, accelerator),
         "channels_last": torch.channels_last,
@@ -311,14 +312,14 @@ def _resolve_processes(trainer: Node) -> tuple[int | list[int], int]:
     return devices, launcher.nodes
 
 
-def _resolve_precision(trainer: Node, model: Node) -> str:
+def _resolve_precision(trainer: Node, model: Node, role: str) -> str:
     precision, accelerator = trainer["precision"], trainer["accelerator"]
     if precision != "auto":
         return precision
     chosen = choose_precision(accelerator)
     if chosen == "bf16-mixed" and device_type(accelerator) == "cpu":
         with torch.random.fork_rng(devices=[]):
-            network: nn.Module = build(model, "the model")
+            network: nn.Module = build(model, role)
         chosen = choose_precision(accelerator, network)
         if chosen == "32-true":
             log.info("precision 32-true: grouped convolutions are slow in bfloat16 on a CPU")

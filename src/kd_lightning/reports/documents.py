@@ -14,7 +14,13 @@ from kd_lightning.files import replacing, write_text
 from kd_lightning.reports import plots
 from kd_lightning.reports.differences import IMAGES, TEACHER
 from kd_lightning.reports.quality_plots import accuracy_by_cost, reliability_diagram
-from kd_lightning.reports.runs import read_histories, read_numbers, read_runs, setting_columns
+from kd_lightning.reports.runs import (
+    python_text,
+    read_histories,
+    read_numbers,
+    read_runs,
+    setting_columns,
+)
 from kd_lightning.reports.statistics import AXES, CONFIDENCE, Group, groups, summarise
 from kd_lightning.reports.tables import quality_and_cost
 from kd_lightning.results import DASH, FIGURE
@@ -40,6 +46,7 @@ _QUALITY = (
 )
 
 
+@python_text
 def write_report(
     sources: Iterable[str | Path],
     out: Path,

@@ -8,9 +8,9 @@ runs of one setting with different images, teacher weights or user code.
 import glob
 import os
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec, TypeVar, cast
 
 import pandas as pd
 
@@ -29,6 +29,9 @@ from kd_lightning.reports.differences import (
 )
 from kd_lightning.results import COLUMNS, FIGURE, NUMBERS, wrong_figure
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 METHODS = ("none", "logit", "attention", "combined")  # display order; other methods follow by name
 
 
@@ -44,6 +47,15 @@ def run_folders(folders: Iterable[str | Path]) -> list[Path]:
     return list(found.values())
 
 
+def python_text(function: Callable[P, T]) -> Callable[P, T]:
+    """Decorator: pandas stores text as Python does. In pyarrow's format, its choice where that is
+    installed, text must be valid UTF-8.
+    """
+    decorate: Any = pd.option_context("mode.string_storage", "python")
+    return cast(Callable[P, T], decorate(function))
+
+
+@python_text
 def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None) -> pd.DataFrame:
     """Read runs, finished or not, into a table with one row per run.
 
