@@ -1,5 +1,7 @@
 """CRD with a memory bank: which negatives are drawn, and what is stored and restored."""
 
+import inspect
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -145,3 +147,13 @@ def test_mixed_images_count_as_the_class_of_the_larger_share():
     )
     assert term(student, teacher, mixed) == term(student, teacher, batch_of([0, 1, 2]))
     assert term(student, teacher, batch_of([0, 0, 0])) == 0
+
+
+def test_defaults_are_those_of_the_authors():
+    defaults = {
+        name: parameter.default for name, parameter in inspect.signature(CRD).parameters.items()
+    }
+    assert defaults == {
+        "student_layer": "embedding", "teacher_layer": "embedding", "size": 128,
+        "temperature": 0.07, "memory": False, "negatives": 16384, "momentum": 0.5,
+    }  # fmt: skip
