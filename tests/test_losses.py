@@ -64,7 +64,10 @@ def test_soft_target_loss_matches_reference(batch, classes, temperature, seed):
     loss = soft_target_loss(student, teacher, temperature)
     assert loss.dtype == torch.float32
     expected = slow_soft_target_loss(student, teacher, temperature)
-    assert float(loss) == pytest.approx(expected, rel=1e-3, abs=1e-5)
+    # Probabilities are rounded to 6e-8, and T^2 multiplies what remains of their differences.
+    assert float(loss) == pytest.approx(expected, rel=1e-4, abs=5e-7 * max(1, temperature**2))
+    exact = soft_target_loss(student.double(), teacher.double(), temperature)
+    assert float(exact) == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
 def test_logit_gradient_is_independent_of_high_temperatures():
