@@ -181,6 +181,15 @@ def test_mlkd_is_the_weighted_sum_of_its_parts():
     torch.testing.assert_close(loss, expected)
 
 
+def test_mlkd_class_relations_do_not_depend_on_the_batch_size_when_scaled():
+    student, teacher = torch.randn(4, 5), torch.randn(4, 5)
+    term = MLKD([2], instance=0, batch=0, class_images=4)
+    once = term(Output(student, {}), teacher, None)
+    twice = term(Output(student.repeat(2, 1), {}), teacher.repeat(2, 1), None)
+    torch.testing.assert_close(once, class_relation_loss(student, teacher, 2))
+    torch.testing.assert_close(twice, once)
+
+
 def test_mlkd_relations_are_not_computed_in_half_precision():
     student, teacher = torch.randn(8, 5), torch.randn(8, 5)
     for loss in (class_relation_loss, batch_relation_loss):
@@ -323,6 +332,7 @@ def test_extreme_logits_give_finite_losses_and_gradients(name, kind, dtype):
         (lambda: MLKD(instance=-1), "instance must be a number of at least 0, not -1"),
         (lambda: MLKD(classes=-1), "classes must be a number of at least 0, not -1"),
         (lambda: MLKD(batch=-1), "batch must be a number of at least 0, not -1"),
+        (lambda: MLKD(class_images=0), "class_images must be a number above 0, not 0"),
         (lambda: TfKD(temperature=0), "temperature must be a number above 0, not 0"),
         (lambda: TfKD(probability=1), r"probability must be in \(0, 1\), not 1"),
         (lambda: TfKD(probability=0), r"probability must be in \(0, 1\), not 0"),

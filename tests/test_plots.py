@@ -147,12 +147,50 @@ def test_method_and_student_names_are_literal(name):
         assert_literal(figure)
     if name.strip():  # Matplotlib omits names that begin with _
         for figure in figures:
-            assert any(axes.get_legend() is not None for axes in figure.axes)
             labels = [
                 text.get_text() for axes in figure.axes if axes.get_legend()
                 for text in axes.get_legend().get_texts()
-            ]  # fmt: skip
+            ] or [text.get_text() for text in figure.axes[0].get_yticklabels()]  # fmt: skip
             assert any(label.strip()[:3] == plots.text(name).strip()[:3] for label in labels)
+
+
+def cells_of(methods, students, gain=0.01):
+    """Two seeds of every method and student, all with a gain of one point, or without."""
+    names = ["none", *(f"m{n}" for n in range(methods))]
+    rows = [
+        {
+            "label": name, "student": f"s{n}", "n": 2, "parameters": 1e6 * (n + 1), "test": 0.8,
+            "test_std": 0.01, "gain": np.nan if name == "none" else gain,
+            "gain_high": np.nan if name == "none" else gain and gain + 0.002,
+        }
+        for name in names for n in range(students)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+@pytest.mark.parametrize(("methods", "students"), [(1, 1), (30, 2), (2, 100)])
+def test_gains_of_any_number_of_methods(methods, students):
+    figure = plots.gain_by_method(cells_of(methods, students))
+    width, height = figure.get_size_inches()
+    assert width * height <= plots.LARGEST
+    panels = [axes for axes in figure.axes if axes.axison]
+    assert len(panels) == min(students, plots.MOST_PANELS)
+    names = {text.get_text() for text in panels[0].get_yticklabels()}
+    assert names == {f"m{n}" for n in range(methods)}
+    for axes in panels:
+        values = [line.get_xdata()[0] for line in axes.lines if line.get_marker() == "o"]
+        assert values == pytest.approx([1.0] * methods)
+
+
+def test_accuracies_are_shown_where_there_is_no_baseline():
+    figure = plots.gain_by_method(cells_of(2, 1, np.nan))
+    names = [text.get_text() for text in figure.axes[0].get_yticklabels()]
+    assert sorted(names) == ["m0", "m1", "none"]
+
+
+def test_methods_have_colours_of_their_own():
+    colours = plots.colours([f"m{n}" for n in range(20)])
+    assert len({str(colour) for colour in colours.values()}) == len(colours)
 
 
 def test_figure_of_many_students_has_bounded_size():

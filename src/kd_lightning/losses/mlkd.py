@@ -71,6 +71,9 @@ class MLKD(LogitTerm):
         instance: weight of the predictions; at least 0.
         classes: weight of the relations of classes; at least 0.
         batch: weight of the relations of images; at least 0.
+        class_images: the relations of classes are scaled to a batch of so many images, e.g. 64,
+            the authors' batch, so that their weight does not depend on the batch size. None: the
+            sums over the batch, whose loss is 16 times as large with 256 images.
     """
 
     relational: ClassVar[bool] = True
@@ -81,6 +84,7 @@ class MLKD(LogitTerm):
         instance: float = 1.0,
         classes: float = 1.0,
         batch: float = 1.0,
+        class_images: int | None = None,
     ) -> None:
         super().__init__()
         if not temperatures:
@@ -89,12 +93,17 @@ class MLKD(LogitTerm):
         self.instance = not_negative("instance", instance)
         self.classes = not_negative("classes", classes)
         self.batch = not_negative("batch", batch)
+        self.class_images = class_images
+        if class_images is not None:
+            positive("class_images", class_images)
 
     def forward(self, student: Output, remembered: Tensor, batch: TermBatch) -> Tensor:
         """Weighted sum of all parts, for student and teacher logits (B, C); a scalar."""
+        images = len(remembered)
+        scale = (self.class_images or images) / images
         parts = (
             (self.instance, soft_target_loss),
-            (self.classes, class_relation_loss),
+            (self.classes * scale**2, class_relation_loss),
             (self.batch, batch_relation_loss),
         )
         losses = [

@@ -214,7 +214,7 @@ def facts(runs: pd.DataFrame) -> str:
         return "No run is finished yet."
 
     def values(column: str) -> str:
-        return ", ".join(str(value) for value in done[column].dropna().unique())
+        return ", ".join(str(value) or "unknown" for value in done[column].dropna().unique())
 
     epochs = ", ".join(f"{number:.0f}" for number in sorted(done["epochs"].dropna().unique()))
     told = [

@@ -132,47 +132,40 @@ def accuracy_by_size(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure":
 
 
 def gain_by_method(cells: "pd.DataFrame") -> "Figure":
-    """Bar chart of each method's gain over `none`, with its confidence interval.
+    """Each method's gain over `none` with its confidence interval, one panel per student (at most
+    `MOST_PANELS`), the best method on average at the top.
 
-    Without a baseline, test accuracy is shown instead.
+    Without a baseline, test accuracy and its standard deviation are shown instead.
 
     Args:
         cells: from `statistics.summarise`, of one setting.
     """
     import seaborn
-    from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7.5, 4.5), layout="constrained")
-    axes = figure.subplots()
     compared = cells["gain"].notna().any()
     done = cells[cells["gain"].notna()] if compared else cells[cells["n"] > 0]
     done = done.sort_values("parameters", kind="stable")
+    value = "gain" if compared else "test"
+    names = done.groupby("label", sort=False)[value].mean().sort_values(kind="stable").index
     students = list(dict.fromkeys(done["student"]))
-    names = list(dict.fromkeys(done["label"]))
-    width, colour = 0.8 / max(1, len(names)), colours(names)
-    for place, name in enumerate(names):
-        part = done[done["label"] == name]
-        x = (
-            np.array([students.index(s) for s in part["student"]])
-            + (place - (len(names) - 1) / 2) * width
-        )
-        middle = part["gain"] if compared else part["test"]
-        high = part["gain_high"] - part["gain"] if compared else part["test_std"]
-        axes.bar(
-            x, 100 * middle, width * 0.92, yerr=100 * high, capsize=3, label=_legend(name),
-            color=colour[name],
-        )  # fmt: skip
-    axes.set_xticks(range(len(students)), [text(student) for student in students])
-    axes.set_xlim(-0.75, len(students) - 0.25)
-    if compared:
-        axes.axhline(0, color="0.2", linewidth=0.8)
-        axes.set(ylabel="gain over none (points of test accuracy)")
-    else:
-        axes.set(ylabel="test accuracy (%)")
-    axes.set(xlabel="student")
-    axes.grid(axis="y", alpha=0.3)
-    axes.set_axisbelow(True)
-    _add_legend(axes)
+    height = min(1.2 + 0.28 * len(names), 4.0 if len(students) > 3 else 10.0)
+    figure, panels = _panels(students, height, sharex=True, sharey=True)
+    colour = colours(names)
+    for axes, student in zip(panels, students, strict=False):
+        part = done[done["student"] == student]
+        half = part["gain_high"] - part["gain"] if compared else part["test_std"]
+        for row, error in zip(part.itertuples(), half, strict=True):
+            axes.errorbar(
+                100 * getattr(row, value), names.get_loc(row.label), xerr=100 * error,
+                marker="o", capsize=3, color=colour[str(row.label)],
+            )  # fmt: skip
+        axes.set(title=text(student), ylim=(-0.6, len(names) - 0.4))
+        axes.set_yticks(range(len(names)), [text(name) for name in names])
+        axes.grid(axis="x", alpha=0.3)
+        if compared:
+            axes.axvline(0, color="0.2", linewidth=0.8)
+    label = "gain over none (points of test accuracy)" if compared else "test accuracy (%)"
+    _add_label(figure, label, students)
     seaborn.despine(figure)
     return figure
 
@@ -185,16 +178,10 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
         histories: from `runs.read_histories`, of one setting.
     """
     import seaborn
-    from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator
 
     students = list(dict.fromkeys(histories["student"]))
-    left_out = len(students[MOST_PANELS:])
-    students = students[:MOST_PANELS]
-    columns = min(3, len(students))
-    rows = -(-len(students) // columns)
-    figure = Figure(figsize=(4.2 * columns + 0.8, 3.6 * rows), layout="constrained")
-    panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
+    figure, panels = _panels(students, 3.6, sharey=True)
     known = colours(histories["label"])
     for axes, student in zip(panels, students, strict=False):
         part = histories[histories["student"] == student]
@@ -210,22 +197,46 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
         axes.set(title=text(student), xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)
-    for axes in list(panels)[len(students) :]:
-        axes.set_axis_off()
-    first = figure.axes[0]
-    first.set_ylabel("validation accuracy (%)")
-    _add_legend(first)
-    if left_out:
-        figure.supxlabel(f"{left_out} more students are not shown", fontsize="small")
+    panels[0].set_ylabel("validation accuracy (%)")
+    _add_legend(panels[0])
+    _add_label(figure, "", students)
     seaborn.despine(figure)
     return figure
 
 
+def _panels(students: Sequence[str], height: float, **settings: Any) -> "tuple[Figure, list[Any]]":
+    """A figure and the axes of at most `MOST_PANELS` students."""
+    from matplotlib.figure import Figure
+
+    number = min(len(students), MOST_PANELS)
+    columns = min(3, number)
+    rows = -(-number // columns)
+    width = 4.2 * columns + 0.8 if columns > 1 else 7.5
+    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, **settings).flat)
+    for axes in panels[number:]:
+        axes.set_axis_off()
+    return figure, panels[:number]
+
+
+def _add_label(figure: "Figure", label: str, students: Sequence[str]) -> None:
+    """Add a common label of the horizontal axes, and the number of students without a panel."""
+    left_out = len(students[MOST_PANELS:])
+    note = f"{left_out} more students are not shown" if left_out else ""
+    if label or note:
+        figure.supxlabel("\n".join(filter(None, (label, note))), fontsize="medium")
+
+
 def _add_legend(axes: Any) -> None:
-    """Add a legend inside the axes, smaller and wider for more than ten lines."""
-    lines = len(axes.get_legend_handles_labels()[1])
-    size = "medium" if lines <= 10 else "xx-small"
-    axes.legend(framealpha=1, edgecolor="none", fontsize=size, ncols=1 + lines // 16)
+    """Add a legend inside the axes, or to the right of the figure for more than ten lines."""
+    handles, labels = axes.get_legend_handles_labels()
+    if len(labels) <= 10:
+        axes.legend(framealpha=1, edgecolor="none")
+        return
+    axes.figure.legend(
+        handles, labels, loc="outside right upper", frameon=False, fontsize="small",
+        ncols=1 + len(labels) // 25,
+    )  # fmt: skip
 
 
 def _count(parameters: float) -> str:
@@ -240,7 +251,9 @@ def colours(labels: Iterable[Any]) -> dict[str, Any]:
     palette = seaborn.color_palette("colorblind")
     known = {"none": "0.35", "logit": palette[0], "attention": palette[1], "combined": palette[2]}
     others = sorted({str(label) for label in labels} - known.keys())
-    return known | {name: palette[(n + 3) % len(palette)] for n, name in enumerate(others)}
+    if len(others) > len(palette) - 3:
+        return known | dict(zip(others, seaborn.husl_palette(len(others), l=0.55), strict=True))
+    return known | {name: palette[n + 3] for n, name in enumerate(others)}
 
 
 def confusion_matrix(
