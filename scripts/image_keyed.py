@@ -4,7 +4,7 @@ cache that is keyed by the image alone does.
     PYTHONPATH=scripts python train.py method=logit \
         '+callbacks.control={_target_: image_keyed.KeyByImage}'
 
-What it costs in accuracy is in RESULTS.md.
+What it costs in accuracy is in docs/further-trainings.md.
 """
 
 from collections.abc import Callable, Mapping

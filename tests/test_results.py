@@ -1,5 +1,7 @@
 """The tables in the documents follow from the committed runs."""
 
+import itertools
+
 import pandas as pd
 import pytest
 from conftest import REPOSITORY
@@ -11,6 +13,7 @@ from kd_lightning.results import FIGURE
 
 RUNS = REPOSITORY / "docs" / "results" / "runs.csv"
 GRIDS = REPOSITORY / "docs" / "twelve-epochs.md"
+FURTHER = REPOSITORY / "docs" / "further-trainings.md"
 
 
 @pytest.fixture(scope="module")
@@ -25,7 +28,7 @@ def tables(tmp_path_factory):
 @pytest.mark.parametrize("name", ["hundred-epochs.csv", "negative-control.csv"])
 def test_further_trainings_follow_from_the_runs(tmp_path, name):
     write_report([RUNS.with_name(name)], tmp_path, draw_figures=False)
-    text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
+    text = FURTHER.read_text().splitlines()
     rows = [line for line in (tmp_path / "results.md").read_text().splitlines()
             if line.startswith("| small |")]  # fmt: skip
     assert len(rows) >= 3
@@ -39,21 +42,33 @@ def half(tmp_path_factory):
     return lines_of("half-cifar.csv", tmp_path_factory.mktemp("half"))
 
 
+MAIN = ["cifar10.csv", "methods.csv", "cifar100.csv"]
+
+
 @pytest.fixture(scope="module")
-def hundred(tmp_path_factory):
-    """The lines of the tables of students trained for a hundred epochs on all images."""
-    return lines_of("hundred-epochs.csv", tmp_path_factory.mktemp("hundred"))
+def main_tables(tmp_path_factory):
+    """The lines of the tables of RESULTS.md, by their file of runs."""
+    return {
+        name: lines_of(
+            name,
+            tmp_path_factory.mktemp("main"),
+            ("| none |", "| logit", "| combined |", "| dist |", "| dkd |", "| matching |"),
+        )
+        for name in MAIN
+    }
 
 
-def lines_of(name, out):
-    """The lines about students in the tables computed from these runs."""
+def lines_of(name, out, more=()):
+    """The lines about students, and those that begin with `more`, in the tables of these runs."""
     write_report([RUNS.with_name(name)], out, draw_figures=False)
     lines = (out / "results.md").read_text().splitlines()
-    return [line for line in lines if line.startswith(("| small |", "| medium |", "| large |"))]
+    return [
+        line for line in lines if line.startswith(("| small |", "| medium |", "| large |", *more))
+    ]
 
 
 def test_half_of_the_images_follow_from_the_runs(half):
-    text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
+    text = FURTHER.read_text().splitlines()
     rows = [row for row in half if "5 missing" not in row and row.count("±") and " 1, " not in row]
     assert len(rows) == 7
     for row in rows:
@@ -90,7 +105,7 @@ def test_changes_follow_from_the_runs(change):
     gain = f"{test['matching'] - test['none']:+.2f}" if "none" in test else "-"
     name = change if change == "-" else f"`{change}`"
     line = f"| {name} | {' | '.join(cells)} | {gain} |"
-    assert line in (REPOSITORY / "RESULTS.md").read_text().splitlines()
+    assert line in FURTHER.read_text().splitlines()
 
 
 def test_results_follow_from_the_runs(tables):
@@ -118,13 +133,28 @@ def test_comparison_with_the_original_table():
             assert shown.strip() == f"{test:.2f} ({test - float(original):+.2f})"
 
 
+@pytest.mark.parametrize(
+    ("name", "columns", "number"),
+    [("cifar10.csv", 11, 8), ("methods.csv", 11, 15), ("cifar100.csv", 4, 6)],
+)
+def test_main_tables_follow_from_the_runs(main_tables, name, columns, number):
+    """RESULTS.md has every cell of the first two sets of runs, and the overview of the third."""
+    rows = [line for line in main_tables[name] if line.count("|") == columns + 1]
+    assert len(rows) == number
+    text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
+    for row in rows:
+        assert row in text
+
+
 @pytest.mark.parametrize("document", ["README.md", "RESULTS.md"])
-def test_summaries_follow_from_the_runs(tables, half, hundred, document):
+def test_documents_show_no_other_figures(tables, main_tables, document):
     text = (REPOSITORY / document).read_text()
     shown = [line for line in text.splitlines() if line.startswith("| ") and " ± " in line]
-    assert len(shown) >= 4
+    assert len(shown) >= 2
+    known = [*tables, *itertools.chain.from_iterable(main_tables.values())]
+    known += [line.replace(", 2 missing", "") for line in known]
     for line in shown:
-        assert line in [*tables, *half, *hundred]
+        assert line in known
 
 
 def test_grids_are_complete():
