@@ -147,13 +147,17 @@ class FolderDataModule(ImageDataModule):
     def _decode(self, paths: list[str]) -> torch.Tensor:
         pixels = np.empty((len(paths), self.stored_size, self.stored_size, 3), dtype=np.uint8)
 
-        def decode_one(number: int) -> None:
-            pixels[number] = read_image(Path(paths[number]), self.stored_size, self.resize)
+        # Several files at a time: handing over a small one takes as long as decoding it.
+        some = max(1, min(64, len(paths) // 64))
+
+        def decode_some(first: int) -> None:
+            for number in range(first, min(first + some, len(paths))):
+                pixels[number] = read_image(Path(paths[number]), self.stored_size, self.resize)
 
         # Pillow releases the GIL while decoding.
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
             warnings.filterwarnings("ignore", module="PIL")  # about unused metadata
-            for _ in pool.map(decode_one, range(len(paths))):
+            for _ in pool.map(decode_some, range(0, len(paths), some)):
                 pass
         return torch.from_numpy(pixels)
 
