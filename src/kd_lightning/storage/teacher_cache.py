@@ -62,7 +62,7 @@ class TeacherCache:
         self.live = live
         self._cached = {name: part for name, part in rows.items() if name not in live}
         self._seen: set[int] = set()  # view numbers whose files exist or cannot be created
-        self._full = limit <= 0
+        self._full = self._told = limit <= 0
         self._loaded: tuple[int, dict[str, LoadedView]] = (NO_VIEW, {})
         self._unwritten: deque[_Unwritten] = deque()
 
@@ -171,11 +171,20 @@ class TeacherCache:
 
     def _write_all(self) -> None:
         while self._unwritten:
-            self._unwritten.popleft().write()
+            self._write_next()
 
     def _write_finished(self) -> None:
         while self._unwritten and self._unwritten[0].ready():
-            self._unwritten.popleft().write()
+            self._write_next()
+
+    def _write_next(self) -> None:
+        part = self._unwritten.popleft()
+        if not part.write() and not self._told:
+            self._told = True
+            log.warning(
+                "the teacher outputs that are missing in %s cannot be added, as its files are read "
+                "only; they are computed instead", part.rows.folder,
+            )  # fmt: skip
 
     def _make_room(self, view: Tensor) -> None:
         for number in set(view.unique().tolist()) - self._seen:
@@ -217,7 +226,7 @@ def too_large(
     place = root
     while not place.exists():
         place = place.parent
-    free = min(limit - used_bytes(root), shutil.disk_usage(place).free)
+    free = max(0, min(limit - used_bytes(root), shutil.disk_usage(place).free))
     large: dict[str, int] = {}
     fitting: set[Path] = set()
     for name, part in sorted(rows.items(), key=lambda item: item[1].file_size):
@@ -243,9 +252,9 @@ class _Unwritten:
         """Whether the copy is complete."""
         return self.values.ready()
 
-    def write(self) -> None:
-        """Write the rows, waiting for the copy if necessary."""
-        self.rows.write(self.index, self.view, self.values.wait())
+    def write(self) -> bool:
+        """Write the rows, waiting for the copy if necessary; False if a file is read only."""
+        return self.rows.write(self.index, self.view, self.values.wait())
 
 
 class Stored(NamedTuple):
