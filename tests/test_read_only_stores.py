@@ -1,4 +1,6 @@
-"""Teachers and cached outputs of other users, which can be read but not written."""
+"""Teachers and cached outputs of other users, which can be read but not written; and outputs that
+cannot be stored.
+"""
 
 import errno
 import logging
@@ -75,6 +77,17 @@ def test_missing_outputs_are_computed_with_one_warning(tmp_path, protect, caplog
     (message,) = caplog.messages
     assert "read only" in message
     assert fetch(cache, INDEX[:4], ask=lambda: pytest.fail("computed again")).equal(OUTPUTS[:4])
+
+
+def test_outputs_beyond_the_range_are_computed_with_one_warning(tmp_path, caplog):
+    large = torch.cat([OUTPUTS[:5], torch.full((1, 3), 1e5)])
+    cache = outputs(tmp_path)
+    for _ in range(2):
+        assert fetch(cache, ask=lambda: {"logits": large}).equal(large)
+        cache.flush()
+    (message,) = caplog.messages
+    assert "remember.dtype=float16" in message
+    assert fetch(cache, INDEX[:5], ask=lambda: pytest.fail("not cached")).equal(large[:5])
 
 
 def test_cached_outputs_beyond_the_limit_are_read(tmp_path):

@@ -113,10 +113,11 @@ class Rows:
         known = torch.cat([self.valid(*part) for part in parts])
         return LoadedView(self, rows, ToHost(known))
 
-    def write(self, index: Tensor, view: Tensor, values: Tensor) -> bool:
-        """Write targets (B, *shape), in `dtype`, to the existing files; False if one is read only.
+    def write(self, index: Tensor, view: Tensor, values: Tensor) -> str:
+        """Write targets (B, *shape), in `dtype`, to the existing files.
 
-        Rows that are not finite in `dtype` are skipped.
+        Returns:
+            Why some are skipped: a file is read only, or they are not finite in `dtype`.
         """
         finite = values.flatten(1).isfinite().all(dim=1)
         index, view, values = index[finite], view[finite], values[finite]
@@ -129,7 +130,10 @@ class Rows:
         for file, places in files:
             if file.flags.writeable:
                 file[index.numpy()[places]] = written[places]
-        return all(file.flags.writeable for file, _ in files)
+        if not all(file.flags.writeable for file, _ in files):
+            return "its files are read only"
+        name = str(self.dtype).removeprefix("torch.")
+        return "" if finite.all() else f"they are beyond the range of remember.dtype={name}"
 
     def create(self) -> None:
         """Create the folder, with the key and the geometry of the rows.

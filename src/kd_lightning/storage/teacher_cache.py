@@ -62,7 +62,8 @@ class TeacherCache:
         self.live = live
         self._cached = {name: part for name, part in rows.items() if name not in live}
         self._seen: set[int] = set()  # view numbers whose files exist or cannot be created
-        self._full = self._told = limit <= 0
+        self._full = limit <= 0
+        self._told: set[str] = set()
         self._loaded: tuple[int, dict[str, LoadedView]] = (NO_VIEW, {})
         self._unwritten: deque[_Unwritten] = deque()
 
@@ -179,11 +180,12 @@ class TeacherCache:
 
     def _write_next(self) -> None:
         part = self._unwritten.popleft()
-        if not part.write() and not self._told:
-            self._told = True
+        why = part.write()
+        if why and why not in self._told and self.limit > 0:
+            self._told.add(why)
             log.warning(
-                "the teacher outputs that are missing in %s cannot be added, as its files are read "
-                "only; they are computed instead", part.rows.folder,
+                "teacher outputs that are missing in %s cannot be cached, as %s; they are computed "
+                "instead", part.rows.folder, why,
             )  # fmt: skip
 
     def _make_room(self, view: Tensor) -> None:
@@ -252,8 +254,8 @@ class _Unwritten:
         """Whether the copy is complete."""
         return self.values.ready()
 
-    def write(self) -> bool:
-        """Write the rows, waiting for the copy if necessary; False if a file is read only."""
+    def write(self) -> str:
+        """Write the rows, waiting for the copy if necessary; see `Rows.write`."""
         return self.rows.write(self.index, self.view, self.values.wait())
 
 

@@ -96,7 +96,7 @@ def _complete(rows: Rows, name: str, job: Job) -> list[str]:
     if not found:
         raise InputError(
             f"{rows.folder} has no complete view ({name}): run the same training again, with "
-            "enough room in remember.disk_gb"
+            "enough room in remember.disk_gb, and a remember.dtype of sufficient range"
         )
     return found
 
