@@ -11,6 +11,7 @@ from kd_lightning import api
 from kd_lightning.data.splits import evaluation_order
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows.evaluate import evaluate
+from kd_lightning.workflows.jobs import prepare_again
 from kd_lightning.workflows.measure import _channels_last
 
 
@@ -42,6 +43,7 @@ def test_run_of_several_processes_is_evaluated_in_one(run, tmp_path, trainer):
     (copy / "config.yaml").write_text(yaml.safe_dump(config))
     assert evaluate(copy) == evaluate(run.path)
     assert _channels_last(config, torch.device("cpu")) in (True, False)  # without an error
+    assert prepare_again(RunDirectory(copy)).processes == 1  # to check or pack its cache
 
 
 def test_evaluation_repeats_the_part_that_was_tested(run):
