@@ -61,6 +61,7 @@ from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.storage.provenance import device_name
+from kd_lightning.terminal import positive
 from kd_lightning.workflows.assembly import build_module, build_teacher
 
 METHODS = ("none", "logit", "attention", "combined")
@@ -379,12 +380,12 @@ def main() -> None:
     )
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--students", nargs="+", default=STUDENTS, choices=STUDENTS)
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--repetitions", type=positive, default=5)
     parser.add_argument("--plain", action="store_true", help="the common implementation, too")
     parser.add_argument("--augmentations", action="store_true", help="the costs of augmentations")
     parser.add_argument("--costs", action="store_true", help="the costs of all methods")
     parser.add_argument("--grid", action="store_true", help="a small grid instead, end to end")
-    parser.add_argument("--epochs", type=int, default=3, help="of the small grid")
+    parser.add_argument("--epochs", type=positive, default=3, help="of the small grid")
     parser.add_argument("overrides", nargs="*", help="configuration overrides, after --")
     arguments = parser.parse_args()
     quiet_lightning()

@@ -46,6 +46,7 @@ from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.storage.provenance import device_name
+from kd_lightning.terminal import positive
 from kd_lightning.workflows.assembly import build_data, build_module, build_teacher
 
 
@@ -180,11 +181,11 @@ def main() -> None:
     """Measure, and print a row per comparison."""
     parser = argparse.ArgumentParser(description="Benchmark of streamed images.")
     parser.add_argument("--root", required=True, help="image folder, as data.root")
-    parser.add_argument("--size", type=int, default=64, help="data.image_size")
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--batches", type=int, default=32, help="per measurement")
-    parser.add_argument("--workers", type=int, default=2, help="of each loader")
-    parser.add_argument("--repetitions", type=int, default=5)
+    parser.add_argument("--size", type=positive, default=64, help="data.image_size")
+    parser.add_argument("--batch-size", type=positive, default=128)
+    parser.add_argument("--batches", type=positive, default=32, help="per measurement")
+    parser.add_argument("--workers", type=positive, default=2, help="of each loader")
+    parser.add_argument("--repetitions", type=positive, default=5)
     parser.add_argument("overrides", nargs="*", help="after --: as for train.py")
     given = parser.parse_args()
     quiet_lightning()

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from kd_lightning.errors import InputError, RunError
-from kd_lightning.files import home, write_text
+from kd_lightning.files import home
 
 
 def main() -> None:
@@ -27,18 +27,22 @@ def main() -> None:
     parser.add_argument(
         "--file", type=home, nargs="+", default=[], help="exported files to upload as well"
     )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace a file that was edited, or is no card"
+    )
     arguments = parser.parse_args()
     if not arguments.push and (arguments.file or arguments.private):
         parser.error("--file and --private need --push")
 
     from kd_lightning.reports.card import CardOptions, model_card
+    from kd_lightning.reports.card_file import write_card
     from kd_lightning.workflows.publish import publish
 
     out = Path(arguments.out or Path(arguments.run) / "README.md")
     try:
         files = tuple(Path(file).name for file in arguments.file)
         options = CardOptions(arguments.license, arguments.dataset, arguments.push, files)
-        write_text(out, model_card(arguments.run, options))
+        write_card(out, model_card(arguments.run, options), arguments.overwrite)
         print(out)
         if arguments.push:
             where = arguments.push, options, arguments.file, arguments.private

@@ -6,7 +6,7 @@ r"""Estimate time, disk and memory of a distillation before it is started.
 
 Arguments other than options are those of `train.py`. The speed of both networks is measured on this
 machine, for a few seconds each, on random images; no data is read. Only logits are considered:
-methods that read features store more, or compute them live.
+methods that read features store more, or compute them live. Members of an ensemble are added up.
 """
 
 import argparse
@@ -19,9 +19,11 @@ import torch
 from torch import nn
 
 from kd_lightning import api
-from kd_lightning.config.hardware import choose_memory_format, choose_precision, device_type
+from kd_lightning.config.checks import check, of_one_process, single_teachers
+from kd_lightning.config.hardware import device_type
 from kd_lightning.config.nodes import Node, build
 from kd_lightning.config.pretrained import with_own_input
+from kd_lightning.config.resolve import resolve_trainer
 from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.top_k import chosen_k
 from kd_lightning.engine.quiet import quiet_lightning
@@ -30,6 +32,7 @@ from kd_lightning.files import find_own_packages
 from kd_lightning.models.preparing import materialize
 from kd_lightning.reports.summary import about
 from kd_lightning.storage.rows import Rows
+from kd_lightning.terminal import positive
 
 GIGABYTE = 1e9
 GROUPS, GROUP = 3, 2**23  # batches that are being prepared, see data/streamed.py
@@ -51,26 +54,38 @@ def estimate() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--images", type=int, required=True, help="training and validation images")
+    parser.add_argument(
+        "--images", type=positive, required=True, help="training and validation images"
+    )
     parser.add_argument(
         "--decoded-per-second", type=float, default=300,
         help="image files decoded per second, in the first epoch (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument("--seconds", type=float, default=5, help="length of each measurement")
-    parser.add_argument("--devices", type=int, default=1, help="devices like that of this machine")
+    parser.add_argument(
+        "--devices", type=positive, default=1, help="devices like that of this machine"
+    )
     arguments, overrides = parser.parse_known_args()
+    if arguments.decoded_per_second <= 0 or arguments.seconds < 0:
+        raise InputError("--decoded-per-second must be positive, and --seconds at least 0")
 
     quiet_lightning()
     config = api.compose(*overrides)
     data, epochs = config["data"], config["trainer"]["max_epochs"]
     if data["num_classes"] is None:
         raise InputError("data.num_classes must be given, as no data is read")
+    check(config)
+    members = single_teachers(config)
+    for key, why in (("outputs", "has no network"), ("decay", "has no outputs to store")):
+        if any(part["teacher"].get(key) is not None for part in members):
+            raise InputError(f"teacher.{key}: a teacher that {why} cannot be estimated")
     views = min(epochs, data["views"] or epochs)
     student = speed(config, "student", arguments.seconds, train=True) * arguments.devices
-    teacher = speed(config, "teacher", arguments.seconds, train=False) * arguments.devices
+    each = [speed(part, "teacher", arguments.seconds, train=False) for part in members]
+    teacher = arguments.devices / sum(1 / images for images in each)
     per_epoch = arguments.images / student
     per_view = arguments.images / teacher
-    outputs = bytes_per_view(config, arguments.images)
+    outputs = bytes_per_view(config, arguments.images) * len(members)
     edge = data.get("stored_size") or data["image_size"]
     decoded = arguments.images * (edge**2 * 3 + 8)
     batch = data["batch_size"] * edge**2 * 3
@@ -99,12 +114,13 @@ def speed(config: Node, part: str, seconds: float, train: bool) -> float:
     torch.manual_seed(0)
     model = build(config[part]["model"], f"{part}.model")
     materialize(model, size, f"{part}.model")
-    precision = choose_precision(accelerator, model)
-    layout = choose_memory_format(precision, accelerator)
+    # Of the run: a teacher computes in the precision of its student.
+    plan = resolve_trainer(of_one_process(config["trainer"]), config["student"]["model"])
+    layout = torch.channels_last if plan.channels_last else torch.contiguous_format
     model.to(device, memory_format=layout).train(train)  # type: ignore[call-overload]
     images = torch.randn(config["data"]["batch_size"], 3, size, size, device=device)
     images = images.contiguous(memory_format=layout)
-    dtype = AUTOCAST.get(precision)
+    dtype = AUTOCAST.get(plan.precision)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
 
     def step() -> None:

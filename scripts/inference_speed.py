@@ -5,13 +5,15 @@
 
 Without --images, 10,000 random images of the student's size are predicted, which are decoded
 already; with it, files are decoded too. A bare loop is only measured for the folder of a run or a
-.safetensors file. Rates are images per second, the best of several rounds.
+.safetensors file. Rates are images per second, the best of several rounds; the progress is on
+standard error.
 """
 
 import argparse
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,6 +21,7 @@ import torch
 from kd_lightning import api
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
+from kd_lightning.terminal import positive, say
 
 
 def main() -> None:
@@ -28,13 +31,16 @@ def main() -> None:
     )
     parser.add_argument("student", type=home, help="folder of a run, or an exported file")
     parser.add_argument("--images", type=home, nargs="+", default=[], help="files or folders")
-    parser.add_argument("--count", type=int, default=10_000, help="number of random images")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--count", type=positive, default=10_000, help="number of random images")
+    parser.add_argument("--batch-size", type=positive, default=256)
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE")
     arguments = parser.parse_args()
     find_own_packages()
     try:
+        for place in arguments.images:
+            if not Path(place).exists():
+                raise InputError(f"{place} does not exist")
         student = api.load_student(arguments.student, arguments.trust)
         files = api.find_images(arguments.images) if arguments.images else []
     except InputError as error:
@@ -71,11 +77,13 @@ def best_rates(
 ) -> dict[str, float]:
     """Images per second of each, the best of several rounds that alternate between them."""
     rates = dict.fromkeys(measured, 0.0)
-    for _ in range(rounds):
+    for number in range(1, rounds + 1):
         for name, (count, work) in measured.items():
             began = time.perf_counter()
             work()
-            rates[name] = max(rates[name], count / (time.perf_counter() - began))
+            seconds = time.perf_counter() - began
+            rates[name] = max(rates[name], count / seconds)
+            say(f"round {number}/{rounds}: {name}, {seconds:.1f} s", error=True)
     return rates
 
 

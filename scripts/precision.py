@@ -15,6 +15,7 @@ import torchvision
 
 from kd_lightning.config.hardware import choose_precision, has_groups, keep_freed_memory
 from kd_lightning.config.nodes import build
+from kd_lightning.terminal import positive
 
 OURS = {
     "ConvNet": {"channels": [16, 32], "hidden": 64},
@@ -43,9 +44,9 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("models", nargs="*", default=[*OURS, *THEIRS], help="ours, torchvision's")
-    parser.add_argument("--size", type=int, default=32, help="of the images, in pixels")
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--size", type=positive, default=32, help="of the images, in pixels")
+    parser.add_argument("--batch", type=positive, default=64)
+    parser.add_argument("--rounds", type=positive, default=5)
     arguments = parser.parse_args()
     keep_freed_memory()
     best = choose_precision("cpu")

@@ -104,7 +104,7 @@ def _join_others() -> None:
     """
     try:
         launcher = launched_together(trainer_of(sys.argv[1:]))
-    except InputError:
+    except (InputError, HydraException, OmegaConfBaseException, yaml.YAMLError):
         if (found := find_launcher()) is not None and found.rank:
             sys.exit(2)  # rank 0 reports it
         raise

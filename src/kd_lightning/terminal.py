@@ -1,5 +1,6 @@
 """Printing to a terminal, file or pipe of any encoding; never raises."""
 
+import argparse
 import codecs
 import os
 import sys
@@ -63,6 +64,14 @@ def watched(error: bool = False) -> bool:
     except ValueError:  # closed
         return False
     return on_terminal and os.environ.get("TERM", "").lower() not in ("dumb", "unknown")
+
+
+def positive(text: str) -> int:
+    """A whole number of at least 1, as `type` of an option of argparse."""
+    number = int(text) if text.strip().isdecimal() else 0
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
+    return number
 
 
 def say(what: str | Table, error: bool = False) -> None:

@@ -284,8 +284,12 @@ def trainer_node(config: Node, teacher: bool = False) -> Node:
     """
     if not teacher:
         return dict(config["trainer"])
-    own = without(config["trainer"], "strategy", "num_nodes")
-    return {**own, "devices": 1, **config["teacher"]["trainer"]}
+    return {**of_one_process(config["trainer"]), **config["teacher"]["trainer"]}
+
+
+def of_one_process(trainer: Node) -> Node:
+    """A trainer section without what distributes the training over several processes."""
+    return {**without(trainer, "strategy", "num_nodes"), "devices": 1}
 
 
 def _numbers(node: Any, path: str = "") -> Iterator[tuple[str, float]]:

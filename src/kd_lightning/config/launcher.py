@@ -2,16 +2,20 @@
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-from hydra import compose, initialize_config_dir
+from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.utils import create_config_search_path, get_args_parser
+from hydra.core.config_search_path import SearchPathQuery
+from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from kd_lightning.config.nodes import Node
-from kd_lightning.config.tree import tree_folder
+from kd_lightning.config.tree import tree
 from kd_lightning.errors import InputError
 
-_WHAT_COUNTS = ("trainer", "experiment", "trainer.devices", "trainer.num_nodes")
+_WHAT_COUNTS = ("trainer", "experiment", "trainer.devices", "trainer.num_nodes", "hydra.searchpath")
 
 
 class Launcher(NamedTuple):
@@ -102,9 +106,16 @@ def trainer_of(arguments: Sequence[str]) -> Node:
     """The trainer section of a command, as far as it determines the number of processes.
 
     Args:
-        arguments: overrides of the command; options are ignored.
+        arguments: of the command, as `commandline.prepare` returns them.
     """
-    own = [word for word in arguments if word.partition("=")[0].lstrip("+~") in _WHAT_COUNTS]
-    with initialize_config_dir(tree_folder(), version_base="1.3"):
-        composed: Any = compose("train", own)
-        return cast(Node, OmegaConf.to_container(composed.trainer, resolve=True))
+    options = get_args_parser().parse_args(list(arguments))
+    own = [
+        word for word in options.overrides if word.partition("=")[0].lstrip("+~") in _WHAT_COUNTS
+    ]
+    search_path = create_config_search_path(options.config_path or tree())
+    if options.config_dir is not None:
+        folder = f"file://{Path(options.config_dir).absolute()}"
+        search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
+    loader, name = ConfigLoaderImpl(search_path), options.config_name or "train"
+    composed: Any = loader.load_configuration(name, own, RunMode.RUN)
+    return cast(Node, OmegaConf.to_container(composed.trainer, resolve=True))

@@ -44,7 +44,7 @@ class ViewSampler(Sampler[Batch]):
 
     In training, every image appears once per epoch, in an order that depends only on the seed and
     the epoch; epoch e uses view number e, modulo the number of views. In evaluation, images are
-    in order and not augmented.
+    in the given order and not augmented.
 
     Lightning calls `set_epoch` at the start of every epoch.
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kd_lightning.data.loading import Batch, Shown, ViewLoader, ViewSampler
 from kd_lightning.data.mixing import Mixing, Mixture, blend
 from kd_lightning.data.sources import Fetched, InMemoryImages, PixelSource
-from kd_lightning.data.splits import stratified_split
+from kd_lightning.data.splits import evaluation_order, stratified_split
 from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import PLAIN, Augmentation, Views, check_seed
 from kd_lightning.errors import InputError
@@ -265,10 +265,14 @@ class ImageDataModule(LightningDataModule):
             needed = getattr(self.trainer.lightning_module, "min_batch_size", 1) if shuffle else 1
             device = self.trainer.strategy.root_device
             self.pixel_source, self.labels = self.pixel_source.to(device), self.labels.to(device)
+        images = self.splits[split]
         if shuffle:
             self.check_batch_size(needed * world)
+        else:
+            part = getattr(self.trainer, f"limit_{split}_batches", 1.0)
+            images = evaluation_order(images, size, part)
         sampler = ViewSampler(
-            self.splits[split], size, shuffle, self.seed, self.views, rank, world, needed * world
+            images, size, shuffle, self.seed, self.views, rank, world, needed * world
         )
         limit = self.pixel_source.batch_limit
         fetch = None if limit is None else self._fetch_pixels

@@ -1,4 +1,4 @@
-"""Splitting of validation images off the training images."""
+"""Splitting of validation images off the training images, and the order of evaluation."""
 
 import math
 from collections.abc import Sequence
@@ -38,3 +38,20 @@ def stratified_split(
         count = min(max(1, math.floor(len(members) * fraction + 0.5)), len(members) - 1)
         held_out[members[torch.randperm(len(members), generator=generator)[:count]]] = True
     return (~held_out).nonzero().flatten(), held_out.nonzero().flatten()
+
+
+def evaluation_order(images: Tensor, batch_size: int, limit: int | float) -> Tensor:
+    """The images of a split (N,) in the order in which they are evaluated.
+
+    It is unchanged, unless Lightning evaluates only the first batches: it is then random, but the
+    same for every run, because the images of a folder are ordered by class.
+
+    Args:
+        images: image indices (N,), int64.
+        batch_size: images per batch.
+        limit: Lightning's `limit_val_batches` or `limit_test_batches`, a number or a fraction.
+    """
+    whole = math.ceil(len(images) / batch_size) if isinstance(limit, int) else 1.0
+    if limit >= whole:
+        return images
+    return images[torch.randperm(len(images), generator=torch.Generator().manual_seed(0))]

@@ -191,7 +191,7 @@ def measure_lag(trainer: Trainer, module: LightningModule, data: ImageDataModule
         module: its `student` is evaluated and left unchanged.
         data: the images.
     """
-    val = data.splits["val"]
+    val = data.val_dataloader().sampler.images
     limit = sum(trainer.num_val_batches)
     if not math.isinf(limit):
         val = val[: int(limit) * data.eval_batch_size]

@@ -7,6 +7,7 @@ Its outputs are in the teacher-output caches of the file, which are verified and
 apart from the caches of teachers that exist, so that a file cannot add wrong rows to these.
 """
 
+import contextlib
 import itertools
 import json
 from collections.abc import Collection, Iterator, Mapping
@@ -176,7 +177,12 @@ class RecordedTeacher(FrozenTeacher):
             OSError: the folder cannot be written.
         """
         place = self.folder(root)
-        with hold(place.with_name(f"{place.name}.lock"), f"another process unpacks {place.name}"):
+        try:
+            lock = place.with_name(f"{place.name}.lock")
+            held = hold(lock, f"another process unpacks {place.name}")
+        except OSError:  # a folder of other users: it can be used if nothing is missing in it
+            held = contextlib.nullcontext()
+        with held:
             unpack(self.packed.file, place)
         self._unpacked = place
 

@@ -21,13 +21,17 @@ from kd_lightning.engine.worker import Task, Worker
 Result = TypeVar("Result")
 
 
-def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Result:
+def launch(
+    processes: int, work: Callable[..., Result], *arguments: Any, on_cpu: bool = True
+) -> Result:
     """Run a function in several processes and return the result of rank 0.
 
     Args:
         processes: number of processes. With one, runs in this process.
         work: a module-level function, so that it can be pickled.
         arguments: its arguments; pickled if workers are started.
+        on_cpu: whether they compute on the CPU: the processes of this machine then share its
+            threads.
 
     Raises:
         RunError: a worker other than rank 0 failed; exceptions of rank 0 are raised unchanged.
@@ -37,9 +41,11 @@ def launch(processes: int, work: Callable[..., Result], *arguments: Any) -> Resu
             return work(*arguments)
     leader = group.leader()
     if leader is None:
-        return _supervise(processes, "127.0.0.1", None, work, arguments)
+        threads = max(1, torch.get_num_threads() // processes) if on_cpu else None
+        return _supervise(processes, "127.0.0.1", None, threads, work, arguments)
     with leader.busy():
-        return _supervise(processes, leader.address, leader, work, arguments)
+        # The launcher decides about the threads of its processes.
+        return _supervise(processes, leader.address, leader, None, work, arguments)
 
 
 @contextmanager
@@ -64,6 +70,7 @@ def _supervise(
     processes: int,
     address: str,
     leader: group.Leader | None,
+    threads: int | None,
     work: Callable[..., Result],
     arguments: Any,
 ) -> Result:
@@ -76,7 +83,6 @@ def _supervise(
         "TORCHELASTIC_USE_AGENT_STORE": "True",
     }
     launcher = leader.launcher.name if leader else None
-    threads = None if leader else max(1, torch.get_num_threads() // processes)
     task = Task(work, arguments, launcher, rendezvous, threads)
     if leader is not None:
         workers: list[Supervised] = [Worker(0, {}, task), *leader.start(task)]

@@ -22,6 +22,13 @@ def quiet_lightning() -> None:
     warnings.filterwarnings("ignore", message="The AccumulateGrad node's stream does not match.*")
     # The last step of every epoch is logged, however short the epoch.
     warnings.filterwarnings("ignore", message=".*smaller than the logging interval.*")
+    # In 16-mixed the scaler skips the first steps, which the schedule counts; Lightning calls the
+    # scheduler after the optimizer.
+    warnings.filterwarnings(
+        "ignore",
+        message="Detected call of `lr_scheduler.step.*",
+        module=r"lightning\.pytorch\.|torch\.optim\.lr_scheduler",
+    )
     # A resumed training has existing checkpoints.
     warnings.filterwarnings("ignore", message=".*exists and is not empty.*")
     # Epochs without validation; `fitting.fit` validates at the end.

@@ -50,7 +50,7 @@ class Task(NamedTuple):
         arguments: its arguments.
         launcher: name of the launcher that started this command in several processes, if any.
         rendezvous: environment variables with the address of the store of the process group.
-        threads: threads per worker on a CPU; None: as they are.
+        threads: threads per worker; None: as they are.
     """
 
     work: Callable[..., Any]
@@ -224,7 +224,7 @@ def _main(
         logging.disable()  # rank 0 logs the same
         warnings.simplefilter("ignore")
     quiet_lightning()
-    if task.threads is not None and not torch.cuda.is_available():
+    if task.threads is not None:
         torch.set_num_threads(task.threads)
     rank_zero_only.rank = rank  # type: ignore[attr-defined]
     try:

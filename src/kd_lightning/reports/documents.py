@@ -54,7 +54,7 @@ def write_report(
     draw_figures: bool = True,
     baseline: str | Path | None = None,
 ) -> pd.DataFrame:
-    """Write `results.csv`, `results.md` and their figures.
+    """Write `results.csv`, `results.md` and their figures, if there is any run.
 
     Args:
         sources: see `runs.read_runs`.
@@ -67,6 +67,8 @@ def write_report(
         One row per run.
     """
     runs = read_runs(sources, baseline)
+    if runs.empty:
+        return runs  # an earlier report is kept
     named = groups(runs)
     files = _file_names(named)
     texts, pages = ["# Results\n"], []
@@ -94,9 +96,7 @@ def write_report(
             markdown(group.title, group.runs, cells, {n: p.name for n, p in pictures.items()})
         )
         pages.append(_html_section(number, group, cells, drawn))
-    unreadable = runs[runs["status"] == "unreadable"]["folder"].tolist()
-    if unreadable:
-        listed = ", ".join(unreadable)
+    if listed := ", ".join(runs[runs["status"] == "unreadable"]["folder"]):
         texts.append(f"Not readable as runs: {_text(listed)}\n")
         pages.append(f"<p>Not readable as runs: {html.escape(listed)}</p>")
     documents = {

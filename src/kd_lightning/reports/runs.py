@@ -6,6 +6,7 @@ runs of one setting with different images, teacher weights or user code.
 """
 
 import glob
+import logging
 import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +30,8 @@ from kd_lightning.reports.differences import (
 )
 from kd_lightning.results import COLUMNS, FIGURE, NUMBERS, wrong_figure
 
+log = logging.getLogger(__name__)
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -39,12 +42,16 @@ def run_folders(folders: Iterable[str | Path]) -> list[Path]:
     """All run directories in and below these folders, sorted; each once, however it is named."""
     found: dict[str, Path] = {}
     for folder in folders:
-        for path, below, files in os.walk(folder):
+        for path, below, files in os.walk(folder, onerror=_warn):
             if "metrics.json" in files:
                 found.setdefault(os.path.realpath(path), Path(path))
                 below.clear()  # do not descend into a run
             below.sort()
     return list(found.values())
+
+
+def _warn(error: OSError) -> None:
+    log.warning("%s cannot be read: %s", error.filename, error.strerror)
 
 
 def python_text(function: Callable[P, T]) -> Callable[P, T]:
@@ -298,8 +305,9 @@ def _read_table(path: Path) -> pd.DataFrame:
         # A commit, a version or a setting may look like a number.
         text = dict.fromkeys(set(columns) - set(NUMBERS), str)
         table = pd.read_csv(path, dtype=text, keep_default_na=False, na_values=[""])
-    except ValueError as error:
-        raise InputError(f"{path} cannot be read as a table of runs: {error}") from error
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"{path} cannot be read as a table of runs: {reason}") from error
     for column in COLUMNS:
         if column not in table and FIGURE[column].old_tables_have_it:
             raise InputError(f"{path} is not a table of runs: it has no column '{column}'")

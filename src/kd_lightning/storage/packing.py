@@ -123,12 +123,14 @@ def unpack(file: Path, root: Path) -> list[tuple[Path, int]]:
             new = [[name for name in files if _is_new(name, rows)] for rows, _, files in caches]
             for (rows, prefix, files), names in zip(caches, new, strict=True):
                 partials.append(partial := _partial(rows.folder))
-                partial.mkdir(parents=True)
+                if names:
+                    partial.mkdir(parents=True)
                 for name in names:
                     target = partial / name
                     _extract(archive, prefix + name, files[name], rows.file_size, target)
         for (rows, _, _), names, partial in zip(caches, new, partials, strict=True):
-            rows.create()
+            if names:
+                rows.create()
             for name in names:
                 (partial / name).replace(rows.folder / name)
     except DAMAGED as error:

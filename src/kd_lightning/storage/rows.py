@@ -113,10 +113,11 @@ class Rows:
         known = torch.cat([self.valid(*part) for part in parts])
         return LoadedView(self, rows, ToHost(known))
 
-    def write(self, index: Tensor, view: Tensor, values: Tensor) -> None:
+    def write(self, index: Tensor, view: Tensor, values: Tensor) -> str:
         """Write targets (B, *shape), in `dtype`, to the existing files.
 
-        Rows that are not finite in `dtype` are skipped.
+        Returns:
+            Why some are skipped: a file is read only, or they are not finite in `dtype`.
         """
         finite = values.flatten(1).isfinite().all(dim=1)
         index, view, values = index[finite], view[finite], values[finite]
@@ -125,8 +126,14 @@ class Rows:
         rows[:, 2:].view(torch.uint8)[:, : numbers.shape[1]] = numbers
         rows[:, :2] = self._checksum(rows[:, 2:], index, view)[:, None].view(torch.int32)
         written = rows.numpy()
-        for file, places in self._files_of(view):
-            file[index.numpy()[places]] = written[places]
+        files = list(self._files_of(view))
+        for file, places in files:
+            if file.flags.writeable:
+                file[index.numpy()[places]] = written[places]
+        if not all(file.flags.writeable for file, _ in files):
+            return "its files are read only"
+        name = str(self.dtype).removeprefix("torch.")
+        return "" if finite.all() else f"they are beyond the range of remember.dtype={name}"
 
     def create(self) -> None:
         """Create the folder, with the key and the geometry of the rows.
@@ -189,7 +196,10 @@ class Rows:
             return None  # numpy would extend it without allocating; see `reserve`
         shape = (self.images, self.words + 2)
         try:
-            file: Words = np.memmap(self.path(view), np.int32, mode="r+", shape=shape)
+            try:
+                file: Words = np.memmap(self.path(view), np.int32, mode="r+", shape=shape)
+            except OSError:  # a file of another user, or on a read-only file system
+                file = np.memmap(self.path(view), np.int32, mode="r", shape=shape)
         except OSError:
             return None
         self._files[view] = file

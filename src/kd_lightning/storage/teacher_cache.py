@@ -63,6 +63,7 @@ class TeacherCache:
         self._cached = {name: part for name, part in rows.items() if name not in live}
         self._seen: set[int] = set()  # view numbers whose files exist or cannot be created
         self._full = limit <= 0
+        self._told: set[str] = set()
         self._loaded: tuple[int, dict[str, LoadedView]] = (NO_VIEW, {})
         self._unwritten: deque[_Unwritten] = deque()
 
@@ -171,11 +172,21 @@ class TeacherCache:
 
     def _write_all(self) -> None:
         while self._unwritten:
-            self._unwritten.popleft().write()
+            self._write_next()
 
     def _write_finished(self) -> None:
         while self._unwritten and self._unwritten[0].ready():
-            self._unwritten.popleft().write()
+            self._write_next()
+
+    def _write_next(self) -> None:
+        part = self._unwritten.popleft()
+        why = part.write()
+        if why and why not in self._told and self.limit > 0:
+            self._told.add(why)
+            log.warning(
+                "teacher outputs that are missing in %s cannot be cached, as %s; they are computed "
+                "instead", part.rows.folder, why,
+            )  # fmt: skip
 
     def _make_room(self, view: Tensor) -> None:
         for number in set(view.unique().tolist()) - self._seen:
@@ -217,7 +228,7 @@ def too_large(
     place = root
     while not place.exists():
         place = place.parent
-    free = min(limit - used_bytes(root), shutil.disk_usage(place).free)
+    free = max(0, min(limit - used_bytes(root), shutil.disk_usage(place).free))
     large: dict[str, int] = {}
     fitting: set[Path] = set()
     for name, part in sorted(rows.items(), key=lambda item: item[1].file_size):
@@ -243,9 +254,9 @@ class _Unwritten:
         """Whether the copy is complete."""
         return self.values.ready()
 
-    def write(self) -> None:
-        """Write the rows, waiting for the copy if necessary."""
-        self.rows.write(self.index, self.view, self.values.wait())
+    def write(self) -> str:
+        """Write the rows, waiting for the copy if necessary; see `Rows.write`."""
+        return self.rows.write(self.index, self.view, self.values.wait())
 
 
 class Stored(NamedTuple):

@@ -69,7 +69,8 @@ class TeacherStore:
     def obtain(self, name: str, key: str, train: Callable[[Path], dict[str, Any]]) -> StoredTeacher:
         """Return the stored teacher with this key, or train it.
 
-        Concurrent processes that need the same teacher wait for the first one to train it.
+        Concurrent processes that need the same teacher wait for the first one to train it. In a
+        store that cannot be written it must be complete.
 
         Args:
             name: human-readable name, the prefix of the folder name.
@@ -81,7 +82,9 @@ class TeacherStore:
         busy = f"another process is training the teacher {place.name}"
         try:
             held = hold(place.with_name(f"{place.name}.lock"), busy)
-        except OSError as error:
+        except OSError as error:  # a store of other users is read only
+            if (stored := _read(place, key)) is not None:
+                return stored
             raise InputError(
                 f"output_dir: the teacher store {self.root} cannot be written ({error.strerror})"
             ) from error
@@ -94,9 +97,7 @@ class TeacherStore:
     def _find(self, place: Path, key: str) -> StoredTeacher | None:
         if not place.exists():
             return None
-        manifest = read_json(place / "teacher.json")
-        stored = StoredTeacher(place, key, manifest.get("facts", {}))
-        if manifest.get("key") == key and _is_whole(stored, manifest.get("sha256")):
+        if (stored := _read(place, key)) is not None:
             return stored
         number = 1
         while (aside := place.with_name(f"{place.name}.damaged-{number}")).exists():
@@ -120,6 +121,14 @@ class TeacherStore:
         write_json(partial / "teacher.json", {"key": key, "sha256": digest, "facts": facts})
         partial.rename(place)
         return StoredTeacher(place, key, facts)
+
+
+def _read(place: Path, key: str) -> StoredTeacher | None:
+    """The teacher in a folder, if it is complete and has this key."""
+    manifest = read_json(place / "teacher.json")
+    stored = StoredTeacher(place, key, manifest.get("facts", {}))
+    whole = manifest.get("key") == key and _is_whole(stored, manifest.get("sha256"))
+    return stored if whole else None
 
 
 def _is_whole(teacher: StoredTeacher, sha256: Any) -> bool:

@@ -21,7 +21,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.storage.rows import Rows
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.teacher_store import TeacherStore, teacher_key
-from kd_lightning.workflows.jobs import Job, prepare
+from kd_lightning.workflows.jobs import Job, prepare_again
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-3}
 """Largest accepted difference, relative to the largest value: storage and other batches round."""
@@ -48,7 +48,7 @@ def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]
         InputError: the run has no teacher, or nothing is cached for it.
     """
     quiet_lightning()
-    job = with_stored_weights(prepare(RunDirectory(run_dir).read_config()))
+    job = with_stored_weights(prepare_again(RunDirectory(run_dir)))
     module, plan = job.module, job.plan
     # Of the kind that trained: the cache of another kind is another one.
     device = torch.device(device_type(plan.student.trainer.arguments["accelerator"]))

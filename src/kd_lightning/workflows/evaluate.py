@@ -7,7 +7,7 @@ from pathlib import Path
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch import Trainer
 
-from kd_lightning.config.checks import trainer_node
+from kd_lightning.config.checks import of_one_process
 from kd_lightning.config.hardware import is_available
 from kd_lightning.config.nodes import build
 from kd_lightning.config.resolve import SUPERVISED, resolve_trainer
@@ -54,7 +54,7 @@ def evaluate(
         check_trusted(node, path, trust)
     if data_root is not None:
         config["data"]["root"] = data_root
-    settings = trainer_node(config)
+    settings = of_one_process(config["trainer"])
     if not is_available(settings["accelerator"]):
         settings["accelerator"] = "auto"  # trained on other hardware
     # The original test precision, unless the hardware differs.
@@ -73,6 +73,7 @@ def evaluate(
     trainer = Trainer(
         accelerator=settings["accelerator"],
         devices=1,
+        limit_test_batches=settings.get("limit_test_batches"),
         precision=plan.precision,  # type: ignore[arg-type]
         plugins=[LightningEnvironment()],  # ignore a cluster's environment variables
         logger=False,

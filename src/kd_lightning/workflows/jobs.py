@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from kd_lightning.config.checks import of_one_process
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.plan import Plan
 from kd_lightning.config.resolve import check_devices, resolve
@@ -18,6 +19,7 @@ from kd_lightning.engine.callbacks.users import build_callbacks, check_logged
 from kd_lightning.engine.loggers import check_login
 from kd_lightning.engine.trainer import try_trainer
 from kd_lightning.storage.identity import Contents, source_sha256, target_paths
+from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.teacher_store import StoredTeacher
 from kd_lightning.workflows.assembly import build_data, build_module, try_optimizer
 from kd_lightning.workflows.teacher import (
@@ -138,3 +140,13 @@ def prepare(config: Node) -> Job:
         ),
     )
     return Job(plan, data, teachers, module, parameters, contents)
+
+
+def prepare_again(directory: RunDirectory) -> Job:
+    """Prepare a run from its folder, for one process, whatever number has trained it.
+
+    Raises:
+        InputError: as `prepare`, or the folder is damaged.
+    """
+    config = directory.read_config()
+    return prepare({**config, "trainer": of_one_process(config["trainer"])})

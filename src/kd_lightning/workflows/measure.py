@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kd_lightning.config.checks import single_teachers
+from kd_lightning.config.checks import of_one_process, single_teachers
 from kd_lightning.config.hardware import find_device
 from kd_lightning.config.nodes import Node, build
 from kd_lightning.config.pretrained import with_own_input
@@ -155,7 +155,7 @@ def _teachers(config: Node) -> list[tuple[nn.Module, int]]:
 
 
 def _channels_last(config: Node, device: torch.device) -> bool:
-    trainer = {**config["trainer"], "accelerator": device.type, "devices": 1}
+    trainer = {**of_one_process(config["trainer"]), "accelerator": device.type}
     return resolve_trainer(trainer, student_model(config)).channels_last
 
 

@@ -19,7 +19,7 @@ from kd_lightning.storage.packing import pack_teacher
 from kd_lightning.storage.rows import Rows
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows.check_cache import with_stored_weights
-from kd_lightning.workflows.jobs import Job, prepare
+from kd_lightning.workflows.jobs import Job, prepare_again
 
 
 def pack_runs(run_dirs: Sequence[Path], file: Path) -> dict[str, int]:
@@ -64,7 +64,7 @@ def _opened(run_dir: Path, metrics: Mapping[str, Any]) -> Job:
     """The job of a run, with the weights of its teacher and its caches."""
     if metrics.get("status") != "finished" or metrics.get("test_accuracy") is None:
         raise InputError(f"{run_dir} contains no finished run: finish it, to record all outputs")
-    job = prepare(RunDirectory(run_dir).read_config())
+    job = prepare_again(RunDirectory(run_dir))
     if changes := job.contents.changes(metrics):
         raise InputError(f"{' and '.join(changes)} changed since {run_dir} was finished")
     if len(job.plan.teachers) > 1:
@@ -96,7 +96,7 @@ def _complete(rows: Rows, name: str, job: Job) -> list[str]:
     if not found:
         raise InputError(
             f"{rows.folder} has no complete view ({name}): run the same training again, with "
-            "enough room in remember.disk_gb"
+            "enough room in remember.disk_gb, and a remember.dtype of sufficient range"
         )
     return found
 

@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from kd_lightning.config.checks import check_sections
+from kd_lightning.config.hardware import device_type
 from kd_lightning.config.launcher import find_launcher, uses_several
 from kd_lightning.config.nodes import Node
 from kd_lightning.distill.caching import open_caches
@@ -119,7 +120,9 @@ def _train_and_record(
         job = job.with_teachers(find_teachers(job.plan, job.data, job.teachers))
         resume = directory.checkpoint() if resumes else None
         arguments = (job, directory.path, resume, callbacks, test)
-        record |= launch(job.processes, train_student, *arguments)
+        accelerator = job.plan.student.trainer.arguments["accelerator"]
+        on_cpu = device_type(accelerator) == "cpu"
+        record |= launch(job.processes, train_student, *arguments, on_cpu=on_cpu)
     except Stopped:
         raise  # can be resumed
     except BaseException as error:
