@@ -1,10 +1,13 @@
 """The teacher-output cache as a component: the script, packed files, and other training loops."""
 
+import errno
 import json
+import os
 import re
 import runpy
 import sys
 import zipfile
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +18,8 @@ from hypothesis import strategies as st
 from kd_lightning.errors import InputError
 from kd_lightning.storage import packing
 from kd_lightning.storage.packing import pack, unpack
-from kd_lightning.storage.teacher_cache import TeacherCache, stored
+from kd_lightning.storage.rows import Rows
+from kd_lightning.storage.teacher_cache import TeacherCache, folder_name, stored
 
 CPU = torch.device("cpu")
 INDEX = torch.arange(20)
@@ -166,6 +170,9 @@ def test_damaged_file_adds_nothing(tmp_path_factory, data):
         {"files": {"key.json": "0" * 64}},
         {"rows": {"images": 19, "shape": [3], "dtype": "float16"}},
         {"rows": {"images": 20, "shape": [3], "dtype": "int8"}},
+        {"rows": {"images": 0, "shape": [3], "dtype": "float16"}, "files": {}},
+        {"rows": {"images": 20, "shape": [0], "dtype": "float16"}, "files": {}},
+        {"rows": {"images": 10**9, "shape": [3], "dtype": "float16"}, "files": {}},
         {"format": 2},
         {"files": None},
     ],
@@ -197,6 +204,36 @@ def test_two_processes_may_unpack_the_same_cache(tmp_path, packed, monkeypatch):
     (entry,) = stored(tmp_path / "two")
     assert entry.views == 2
     assert sorted(entry.folder.parent.iterdir()) == [entry.folder]
+
+
+def test_name_of_a_teacher_may_contain_hyphens(tmp_path):
+    key = {"for": "a test"}
+    folder = tmp_path / "one" / folder_name("wrn-40-2", "logits", key)
+    Rows(folder, key, 20, (3,), torch.float16).reserve(0)
+    assert pack(folder, tmp_path / "packed.zip") == 1
+    place = tmp_path / "two" / folder.name
+    assert unpack(tmp_path / "packed.zip", tmp_path / "two") == [(place, 1)]
+    assert unpack(tmp_path / "packed.zip", tmp_path / "two") == [(place, 0)]
+
+
+@pytest.mark.parametrize("missing", ["rows.json", "key.json", ""])
+def test_incomplete_cache_is_not_packed(tmp_path, missing):
+    rows = Rows(tmp_path / "one" / "teacher-logits-0", {"for": "a test"}, 2, (3,), torch.float16)
+    rows.reserve(0)
+    folder = rows.folder if missing else tmp_path / "one" / "other"
+    (rows.folder / (missing or "key.json")).unlink()
+    with pytest.raises(InputError, match=f"{folder} cannot be packed"):
+        pack(folder, tmp_path / "packed.zip")
+    assert not (tmp_path / "packed.zip").exists()
+
+
+def test_full_disk_is_reported_as_such(tmp_path, packed, monkeypatch):
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "mkdir", full)
+    with pytest.raises(OSError, match="No space left"):
+        unpack(packed, tmp_path / "two")
 
 
 def test_example_of_the_document_runs(tmp_path, monkeypatch):

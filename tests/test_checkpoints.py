@@ -301,3 +301,75 @@ def test_gpu_checkpoint_is_loaded_on_the_cpu(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "load", load)
     assert set(read_checkpoint(tmp_path / "a.pt")) == {"a"}
+
+
+def for_classes(number, features=4):
+    """Weights of a network for another number of classes."""
+    return {**THEIRS, "3.weight": torch.randn(number, features), "3.bias": torch.randn(number)}
+
+
+@pytest.mark.parametrize("state", [for_classes(7), for_classes(1), for_classes(2)])
+def test_classifier_for_other_classes_is_left_as_it_is(tmp_path, state):
+    torch.save(state, tmp_path / "a.pt")
+    model, own = network(), network().state_dict()
+    left = load_checkpoint(model, tmp_path / "a.pt", num_classes=2)
+    other = len(state["3.bias"]) != 2
+    assert left == (["3.weight", "3.bias"] if other else [])
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, (own if name in left else state)[name]), name
+
+
+def test_missing_classifier_is_left_as_it_is(tmp_path):
+    body = {name: value for name, value in THEIRS.items() if not name.startswith("3.")}
+    torch.save(body, tmp_path / "a.pt")
+    assert load_checkpoint(network(), tmp_path / "a.pt", num_classes=2) == ["3.weight", "3.bias"]
+    assert "it has no '3.weight'" in refusal(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("change", "name"),
+    [
+        ({"3.weight": torch.ones(7, 5)}, "3.weight"),  # other features
+        ({"3.weight": torch.ones(7, 4, 1, 1)}, "3.weight"),
+        ({"0.weight": torch.ones(7, 3, 3, 3)}, "0.weight"),  # no classifier
+    ],
+)
+def test_other_differences_are_rejected_with_other_classes(tmp_path, change, name):
+    torch.save({**for_classes(7), **change}, tmp_path / "a.pt")
+    sentence = refusal(tmp_path / "a.pt", num_classes=2)
+    assert f"'{name}' has the shape {tuple(change[name].shape)}" in sentence
+
+
+def test_normalisation_layer_is_no_classifier(tmp_path):
+    """Though it has as many weights as there are classes."""
+    torch.save({**THEIRS, "1.weight": torch.ones(7)}, tmp_path / "a.pt")
+    assert "'1.weight' has the shape (7,)" in refusal(tmp_path / "a.pt", num_classes=4)
+
+
+def test_fine_tuning_is_suggested_for_other_classes_only(tmp_path):
+    torch.save(for_classes(7), tmp_path / "a.pt")
+    assert "teacher.finetune=true" in refusal(tmp_path / "a.pt")
+    for state in (for_classes(7, features=5), {**for_classes(7), "more": torch.ones(1)}):
+        torch.save(state, tmp_path / "a.pt")
+        assert "finetune" not in refusal(tmp_path / "a.pt")
+
+
+def test_weights_tied_more_than_once_are_stored(tmp_path):
+    network, other = (nn.Sequential(*(nn.Linear(2, 2) for _ in range(3))) for _ in range(2))
+    for layer in network[1:]:
+        layer.weight = network[0].weight
+    save_weights(network, tmp_path / "tied.safetensors")
+    load_weights(other, tmp_path / "tied.safetensors")
+    for name, value in network.state_dict().items():
+        assert torch.equal(other.state_dict()[name], value), name
+
+
+def test_prefix_of_the_backbone_alone_is_removed(tmp_path):
+    network, other = (nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 2)) for _ in range(2))
+    state = {
+        name if name[0] == "1" else f"body.{name}": t for name, t in network.state_dict().items()
+    }
+    torch.save(state, tmp_path / "a.pt")
+    load_checkpoint(other, tmp_path / "a.pt")
+    assert torch.equal(other[0].weight, network[0].weight)
+    assert torch.equal(other[1].weight, network[1].weight)

@@ -310,6 +310,21 @@ def test_third_party_packages_are_identified_by_name():
     assert contents.source_sha256(node, {"_target_": "kd_lightning.models.ConvNet"}) is None
 
 
+def test_code_hash_covers_an_installed_package_only_if_it_is_named(own, tmp_path, monkeypatch):
+    site = tmp_path / "site"
+    site.mkdir()
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setattr(contents, "_installed", lambda: (site.resolve(),))
+    imported, named = set(), set()
+    for value in (1, 2):
+        (site / "installed_before.py").write_text(f"class Net:\n    value = {value}\n")
+        sys.modules.pop("installed_before", None)
+        imported.add(digest(own, "from installed_before import Net\nclass Net(Net): pass\n"))
+        named.add(contents.source_sha256({"_target_": "installed_before.Net"}))
+    assert (len(imported), len(named)) == (1, 2)
+    sys.modules.pop("installed_before")
+
+
 def test_code_hash_includes_hydra_get_class(own):
     write_module(own / "mine.py", "class Norm: pass\n")
     node = {"norm_layer": {"_target_": "hydra.utils.get_class", "path": "mine.Norm"}}

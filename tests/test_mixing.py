@@ -81,6 +81,14 @@ def test_probability_is_the_share_of_mixed_views():
         assert float((ratio < 1).float().mean()) == pytest.approx(0.3, abs=0.02)
 
 
+def test_ratios_of_mixed_views_do_not_depend_on_the_probability():
+    index = torch.arange(20_000)
+    ratio = Mixup(probability=0.3).mixture(index, torch.ones_like(index), TRAIN, SIZE).ratio
+    mixed = ratio[ratio < 1]
+    assert float(mixed.mean()) == pytest.approx(0.5, abs=0.02)
+    assert float(mixed.var()) == pytest.approx(1 / 12, rel=0.05)
+
+
 @pytest.mark.parametrize("kind", [Mixup, CutMix])
 def test_plain_views_are_not_mixed(kind):
     index = torch.arange(50)

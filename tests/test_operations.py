@@ -75,6 +75,24 @@ def test_operation_agrees_with_torchvision(name, step, size):
         assert difference.max() <= 1
 
 
+@pytest.mark.parametrize("name", sorted(EXACT - {"equalize"}))
+def test_every_strength_agrees_with_torchvision(name):
+    images = natural(1, (18, 14))
+    steps = torch.arange(-TOP, TOP + 1)
+    got = OPERATIONS[name](images.permute(0, 2, 3, 1).repeat(len(steps), 1, 1, 1), steps)
+    for image, step in zip(got, steps.tolist(), strict=True):
+        expected = REFERENCE[name](images, step / TOP)[0]
+        assert torch.equal(image.permute(2, 0, 1), expected), step
+
+
+def test_autocontrast_stretches_each_channel_to_the_whole_range():
+    images = torch.stack([torch.arange(60) + 90, torch.arange(60) // 2, 255 - torch.arange(60)])
+    images = images.T.reshape(1, 6, 10, 3)
+    stretched = OPERATIONS["autocontrast"](images.to(torch.uint8), torch.zeros(1))
+    low, high = images.amin(dim=(1, 2)), images.amax(dim=(1, 2))
+    assert torch.equal(stretched, (images - low) * 255 // (high - low))
+
+
 def test_constant_channels_survive_autocontrast_and_equalize():
     images = torch.full((1, 8, 8, 3), 77, dtype=torch.uint8)
     for name in ("autocontrast", "equalize"):
@@ -187,13 +205,38 @@ def test_resized_crops_have_the_given_areas_and_ratios():
     [
         (RandomOperations, {"number": 0}, "number"),
         (RandomOperations, {"strength": 1.5}, "strength"),
+        (RandomOperations, {"strength": 0.0}, "strength"),
         (RandomOperations, {"probability": -0.1}, "probability"),
+        (RandomOperations, {"probability": 1.1}, "probability"),
+        (RandomOperations, {"cutout": -1}, "cutout"),
+        (RandomOperations, {"seed": -1}, "seed"),
         (RandomOperations, {"operations": ["blur"]}, "blur"),
         (RandomOperations, {"operations": []}, "operations"),
         (ResizedCrop, {"scale": (0.5, 0.2)}, "scale"),
+        (ResizedCrop, {"scale": (0.0, 0.5)}, "scale"),
+        (ResizedCrop, {"scale": (0.5, 1.5)}, "scale"),
+        (ResizedCrop, {"scale": (0.5,)}, "scale"),
+        (ResizedCrop, {"ratio": (2.0, 1.0)}, "ratio"),
         (ResizedCrop, {"ratio": (0.0, 1.0)}, "ratio"),
+        (ResizedCrop, {"ratio": (1.0, math.inf)}, "ratio"),
+        (ResizedCrop, {"ratio": (1.0, 1.5, 2.0)}, "ratio"),
+        (ResizedCrop, {"seed": 2**32}, "seed"),
     ],
 )
 def test_invalid_settings_are_rejected(kind, wrong, name):
     with pytest.raises(ValueError, match=name):
         kind(**wrong)
+
+
+@pytest.mark.parametrize(
+    ("kind", "extreme"),
+    [
+        (RandomOperations, {"strength": 0.001, "probability": 0, "cutout": 0, "seed": 2**32 - 1}),
+        (ResizedCrop, {"scale": (0.001, 0.001), "ratio": (1, 1)}),
+        (ResizedCrop, {"scale": (1, 1), "ratio": (0.001, 1000)}),
+    ],
+)
+def test_extreme_settings_are_accepted(kind, extreme):
+    images = natural(9).permute(0, 2, 3, 1).contiguous()
+    rendered = kind(**extreme).render(images, torch.arange(9), torch.arange(9))
+    assert rendered.shape == (9, 3, 32, 32)

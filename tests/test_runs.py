@@ -155,6 +155,24 @@ def test_run_lock_waits_by_default(run, caplog):
     assert caplog.messages == ["another process is working on run; waiting for it"]
 
 
+def test_every_superseded_run_is_kept(run, tmp_path):
+    for number in (1, 2, 3):
+        run.write_metrics({"number": number})
+        (run.path / "train.log").write_text(f"log {number}")
+        (run.path / "events").mkdir()
+        with run.lock():
+            aside = run.set_aside(tmp_path / "superseded")
+        assert aside == tmp_path / "superseded" / f"run-{number}"
+        assert sorted(path.name for path in run.path.iterdir()) == [".lock", "train.log"]
+    for number in (1, 2, 3):
+        kept = tmp_path / "superseded" / f"run-{number}"
+        assert RunDirectory(kept).read_metrics() == {"number": number}
+        assert (kept / "train.log").read_text() == f"log {number}"
+        assert sorted(path.name for path in kept.iterdir()) == [
+            "events", "metrics.json", "train.log",
+        ]  # fmt: skip
+
+
 # --- checkpoints -------------------------------------------------------------------------------
 
 

@@ -199,6 +199,13 @@ def test_cached_outputs_are_not_recomputed_and_equally_rounded(tmp_path):
         assert torch.equal(values, expected([1, 2, 5, 3], [0, 1, 0, 0]))
 
 
+def test_batch_of_one_image(tmp_path):
+    for asked in ([(3, 0)], []):
+        values, teacher = recall(make_memory(tmp_path), [3], [0])
+        assert teacher.asked == asked
+        assert torch.equal(values["a"][:, 0], expected([3], [0]))
+
+
 def test_additional_term_does_not_change_the_others(tmp_path):
     recall(make_memory(tmp_path, terms=("a",)), [1, 2], [0, 0])
     both, teacher = recall(make_memory(tmp_path), [1, 2, 3], [0, 0, 0])
