@@ -188,6 +188,14 @@ def test_accuracies_are_shown_where_there_is_no_baseline():
     assert sorted(names) == ["m0", "m1", "none"]
 
 
+@pytest.mark.parametrize("number", [1, 2, 4, 30])
+def test_methods_are_drawn_beside_the_true_size(number):
+    places = plots.beside(number)
+    assert len(set(places)) == number
+    assert np.sqrt(places[0] * places[-1]) == pytest.approx(1)
+    assert places[-1] / places[0] < 1.11
+
+
 def test_methods_have_colours_of_their_own():
     colours = plots.colours([f"m{n}" for n in range(20)])
     assert len({str(colour) for colour in colours.values()}) == len(colours)

@@ -4,7 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from kd_lightning.reports.plots import _legend, colours, text
+from kd_lightning.reports.plots import _legend, beside, colours, text
 from kd_lightning.results import FIGURE
 
 if TYPE_CHECKING:
@@ -74,11 +74,10 @@ def accuracy_by_cost(cells: "pd.DataFrame", runs: "pd.DataFrame") -> "Figure | N
 
 def _draw_costs(axes: Any, cells: "pd.DataFrame", name: str) -> None:
     """The cells of all methods, and the front of the best ones."""
-    middle, colour = (cells["label"].nunique() - 1) / 2, colours(cells["label"])
-    for place, (label, part) in enumerate(cells.groupby("label", sort=False)):
+    shifts, colour = beside(cells["label"].nunique()), colours(cells["label"])
+    for shift, (label, part) in zip(shifts, cells.groupby("label", sort=False), strict=True):
         axes.errorbar(
-            # Slightly shifted, so that error bars do not overlap.
-            part[name] * 1.04 ** (place - middle), 100 * part["test"], yerr=100 * part["test_std"],
+            part[name] * shift, 100 * part["test"], yerr=100 * part["test_std"],
             marker="o", linestyle="", capsize=3, color=colour[str(label)], zorder=3,
             label=_legend(label),
         )  # fmt: skip
