@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from kd_lightning.files import find_own_packages
+from kd_lightning.terminal import positive
 
 
 def main() -> None:
@@ -18,7 +19,7 @@ def main() -> None:
     )
     parser.add_argument("overrides", nargs="*", help="as for train.py")
     parser.add_argument(
-        "--trials", type=int, default=30, help="total number of trials of the study"
+        "--trials", type=positive, default=30, help="total number of trials of the study"
     )
     parser.add_argument("--space", action="append", default=[], metavar="KEY=LOW:HIGH[:log]")
     parser.add_argument("--storage", help="URL of a database; by default SQLite in output_dir")

@@ -33,6 +33,7 @@ def test_number_below_one_is_rejected(text):
         ("inference_speed", ["RUN", "--batch-size", "-1"]),
         ("inference_speed", ["RUN", "--images", "nowhere.png"]),
         ("precision", ["--rounds", "0"]),
+        ("tune", ["--trials", "0"]),
         ("estimate", ["--images", "0"]),
         ("estimate", ["--images", "9", "--decoded-per-second", "0"]),
     ],
