@@ -189,9 +189,16 @@ def test_split_rejects_a_class_with_one_image():
         stratified_split(torch.tensor([0, 0, 0, 1]), 0.5, 0, ["common", "rare"])
 
 
-def test_every_class_keeps_images_in_both_parts():
-    train, val = stratified_split(torch.tensor([0, 0, 1, 1]), 0.01, 0, ["a", "b"])
+@pytest.mark.parametrize("fraction", [0.01, 0.99])
+def test_every_class_keeps_images_in_both_parts(fraction):
+    train, val = stratified_split(torch.tensor([0, 0, 1, 1]), fraction, 0, ["a", "b"])
     assert len(train) == len(val) == 2
+
+
+@pytest.mark.parametrize(("images", "held_out"), [(14, 1), (15, 2), (24, 2), (25, 3)])
+def test_validation_part_of_a_class_is_rounded(images, held_out):
+    labels = torch.zeros(images, dtype=torch.int64)
+    assert len(stratified_split(labels, 0.1, 0, ["a"])[1]) == held_out
 
 
 def test_digits_need_no_download():

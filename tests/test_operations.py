@@ -240,3 +240,13 @@ def test_extreme_settings_are_accepted(kind, extreme):
     images = natural(9).permute(0, 2, 3, 1).contiguous()
     rendered = kind(**extreme).render(images, torch.arange(9), torch.arange(9))
     assert rendered.shape == (9, 3, 32, 32)
+
+
+def test_smallest_and_largest_resized_crops():
+    index = torch.arange(50)
+    single = ResizedCrop(scale=(1e-6, 1e-6)).boxes(index, index, (30, 20))
+    assert (single[:, 2:] == 1).all()
+    assert single[:, 0].max() > 20  # anywhere in the image
+    assert single[:, 1].max() > 10
+    lines = ResizedCrop(scale=(1, 1), ratio=(900, 900)).boxes(index, index, (30, 20))
+    assert lines[:, 1:].tolist() == [[0, 1, 20]] * 50
