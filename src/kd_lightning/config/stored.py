@@ -1,5 +1,6 @@
 """Configurations of runs, as they are stored on disk."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,8 @@ NEEDED = {
 }
 
 
+# Escapes of lone surrogates, by which Python represents names that are not UTF-8.
+_NOT_UTF_8 = re.compile(r"\\u[dD][89a-fA-F]")
 _DEEPEST = 50  # levels of nesting; no run writes more
 
 
@@ -35,7 +38,9 @@ def parse_yaml(text: str) -> Any:
         RejectedYAML: the text has either.
         yaml.YAMLError, ValueError, TypeError: the text is not YAML.
     """
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
+    loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
+    if _NOT_UTF_8.search(text):  # which the fast loader does not read
+        loader = yaml.SafeLoader
     depth = 0
     for event in yaml.parse(text, Loader=loader):
         depth += isinstance(event, yaml.CollectionStartEvent)
