@@ -27,7 +27,7 @@ _NOT_UTF_8 = re.compile(r"\\u[dD][89a-fA-F]")
 _DEEPEST = 50  # levels of nesting; no run writes more
 
 
-class RejectedYAML(ValueError):
+class UnusualYAMLError(ValueError):
     """YAML that no run writes; the message says why."""
 
 
@@ -35,7 +35,7 @@ def parse_yaml(text: str) -> Any:
     """Parse YAML that a run wrote, which has neither aliases nor deep nesting.
 
     Raises:
-        RejectedYAML: the text has either.
+        UnusualYAMLError: the text has either.
         yaml.YAMLError, ValueError, TypeError: the text is not YAML.
     """
     loader: type = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # ten times as fast
@@ -46,9 +46,9 @@ def parse_yaml(text: str) -> Any:
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)
         if isinstance(event, yaml.AliasEvent):  # can expand exponentially ("billion laughs")
-            raise RejectedYAML("contains YAML aliases, which no run writes: rejected")
+            raise UnusualYAMLError("contains YAML aliases, which no run writes: rejected")
         if depth > _DEEPEST:  # the fast loader would crash
-            raise RejectedYAML("is nested too deeply: rejected")
+            raise UnusualYAMLError("is nested too deeply: rejected")
     return yaml.load(text, Loader=loader)
 
 
@@ -76,7 +76,7 @@ def read_config(folder: Path) -> Node:
         config: Node = parse_yaml(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"{folder} is not a run directory: it has no {path.name}") from error
-    except RejectedYAML as error:
+    except UnusualYAMLError as error:
         raise InputError(f"{path} {error}") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:
         raise InputError(f"{path} is damaged and cannot be read as YAML") from error
