@@ -80,9 +80,7 @@ def write_report(
     for number, group in enumerate(named):
         cells = summarise(group.runs)
         pictures = {name: out / f"{files[number]}{name}.png" for name in FIGURES}
-        drawn: dict[str, bytes] = {}
-        if number < MOST_DRAWN and draw_figures:
-            drawn = draw(group.runs, cells, group.words)
+        drawn = draw(group.runs, cells, group.words) if draw_figures and number < MOST_DRAWN else {}
         for name, content in drawn.items():
             with replacing(pictures[name]) as partial:
                 partial.write_bytes(content)
