@@ -100,6 +100,7 @@ TEACHERLESS = {"none", "byot", "tfkd"}
 SIMKD = (
     "teacher=resnet9", "teacher.model.width=2", "teacher.optimizer.lr=0.01",
     "teacher.trainer.max_epochs=1", "method.student_wrapper.channels=16",
+    "method.student_wrapper.size=2",
 )  # fmt: skip
 
 
