@@ -84,6 +84,8 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "composed"
     folder.mkdir(exist_ok=True)
     os.environ[composition.STORE] = str(folder)
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        processes.serve()
     gc.freeze()  # a full collection would visit everything that is imported
 
 

@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +27,20 @@ SERVER.set_forkserver_preload(
         "kd_lightning.reports.documents", "kd_lightning.reports.summary", "torchvision.datasets",
         "seaborn", "scipy.stats", "sklearn.datasets", "torch.distributed.nn.functional",
         "lightning.pytorch.strategies", "tensorboard.compat.tensorflow_stub",
-        "composition",
+        "fsspec.implementations.chained", "kd_lightning.schedules", "kd_lightning.workflows.cards",
+        "sklearn.datasets.data", "sklearn.datasets.descr", "tensorboard.plugins.hparams.metadata",
+        "torch.utils.serialization.config", "composition",
     ]
 )  # fmt: skip
+
+
+def serve() -> None:
+    """Start the server. It then also forks the workers of trainings in this process.
+
+    Otherwise, if the first of these comes before the first command, all commands are forked from a
+    server without most of the imports.
+    """
+    forkserver.ensure_running()
 
 
 class Started:

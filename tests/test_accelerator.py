@@ -67,7 +67,7 @@ def on_cpu(tmp_path_factory, images):
     def student_of(*overrides):
         if overrides not in known:
             root = tmp_path_factory.mktemp("cpu")
-            known[overrides] = run(root, images, "cpu", *overrides)
+            known[overrides] = run(root, images, "cpu", *overrides, "pictures=false")
         return known[overrides]
 
     return student_of
@@ -166,7 +166,8 @@ def test_storing_outputs_before_they_arrive_is_detected(
 def test_synchronisation_is_reported_with_its_place(tmp_path, images, device, monkeypatch):
     monkeypatch.setattr(data_module, "to_device", lambda values, there: values.to(there))
     monkeypatch.setattr(loading, "AHEAD", 1)  # render in every step
-    run(tmp_path, images, "emulated", *RESNET, callbacks=[CountSteps(device)])
+    job = (*RESNET, "pictures=false")
+    run(tmp_path, images, "emulated", *job, callbacks=[CountSteps(device)])
     assert "step 1, a copy to the device: kd_lightning/data/module.py" in needless_waits(device)
 
 

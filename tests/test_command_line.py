@@ -324,7 +324,7 @@ def test_run_in_the_home_folder(monkeypatch, tmp_path, train):
 JOB = (
     "method=none", "data=digits", "trainer.max_epochs=1", "+trainer.limit_train_batches=2",
     "trainer.accelerator=cpu", "student.model.channels=[4,8]", "student.model.hidden=8",
-    "pictures=false",
+    "data.image_size=16", "pictures=false",
 )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import grid as sweep
 
 COMMAND = (
-    "train.py", *TINY, "method=none", "student=small", "data=digits", "trainer.max_epochs=3",
-    "trainer.precision=32-true", "setting=faults",
+    "train.py", *TINY, "method=none", "student=small", "data=digits", "data.image_size=16",
+    "data.batch_size=128", "trainer.max_epochs=3", "trainer.precision=32-true", "setting=faults",
 )  # fmt: skip
 
 
@@ -317,7 +317,8 @@ def test_lock_of_a_dead_process_is_released(tmp_path):
 def test_concurrent_grids_in_one_folder_train_every_run_once(tmp_path):
     command = [
         "train.py", "-m", *TINY, "method=none,logit", "seed=0,1", "setting=grid",
-        "data=digits", "trainer.max_epochs=2", f"output_dir={tmp_path}", f"data_dir={tmp_path}/d",
+        "data=digits", "data.image_size=16", "data.batch_size=128", "trainer.max_epochs=2",
+        f"output_dir={tmp_path}", f"data_dir={tmp_path}/d",
     ]  # fmt: skip
     grids = [processes.start(*command) for _ in range(2)]
     said = [grid.communicate() for grid in grids]

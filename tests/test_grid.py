@@ -14,6 +14,7 @@ import torch
 from conftest import TINY, in_a_new_process
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
+from kd_lightning.engine.callbacks.pictures import Pictures
 from kd_lightning.errors import RunError
 from kd_lightning.reports.documents import EXPLANATIONS, FIGURES
 from kd_lightning.reports.runs import read_runs
@@ -32,7 +33,9 @@ def statuses(folder):
     }
 
 
-def test_grid_trains_reports_and_is_not_repeated(train, tmp_path):
+def test_grid_trains_reports_and_is_not_repeated(train, tmp_path, monkeypatch):
+    # Figures of the grid only; test_main_job.py tests those of a run.
+    monkeypatch.setattr(Pictures, "on_test_epoch_end", lambda *_: None)
     # Unaffected by other grids.
     other = tmp_path / "outputs" / "runs" / "other"
     (other / "none-small-s9").mkdir(parents=True)
@@ -313,8 +316,8 @@ def assert_one_grid(root):
 def test_jobs_in_several_processes_share_one_teacher(tmp_path):
     process = processes.start(
         "train.py", "-m", *TINY, "method=logit", "seed=0,1", "setting=grid", "data=digits",
-        "trainer.max_epochs=1", f"output_dir={tmp_path}", f"data_dir={tmp_path}/data",
-        prepare=launch_in_forks,
+        "data.image_size=16", "data.batch_size=128", "trainer.max_epochs=1",
+        f"output_dir={tmp_path}", f"data_dir={tmp_path}/data", prepare=launch_in_forks,
     )  # fmt: skip
     out, err = process.communicate()
     assert process.returncode == 0, err

@@ -100,6 +100,7 @@ TEACHERLESS = {"none", "byot", "tfkd"}
 SIMKD = (
     "teacher=resnet9", "teacher.model.width=2", "teacher.optimizer.lr=0.01",
     "teacher.trainer.max_epochs=1", "method.student_wrapper.channels=16",
+    "method.student_wrapper.size=2",
 )  # fmt: skip
 
 
@@ -115,7 +116,7 @@ def test_every_method_trains_on_digits(train, tmp_path, tmp_path_factory, method
         shutil.copytree(trained, teachers)
     done = train(
         f"method={name}", *own, *teacher, *(["method.terms.crd.memory=true"] if memory else []),
-        "data=digits", "trainer.max_epochs=1", "augmentation=mixup",
+        "data=digits", "data.image_size=16", "trainer.max_epochs=1", "augmentation=mixup",
         "+trainer.limit_train_batches=2", "+teacher.trainer.limit_train_batches=1",
         "trainer.log_every_n_steps=1", data=False, tiny=False,
     )  # fmt: skip

@@ -186,7 +186,8 @@ def in_a_terminal(*arguments, columns=80):
 def test_final_table_of_a_grid_fits_the_terminal(tmp_path):
     arguments = (
         "-m", *TINY, "method=none", "data=digits", "student.name=a,b", "trainer.max_epochs=1",
-        "data.batch_size=512", "setting=grid", f"output_dir={tmp_path}", f"data_dir={tmp_path}/d",
+        "data.image_size=16", "data.batch_size=512", "setting=grid", f"output_dir={tmp_path}",
+        f"data_dir={tmp_path}/d",
     )  # fmt: skip
     code, text = in_a_terminal(*arguments)
     assert code == 0, text

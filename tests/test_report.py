@@ -149,6 +149,13 @@ def test_markdown_report_is_complete(runs):
     assert (runs / "results.csv").read_text().count("\n") == 1 + 9 + 1
 
 
+@pytest.fixture
+def unrendered(monkeypatch):
+    """Figures are made, but not rendered."""
+    monkeypatch.setattr(documents.plots, "png", lambda figure: b"\x89PNG")
+
+
+@pytest.mark.usefixtures("unrendered")
 def test_tables_can_be_reproduced_from_the_csv(runs, tmp_path):
     write_report([runs], runs)
     again = tmp_path / "again"
@@ -218,6 +225,7 @@ def two_rates(tmp_path):
     return tmp_path
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_settings_are_labelled_by_their_differences(two_rates, tmp_path):
     out = tmp_path / "out"
     write_report([two_rates], out, page=True)
@@ -485,6 +493,7 @@ def test_titles_are_within_their_figures(runs, tmp_path, monkeypatch):
     assert max(widths) <= 1
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_number_of_figures_is_bounded(tmp_path, monkeypatch):
     monkeypatch.setattr(documents, "MOST_DRAWN", 1)
     for number in range(20):

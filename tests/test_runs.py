@@ -67,6 +67,12 @@ def test_configuration_is_written_without_aliases(run):
     assert run.read_config()["again"] == [layers, layers]
 
 
+@pytest.mark.parametrize("name", ["caf\udce9", "\U0001f600 \x1b[2J \x85\ufeff", "1e5", "- a: b #"])
+def test_any_name_survives_in_a_configuration(run, name):
+    run.write_config({**CONFIG, "name": name})
+    assert run.read_config()["name"] == name
+
+
 def test_folder_without_configuration_is_not_a_run(run):
     with pytest.raises(InputError) as refused:
         run.read_config()

@@ -1,6 +1,7 @@
 """The configuration of every run of a grid is the one that Hydra composes."""
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 
@@ -26,6 +27,27 @@ overrides.install()
 def tree(tmp_path):
     """A copy of the configuration tree."""
     return Path(shutil.copytree(tree_folder(), tmp_path / "configs"))
+
+
+@pytest.fixture(scope="module")
+def grids():
+    """The configuration of a grid, by its choices for Hydra, composed once for all tests."""
+
+    known = {}
+
+    def composed(loader, *hydra):
+        if hydra not in known:
+            known[hydra] = pickle.dumps(grid(loader, *hydra))
+        return pickle.loads(known[hydra])
+
+    return composed
+
+
+@pytest.fixture
+def shared():
+    """The loader of the unchanged tree."""
+    with initialize_config_dir(str(tree_folder()), version_base="1.3"):
+        yield GlobalHydra.instance().config_loader()
 
 
 @pytest.fixture
@@ -81,8 +103,8 @@ def everything(node):
         (["hydra.job.env_copy=[HOME]", "+hydra.job.env_set.A=b"], ["seed=2"]),
     ],
 )
-def test_a_run_is_composed_as_by_hydra(loader, hydra, run):
-    config = grid(loader, *hydra, *run)
+def test_a_run_is_composed_as_by_hydra(shared, grids, hydra, run):
+    loader, config = shared, grids(shared, *hydra)
     fast = sweeps.compose_run(loader, config, run)
     assert fast is not None
     assert everything(fast) == everything(sweeps._load_as_hydra(loader, config, run))
@@ -112,13 +134,13 @@ def test_tests_compose_as_hydra(loader):
         ["~method.name.x"], ["optimizer=a.B"], ["seed@x=1"], ["data.mean.x=1"], ["student=1"],
     ],
 )  # fmt: skip
-def test_an_impossible_run_is_refused_as_by_hydra(loader, run, monkeypatch):
+def test_an_impossible_run_is_refused_as_by_hydra(shared, grids, run, monkeypatch):
     monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", sweeps._load_as_hydra)
     with pytest.raises(Exception) as expected:
-        loader.load_sweep_config(grid(loader), run)
+        shared.load_sweep_config(grids(shared), run)
     sweeps.install()
     with pytest.raises(type(expected.value)) as refused:
-        loader.load_sweep_config(grid(loader), run)
+        shared.load_sweep_config(grids(shared), run)
     assert str(refused.value) == str(expected.value)
 
 

@@ -82,9 +82,7 @@ def write_report(
     for number, group in enumerate(named):
         cells = summarise(group.runs)
         pictures = {name: out / f"{files[number]}{name}.png" for name in FIGURES}
-        drawn: dict[str, bytes] = {}
-        if number < MOST_DRAWN and draw_figures:
-            drawn = draw(group.runs, cells, group.words)
+        drawn = draw(group.runs, cells, group.words) if draw_figures and number < MOST_DRAWN else {}
         for name, content in drawn.items():
             with replacing(pictures[name]) as partial:
                 partial.write_bytes(content)
@@ -95,7 +93,8 @@ def write_report(
         texts.append(
             markdown(group.title, group.runs, cells, {n: p.name for n, p in pictures.items()})
         )
-        pages.append(_html_section(number, group, cells, drawn))
+        if page:
+            pages.append(_html_section(number, group, cells, drawn))
     if listed := ", ".join(runs[runs["status"] == "unreadable"]["folder"]):
         texts.append(f"Not readable as runs: {_text(listed)}\n")
         pages.append(f"<p>Not readable as runs: {html.escape(listed)}</p>")
@@ -272,16 +271,17 @@ def overview(cells: pd.DataFrame, runs: pd.DataFrame) -> pd.DataFrame:
 
 def details(cells: pd.DataFrame) -> pd.DataFrame:
     """Table of all cells, formatted for display."""
+    rows = list(cells.itertuples())
     return pd.DataFrame(
         {
             "student": cells["student"],
             "method": cells["label"],
             "parameters": cells["parameters"].map(FIGURE["parameters"].show),
             "ratio": cells["compression_ratio"].map(FIGURE["compression_ratio"].show),
-            "runs": [_runs(cell) for cell in cells.itertuples()],
-            "validation": [_spread(c.val, c.val_std) for c in cells.itertuples()],
-            "test": [_spread(c.test, c.test_std) for c in cells.itertuples()],
-            "gain": [_gain(cell) for cell in cells.itertuples()],
+            "runs": [_runs(cell) for cell in rows],
+            "validation": [_spread(c.val, c.val_std) for c in rows],
+            "test": [_spread(c.test, c.test_std) for c in rows],
+            "gain": [_gain(cell) for cell in rows],
             "gap closed": [
                 DASH if pd.isna(v) else f"{round(100 * v)} %" for v in cells["gap_closed"]
             ],
@@ -325,7 +325,7 @@ def _percent(value: float) -> str:
 
 
 def _failed(runs: pd.DataFrame) -> pd.DataFrame:
-    return runs[runs["status"] == "failed"]
+    return runs.loc[runs["status"] == "failed", ["name", "error"]]
 
 
 def _text(words: str) -> str:
