@@ -360,11 +360,15 @@ def test_resume_after_kill_at_random_moments(tmp_path, start, kills):
     killed = 0
     for number in range(3 * kills):  # some may end before they are killed
         output = tmp_path / f"killed-{number}"
+        began = time.perf_counter()
         process = start(output)
         process.join(generator.uniform(0, duration))
         process.kill()
         process.join()
-        killed += process.exitcode == -signal.SIGKILL
+        if process.exitcode == -signal.SIGKILL:
+            killed += 1
+        else:  # faster than the first run, e.g. as other work on the machine has ended
+            duration = time.perf_counter() - began
         assert finish(output) == expected
         # After the last epoch it is validated again, so that more outputs are cached.
         for path, rows in answers(output).items():
