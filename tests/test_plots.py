@@ -168,7 +168,7 @@ def cells_of(methods, students, gain=0.01):
     return pd.DataFrame(rows)
 
 
-@pytest.mark.parametrize(("methods", "students"), [(1, 1), (30, 2), (2, 100)])
+@pytest.mark.parametrize(("methods", "students"), [(1, 1), (30, 2), (20, 4), (2, 100)])
 def test_gains_of_any_number_of_methods(methods, students):
     figure = plots.gain_by_method(cells_of(methods, students))
     width, height = figure.get_size_inches()

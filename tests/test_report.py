@@ -339,6 +339,12 @@ def test_teachers_that_depend_on_the_seed_share_a_cell(tmp_path):
     assert "70.00 to 72.00 % on test" in documents.facts(runs)
 
 
+def test_runs_without_a_commit_are_not_taken_for_those_with_one(tmp_path):
+    write_run(tmp_path, "none", "small", 0, 0.5, git_commit="abc1234")
+    write_run(tmp_path, "none", "small", 1, 0.5, git_commit="")
+    assert "commit abc1234, unknown." in documents.facts(read_runs([tmp_path]))
+
+
 def test_limited_images_are_always_shown(tmp_path):
     run = write_run(tmp_path, "none", "small", 0, 0.8)
     write_config(run, 0, trainer__limit_test_batches=2)

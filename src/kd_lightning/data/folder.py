@@ -147,17 +147,17 @@ class FolderDataModule(ImageDataModule):
     def _decode(self, paths: list[str]) -> torch.Tensor:
         pixels = np.empty((len(paths), self.stored_size, self.stored_size, 3), dtype=np.uint8)
 
-        # Several files at a time: handing over a small one takes as long as decoding it.
-        some = max(1, min(64, len(paths) // 64))
+        # Several files per task: for a small file the overhead of a task is as large as decoding.
+        chunk = max(1, min(64, len(paths) // 64))
 
-        def decode_some(first: int) -> None:
-            for number in range(first, min(first + some, len(paths))):
+        def decode_chunk(first: int) -> None:
+            for number in range(first, min(first + chunk, len(paths))):
                 pixels[number] = read_image(Path(paths[number]), self.stored_size, self.resize)
 
         # Pillow releases the GIL while decoding.
         with warnings.catch_warnings(), ThreadPoolExecutor() as pool:
             warnings.filterwarnings("ignore", module="PIL")  # about unused metadata
-            for _ in pool.map(decode_some, range(0, len(paths), some)):
+            for _ in pool.map(decode_chunk, range(0, len(paths), chunk)):
                 pass
         return torch.from_numpy(pixels)
 

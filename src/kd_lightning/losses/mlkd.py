@@ -71,9 +71,9 @@ class MLKD(LogitTerm):
         instance: weight of the predictions; at least 0.
         classes: weight of the relations of classes; at least 0.
         batch: weight of the relations of images; at least 0.
-        class_images: the relations of classes are scaled to a batch of so many images, e.g. 64,
-            the authors' batch, so that their weight does not depend on the batch size. None: the
-            sums over the batch, whose loss is 16 times as large with 256 images.
+        class_images: batch size to which the relations of classes are scaled, so that their weight
+            does not depend on the actual one; the authors' is 64. None: no scaling, so that their
+            loss grows with the square of the batch size.
     """
 
     relational: ClassVar[bool] = True

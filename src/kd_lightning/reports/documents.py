@@ -208,12 +208,12 @@ def markdown(title: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict
 
 def facts(runs: pd.DataFrame) -> str:
     """Summarise the common settings of all runs of a setting, in a sentence or two."""
-    done = runs[runs["status"] == "finished"]
+    done = runs[runs["status"] == "finished"].replace({"git_commit": {"": "unknown"}})
     if done.empty:
         return "No run is finished yet."
 
     def values(column: str) -> str:
-        return ", ".join(str(value) or "unknown" for value in done[column].dropna().unique())
+        return ", ".join(str(value) for value in done[column].dropna().unique())
 
     epochs = ", ".join(f"{number:.0f}" for number in sorted(done["epochs"].dropna().unique()))
     told = [

@@ -156,8 +156,7 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
     value = "gain" if compared else "test"
     names = done.groupby("label", sort=False)[value].mean().sort_values(kind="stable").index
     students = list(dict.fromkeys(done["student"]))
-    height = min(1.2 + 0.28 * len(names), 4.0 if len(students) > 3 else 10.0)
-    figure, panels = _panels(students, height, sharex=True, sharey=True)
+    figure, panels = _panels(students, 1.2 + 0.28 * len(names), sharex=True, sharey=True)
     colour = colours(names)
     for axes, student in zip(panels, students, strict=False):
         part = done[done["student"] == student]
@@ -170,6 +169,7 @@ def gain_by_method(cells: "pd.DataFrame") -> "Figure":
         axes.set(title=text(student), ylim=(-0.6, len(names) - 0.4))
         axes.set_yticks(range(len(names)), [text(name) for name in names])
         axes.grid(axis="x", alpha=0.3)
+        axes.tick_params(axis="x", labelbottom=True)  # the last row may be incomplete
         if compared:
             axes.axvline(0, color="0.2", linewidth=0.8)
     label = "gain over none (points of test accuracy)" if compared else "test accuracy (%)"
@@ -213,14 +213,21 @@ def learning_curves(histories: "pd.DataFrame") -> "Figure":
 
 
 def _panels(students: Sequence[str], height: float, **settings: Any) -> "tuple[Figure, list[Any]]":
-    """A figure and the axes of at most `MOST_PANELS` students."""
+    """A figure of at most `LARGEST`, and the axes of at most `MOST_PANELS` students.
+
+    Args:
+        students: names.
+        height: of each panel, in inches, if there is room.
+        settings: of `Figure.subplots`.
+    """
     from matplotlib.figure import Figure
 
     number = min(len(students), MOST_PANELS)
     columns = min(3, number)
     rows = -(-number // columns)
     width = 4.2 * columns + 0.8 if columns > 1 else 7.5
-    figure = Figure(figsize=(width, height * rows), layout="constrained")
+    height = min(height * rows, 0.99 * LARGEST / width)
+    figure = Figure(figsize=(width, height), layout="constrained")
     panels = list(figure.subplots(rows, columns, squeeze=False, **settings).flat)
     for axes in panels[number:]:
         axes.set_axis_off()
