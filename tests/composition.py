@@ -7,6 +7,7 @@ Test processes and the commands that they start share what is composed, as files
 
 import contextlib
 import copy
+import functools
 import hashlib
 import os
 import pickle
@@ -39,6 +40,18 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sweeps, "_composed", _compose)
     patch.setattr(OverridesParser, "parse_rule", _parse)
     patch.setattr(hydra.core.utils, "copy", SimpleNamespace(deepcopy=_copy))
+
+
+def skip_waits(patch: pytest.MonkeyPatch) -> None:
+    """Do without what takes time in every short training, and changes nothing in a test.
+
+    Lightning searches the plug-ins of all installed packages for every trainer. A file that has
+    been written is waited for until it is on the disk, in case the machine loses its power.
+    """
+    from lightning.fabric.utilities import registry
+
+    patch.setattr(registry, "entry_points", functools.cache(registry.entry_points))
+    patch.setattr(os, "fsync", lambda _: None)
 
 
 def may_choose_mode(overrides: Sequence[str]) -> bool:

@@ -95,6 +95,7 @@ def fast_composition(request: pytest.FixtureRequest) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_sweeps":
             composition.install(patch)
+        composition.skip_waits(patch)
         yield
 
 

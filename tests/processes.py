@@ -138,8 +138,10 @@ def _run(
     worker.START = "fork"  # cheap; test_gathering.py tests the real start method
     if "pictures=false" in command:  # also those of a grid
         documents.draw = lambda *_: {}
+    patch = pytest.MonkeyPatch()
+    composition.skip_waits(patch)
     if composition.STORE in env:
-        composition.install(pytest.MonkeyPatch())
+        composition.install(patch)
     if not composition.may_choose_mode(command):
         Hydra.get_mode = lambda *_, **__: None
     with contextlib.suppress(OSError):

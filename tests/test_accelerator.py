@@ -20,7 +20,7 @@ from kd_lightning.workflows import student
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter in the current model")
 
-STEPS = 18  # per training: two epochs of 33 images, batch size 4
+STEPS = 10  # per training: two epochs of 33 images, batch size 8
 EVERY = 5  # log_every_n_steps
 # torchmetrics 1.8 copies constants to the device, asynchronously unless its type is "mps".
 COPIES_CONSTANTS = Version(torchmetrics.__version__) < Version("1.9")
@@ -43,7 +43,7 @@ def run(root, folder, accelerator, *overrides, callbacks=(), goes_on=False):
         shutil.rmtree(root / "run", ignore_errors=True)
     config = api.compose(
         "data=folder", f"data.root={folder}", "data.image_size=16", "data.padding=2",
-        "data.batch_size=4", "data.eval_batch_size=2", f"output_dir={root / 'outputs'}",
+        "data.batch_size=8", "data.eval_batch_size=4", f"output_dir={root / 'outputs'}",
         f"data_dir={root / 'data'}", *TINY, f"trainer.accelerator={accelerator}",
         "trainer.precision=32-true",
         "trainer.memory_format=channels_last", f"trainer.log_every_n_steps={EVERY}", *overrides,
@@ -119,7 +119,7 @@ def test_training_on_a_device_gives_the_cpu_student(tmp_path, images, on_cpu, de
         if outputs == "absent":  # the targets of two terms, in every step
             assert copied >= 2 * STEPS
         elif outputs == "stored":  # curves only
-            assert copied < STEPS
+            assert copied <= STEPS
         # Validation, checks, history, checkpoints; nothing for a batch of the validation.
         between = [f"{w.what}: {w.where}" for w in device.waits if w.during == "between"]
         assert len(between) <= BETWEEN, "between the epochs' steps:\n" + "\n".join(between)

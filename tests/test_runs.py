@@ -2,6 +2,7 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
 import threading
@@ -17,6 +18,7 @@ from torch import nn
 from kd_lightning.config import stored
 from kd_lightning.config.trust import TRUSTED, check_trusted
 from kd_lightning.errors import InputError, RunError
+from kd_lightning.files import replacing
 from kd_lightning.models import ConvNet
 from kd_lightning.storage import provenance, weights
 from kd_lightning.storage.provenance import device_name, versions
@@ -295,6 +297,22 @@ def test_weights_write_is_atomic(run, monkeypatch):
         run.save_weights(model())
     assert (run.path / "student.safetensors").read_bytes() == before
     assert [path.name for path in run.path.iterdir()] == ["student.safetensors"]
+
+
+def test_written_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkeypatch):
+    """A power failure in between must not leave an empty file in the place of the previous one."""
+    path = tmp_path / "file"
+    path.write_text("previous")
+    flushed = []
+
+    def flush(descriptor):
+        flushed.append((os.fstat(descriptor).st_size, path.read_text()))
+
+    monkeypatch.setattr(os, "fsync", flush)
+    with replacing(path) as partial:
+        partial.write_text("new")
+    assert flushed == [(len("new"), "previous")]
+    assert path.read_text() == "new"
 
 
 def test_missing_or_damaged_weights_are_reported(tmp_path):
