@@ -180,24 +180,23 @@ def test_precision_can_be_overridden(train, override, expected):
     assert metrics["precision"] == (expected or hardware.choose_precision())
 
 
-@pytest.fixture
-def settings_of_torch(monkeypatch):
-    """Restore the process-wide settings that Lightning changes."""
+def test_kernel_options_change_nothing_on_a_cpu(train, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", torch.backends.cudnn.benchmark)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    yield
-    torch.use_deterministic_algorithms(False)
-
-
-@pytest.mark.parametrize("override", ["deterministic=true", "deterministic=warn", "benchmark=true"])
-def test_kernel_options_change_nothing_on_a_cpu(train, settings_of_torch, override):
-    plain, switched = train("method=combined"), train("method=combined", f"+trainer.{override}")
-    assert switched.code == 0, switched.err
-    assert torch.are_deterministic_algorithms_enabled() == override.startswith("deterministic")
-    # No output except Lightning's warning about speed.
-    assert len(switched.err.splitlines()) == 2, switched.err
-    weights = [(run / "student.safetensors").read_bytes() for run in plain.runs + switched.runs]
-    assert weights[0] == weights[1]
+    command = ("method=combined", "trainer.max_epochs=1")
+    (plain,) = train(*command).runs
+    for override in ("deterministic=true", "deterministic=warn", "benchmark=true"):
+        try:
+            switched = train(*command, f"+trainer.{override}")
+            assert switched.code == 0, switched.err
+            used = torch.are_deterministic_algorithms_enabled()
+        finally:
+            torch.use_deterministic_algorithms(False)
+        assert used == override.startswith("deterministic")
+        # No output except Lightning's warning about speed.
+        assert len(switched.err.splitlines()) == 2, switched.err
+        weights = [(run / "student.safetensors").read_bytes() for run in (plain, *switched.runs)]
+        assert weights[0] == weights[1]
 
 
 def test_keep_freed_memory_without_glibc(monkeypatch):
