@@ -1,0 +1,59 @@
+"""Every method as a whole: resumed within an epoch, and trained by two processes."""
+
+import pytest
+import torch
+from conftest import TINY, write_folder
+from safetensors.torch import load
+from test_main_job import METHODS, SIMKD
+from test_ranks import TWO, results, train
+from test_resume import Ask, left
+
+from kd_lightning import api
+from kd_lightning.errors import Stopped
+from kd_lightning.workflows import student as training
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.parametrize("method", [*METHODS, "crd with memory"]),
+]
+# Their projectors have BatchNorm, which normalises each process's part of the batch.
+NORMALIZED = {"byot", "fitnet", "reviewkd", "simkd"}
+WIDTH_2 = "{_target_: kd_lightning.models.ResNet9, width: 2, num_classes: '${data.num_classes}'}"
+
+
+def settings(method):
+    name, _, memory = method.partition(" with ")
+    wrapper = [part for part in SIMKD if part.startswith("method.")]
+    teacher = (f"teacher.model={WIDTH_2}", "teacher.layers=[stage1,stage2]", *wrapper)
+    bank = ("method.terms.crd.memory=true", "method.terms.crd.negatives=8")
+    return (f"method={name}", *(teacher if name == "simkd" else ()), *(bank if memory else ()))
+
+
+def test_resume_within_an_epoch_is_bit_identical(tmp_path, method):
+    config = api.compose(
+        "data=folder", f"data.root={write_folder(tmp_path / 'images')}", "data.image_size=16",
+        "data.padding=2", "data.batch_size=7", *TINY, "trainer.max_epochs=3",
+        "trainer.precision=32-true", f"output_dir={tmp_path / 'outputs'}",
+        f"data_dir={tmp_path / 'data'}", *settings(method),
+    )  # fmt: skip
+    training.run(config, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        training.run(config, tmp_path / "run", callbacks=[Ask(8)])  # of three epochs of 5 batches
+    training.run(config, tmp_path / "run")
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
+
+
+def test_two_processes_train_the_same_student_as_one(tmp_path, method):
+    command = (
+        *settings(method), "trainer.max_epochs=2", "+trainer.limit_train_batches=6",
+        "+teacher.trainer.limit_train_batches=2",
+    )  # fmt: skip
+    for name, arguments in (("one", ()), ("two", TWO)):
+        train(tmp_path / name, *command, *arguments)
+    one, weights, _ = results(tmp_path / "one")
+    two, same_weights, _ = results(tmp_path / "two")
+    assert (one["processes"], two["processes"]) == (1, 2)
+    same_weights = load(same_weights)
+    near = {"rtol": 1e-3, "atol": 1e-4} if method not in NORMALIZED else {"rtol": 0, "atol": 5e-3}
+    for name, weight in load(weights).items():
+        torch.testing.assert_close(same_weights[name], weight, **near)
