@@ -348,7 +348,7 @@ def test_run_with_a_validation_folder(train, folder):
     """Including the teacher and its cached outputs."""
     for label in range(3):
         of_colour(folder, "val", f"class{label}", "white", count=2)
-    done = train("method=combined", "trainer.precision=32-true")
+    done = train("method=combined", "trainer.precision=32-true", "trainer.max_epochs=1")
     assert done.code == 0, done.err
     accuracies = [done.metrics[f"{role}val_accuracy"] for role in ("", "teacher_")]
     # White images of three classes: any prediction is right for a third of them.

@@ -215,7 +215,7 @@ def test_group_of_augmentations():
 
 @pytest.mark.parametrize("name", ["mixup", "strong"])
 def test_outputs_on_augmented_views_are_cached(train, name, monkeypatch):
-    command = ("method=combined", f"augmentation={name}")
+    command = ("method=combined", f"augmentation={name}", "trainer.max_epochs=1")
     first = train(*command)
     assert first.code == 0, first.err
     monkeypatch.setattr(FrozenTeacher, "answer", lambda *_: pytest.fail("the teacher was asked"))

@@ -1,5 +1,7 @@
 """The roles of layers, declared and found."""
 
+from functools import partial
+
 import pytest
 import torch
 import torchvision
@@ -39,27 +41,34 @@ def test_found_roles_equal_the_declared(model):
     assert find_roles(layer_shapes(undeclared(model), 32), 10) == declared
 
 
-def squeezenet():
-    return torchvision.models.squeezenet1_1(num_classes=7)
+def small_vit():
+    return torchvision.models.VisionTransformer(
+        image_size=64, patch_size=16, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32,
+        num_classes=7,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("model", "expected"),
     [
         (
-            torchvision.models.resnet18(num_classes=7),
+            partial(torchvision.models.resnet18, num_classes=7),
             (["layer1", "layer2", "layer3", "layer4"], "fc:input", "fc"),
         ),
-        (torchvision.models.vit_b_16, (["encoder"], "heads.head:input", "heads.head")),
-        (torchvision.models.mobilenet_v3_small, (None, "classifier.3:input", "classifier.3")),
-        (squeezenet, (["features"], "classifier.1:input", "classifier.1")),
+        (small_vit, (["encoder"], "heads.head:input", "heads.head")),
+        (
+            partial(torchvision.models.mobilenet_v3_small, num_classes=7),
+            (None, "classifier.3:input", "classifier.3"),
+        ),
+        (
+            partial(torchvision.models.squeezenet1_1, num_classes=7),
+            (["features"], "classifier.1:input", "classifier.1"),
+        ),
     ],
     ids=["resnet18", "vit", "mobilenet", "squeezenet"],
 )
 def test_roles_are_found_in_models_of_torchvision(model, expected):
-    if not isinstance(model, nn.Module):
-        sizes = {"image_size": 64} if model is torchvision.models.vit_b_16 else {}
-        model = model() if model is squeezenet else model(num_classes=7, **sizes)
+    model = model()
     stages, embedding, classifier = expected
     roles = find_roles(layer_shapes(model, 64), 7)
     assert (roles.embedding, roles.classifier) == (embedding, classifier)
