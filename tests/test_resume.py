@@ -119,33 +119,41 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("step", "validation", "place"),
+    "stops",
     [
-        (1, False, "step 1 (batch 1 of epoch 1)"),
-        (4, False, "step 4 (batch 4 of epoch 1)"),
-        (5, False, "epoch 1"),
-        (5, True, "epoch 1"),
-        (6, False, "step 6 (batch 1 of epoch 2)"),
-        (14, False, "step 14 (batch 4 of epoch 3)"),
-        (15, False, "epoch 3"),
-        (15, True, "epoch 3"),
+        [
+            (1, False, "step 1 (batch 1 of epoch 1)"),
+            (4, False, "step 4 (batch 4 of epoch 1)"),
+            (5, False, "epoch 1"),
+            (6, False, "step 6 (batch 1 of epoch 2)"),
+            (14, False, "step 14 (batch 4 of epoch 3)"),
+            (15, False, "epoch 3"),
+        ],
+        [
+            (2, False, "step 2 (batch 2 of epoch 1)"),
+            (3, False, "step 3 (batch 3 of epoch 1)"),
+            (5, True, "epoch 1"),
+            (15, True, "epoch 3"),
+        ],
     ],
+    ids=["in training", "in validation"],
 )
-def test_resume_after_signal_is_bit_identical(tmp_path, whole, step, validation, place):
+def test_resume_after_signals_is_bit_identical(tmp_path, whole, stops):
     root, shown = whole
     config, folder = configuration(root), tmp_path / "run"
-    before, after = Steps(), Steps()
-    with pytest.raises(Stopped, match="stopped by") as stop:
-        training.run(config, folder, callbacks=[before, Ask(step, validation)])
-    assert str(stop.value) == (
-        f"stopped by SIGTERM: {config['name']} is saved at {place}; "
-        "run the same command again to resume"
-    )
-    assert stop.value.exit_code == 143
-    assert RunDirectory(folder).read_metrics()["status"] == "running"
-    training.run(config, folder, callbacks=[after])
-    assert len(before.shown) == step
-    assert before.shown + after.shown == shown  # the same steps, each once
+    seen = Steps()
+    for step, validation, place in stops:
+        with pytest.raises(Stopped, match="stopped by") as stop:
+            training.run(config, folder, callbacks=[seen, Ask(step, validation)])
+        assert str(stop.value) == (
+            f"stopped by SIGTERM: {config['name']} is saved at {place}; "
+            "run the same command again to resume"
+        )
+        assert stop.value.exit_code == 143
+        assert RunDirectory(folder).read_metrics()["status"] == "running"
+        assert seen.shown == shown[:step]  # the same steps, each once
+    training.run(config, folder, callbacks=[seen])
+    assert seen.shown == shown
     assert left(folder) == left(root / "run")
 
 
@@ -153,17 +161,6 @@ def test_signal_before_the_first_checkpoint():
     said = str(Stopped(signal.SIGINT, "teacher convnet", None))
     assert said.startswith("stopped by Ctrl-C: teacher convnet is not saved yet")
     assert Stopped(signal.SIGINT, "x", None).exit_code == 130
-
-
-def test_resume_after_repeated_signals(tmp_path, whole):
-    root, shown = whole
-    seen = Steps()
-    for step in (2, 3, 8, 9):
-        with pytest.raises(Stopped):
-            training.run(configuration(root), tmp_path / "run", callbacks=[seen, Ask(step)])
-    training.run(configuration(root), tmp_path / "run", callbacks=[seen])
-    assert seen.shown == shown
-    assert left(tmp_path / "run") == left(root / "run")
 
 
 def test_checkpoint_of_another_configuration_is_never_resumed(tmp_path, whole):
@@ -196,20 +193,23 @@ def curves(folder):
 
 
 @pytest.mark.parametrize(
-    "setting",
-    ["+trainer.val_check_interval=2", "+trainer.limit_train_batches=3",
-     "+trainer.accumulate_grad_batches=2"],
-)  # fmt: skip
-@pytest.mark.parametrize("step", [1, 2, 3, 4])
-def test_signal_during_validation_or_gradient_accumulation(tmp_path, whole, setting, step):
+    ("setting", "steps"),
+    [
+        ("+trainer.limit_train_batches=3", (1, 2, 3, 4)),
+        # The first four batches of an epoch, in different epochs: a batch may be finished first.
+        ("+trainer.val_check_interval=2", (1, 4, 7, 13)),
+        ("+trainer.accumulate_grad_batches=2", (1, 4, 7, 13)),
+    ],
+)
+def test_signals_during_validation_or_gradient_accumulation(tmp_path, whole, setting, steps):
     root, _ = whole
     config = configuration(root, setting)
-    reference = root / f"run-{setting}"
-    training.run(config, reference)  # once for all steps
-    with pytest.raises(Stopped):
-        training.run(config, tmp_path / "run", callbacks=[Ask(step)])
+    training.run(config, tmp_path / "whole")
+    for step in steps:
+        with pytest.raises(Stopped):
+            training.run(config, tmp_path / "run", callbacks=[Ask(step)])
     training.run(config, tmp_path / "run")
-    assert left(tmp_path / "run") == left(reference)
+    assert left(tmp_path / "run") == left(tmp_path / "whole")
 
 
 def asked_twice(root, folder):
