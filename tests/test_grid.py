@@ -78,7 +78,7 @@ def test_grid_trains_reports_and_is_not_repeated(train, tmp_path, monkeypatch):
 
 
 def test_experiment_grid_with_overridden_axis(train, tmp_path):
-    done = train("experiment=grid", "setting=grid", "method=none", "seed=3")
+    done = train("experiment=grid", "setting=grid", "method=none", "seed=3", "trainer.max_epochs=1")
     assert done.code == 0, done.err
     names = {run.name.partition("-model")[0] for run in done.runs}
     assert names == {"none-small-s3", "none-medium-s3", "none-large-s3"}
@@ -86,14 +86,14 @@ def test_experiment_grid_with_overridden_axis(train, tmp_path):
 
 def test_none_is_trained_once_for_several_teachers(train, tmp_path):
     done = train(
-        "-m", "experiment=grid", "teacher=resnet20,resnet32", "teacher.trainer.max_epochs=1",
+        "-m", "experiment=grid", "teacher=resnet8,resnet14", "teacher.trainer.max_epochs=1",
         "method=none,logit", "student=small", "seed=0", "trainer.max_epochs=1", "optimizer.lr=0.01",
         tiny=False,
     )  # fmt: skip
     assert done.code == 0, done.err
     tables = list(tmp_path.glob("outputs/runs/*/results.md"))
     assert len(tables) == 2
-    for teacher in ("resnet20", "resnet32"):
+    for teacher in ("resnet8", "resnet14"):
         assert f"\nteacher {teacher} (" in done.out  # the title of its table
     # The baseline is trained once and used in both tables.
     assert sorted(run.name.partition("-s0")[0] for run in done.runs) == [
@@ -115,7 +115,7 @@ def test_failed_run_does_not_stop_the_grid_and_is_retried(train, tmp_path, monke
         return original(job, *rest)
 
     monkeypatch.setattr(training, "train_student", fails)
-    grid = ("-m", "setting=grid", "method=none,logit")
+    grid = ("-m", "setting=grid", "method=none,logit", "trainer.max_epochs=1")
     done = train(*grid)
     assert done.code == 1
     assert done.err.count("the loss is not finite at step 3") == 1
@@ -178,7 +178,7 @@ def test_run_without_teacher_is_shared_by_all_teachers(train, tmp_path):
 COMMAND = [
     "train.py", "-m", *TINY, "method=none,combined", "student=small", "seed=0", "setting=grid",
     "data=digits", "data.image_size=16", "data.batch_size=100", "trainer.max_epochs=4",
-    "trainer.precision=32-true",
+    "trainer.precision=32-true", "+trainer.limit_train_batches=6",
 ]  # fmt: skip
 
 

@@ -30,6 +30,7 @@ from kd_lightning.workflows.cards import card_in_turn
 COMMAND = (
     "train.py", *TINY, "method=logit", "student=small", "data=digits", "data.batch_size=45",
     "data.image_size=16", "trainer.precision=32-true", "trainer=ddp", "trainer.accelerator=cpu",
+    "+trainer.limit_train_batches=8", "+teacher.trainer.limit_train_batches=4",
 )  # fmt: skip
 SECONDS = 30  # far below the half hour that a collective may wait
 
@@ -103,7 +104,7 @@ def kill_this_task():
 
 
 def signal_in_second_epoch():
-    at_batch(40, None, stop_this_task)
+    at_batch(11, None, stop_this_task)
 
 
 def failure_of_rank_1():

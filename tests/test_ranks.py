@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import time
 
 import processes
 import pytest
@@ -19,6 +20,7 @@ from kd_lightning.workflows import student
 COMMAND = (
     "train.py", *TINY, "method=combined", "student=small", "data=digits", "data.batch_size=45",
     "data.image_size=16", "trainer.precision=32-true", "remember.dtype=float32",
+    "+trainer.limit_train_batches=8", "+teacher.trainer.limit_train_batches=4",
 )  # fmt: skip
 TEST_IMAGES = 359  # an odd number, so that two processes have unequal parts
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
@@ -59,33 +61,33 @@ def test_two_processes_train_the_same_student_as_one(tmp_path):
         assert sum(map(sum, counts)) == TEST_IMAGES
 
 
-GRID = (
-    "hydra.mode=MULTIRUN", *TWO, "method=none,logit", "seed=0", "trainer.max_epochs=3",
-    "+trainer.limit_train_batches=12",
-)  # fmt: skip
+def test_resume_of_a_distributed_grid(tmp_path):
+    grid = (
+        "hydra.mode=MULTIRUN", *TWO, "method=none,logit", "seed=0", "trainer.max_epochs=4",
+    )  # fmt: skip
+    whole, root = tmp_path / "whole", tmp_path / "interrupted"
+    train(whole, *grid)
+    command = [*COMMAND, *grid, f"output_dir={root}", f"data_dir={root}/data"]
 
+    first = processes.start(*command)
+    processes.wait_for("runs/*/logit*/checkpoints/last.ckpt", root, first)
+    os.killpg(first.pid, signal.SIGINT)  # as from a terminal: to the process group
+    assert first.wait(timeout=30) == 130
 
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    root = tmp_path_factory.mktemp("whole")
-    train(root, *GRID)
-    return root
+    (checkpoint,) = root.glob("runs/*/logit*/checkpoints/last.ckpt")
+    saved = checkpoint.stat().st_mtime_ns
+    second = processes.start(*command)
+    while checkpoint.stat().st_mtime_ns == saved:
+        assert second.poll() is None
+        time.sleep(0.005)
+    second.kill()
+    assert second.wait(timeout=30) == -9
+    assert "resuming" in second.communicate()[1]
 
-
-@pytest.mark.parametrize("how", ["SIGKILL", "SIGINT"])
-def test_resume_of_a_distributed_grid(tmp_path, uninterrupted, how):
-    command = [*COMMAND, *GRID, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
-    process = processes.start(*command)
-    processes.wait_for("runs/*/logit*/checkpoints/last.ckpt", tmp_path, process)
-    if how == "SIGKILL":
-        process.kill()
-    else:  # as from a terminal: to the process group
-        os.killpg(process.pid, signal.SIGINT)
-    assert process.wait(timeout=30) == (-9 if how == "SIGKILL" else 130)
-    done = train(tmp_path, *GRID)
+    done = train(root, *grid)
     assert "resuming" in done.err
     for method in ("none", "logit"):
-        assert results(tmp_path, method)[1:] == results(uninterrupted, method)[1:]
+        assert results(root, method)[1:] == results(whole, method)[1:]
 
 
 @pytest.mark.parametrize("where", ["student.open_caches", "DistillationModule.on_train_epoch_end"])
