@@ -93,11 +93,11 @@ def api_module(root, state):
     return job.module.eval(), job.data
 
 
-@pytest.mark.parametrize(("step", "validation"), [(3, False), (5, True), (8, False), (15, True)])
-def test_resume_is_bit_identical(tmp_path, whole, step, validation):
+def test_resume_is_bit_identical(tmp_path, whole):
     root, metrics, _ = whole
-    with pytest.raises(Stopped):
-        student.run(configuration(root), tmp_path / "run", callbacks=[Ask(step, validation)])
+    for step, validation in ((3, False), (5, True), (8, False), (15, True)):
+        with pytest.raises(Stopped):
+            student.run(configuration(root), tmp_path / "run", callbacks=[Ask(step, validation)])
     again = student.run(configuration(root), tmp_path / "run")
     assert weights(tmp_path / "run").keys() == weights(root / "run").keys()
     assert (tmp_path / "run" / "student.safetensors").read_bytes() == (
