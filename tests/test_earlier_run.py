@@ -60,6 +60,16 @@ def test_student_of_a_finished_run_is_a_teacher(command):
     assert "already finished" not in third.err
 
 
+def test_equal_run_of_another_setting_is_the_teacher(command):
+    """A student without a teacher is trained once for all settings."""
+    (folder,) = command("method=none", "teacher=resnet8").runs
+    done = command("method=logit", "teacher=run", "teacher.run={method: none}")
+    assert done.code == 0, done.err
+    (run,) = done.runs
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["teacher"]["checkpoint"] == str(folder / "student.safetensors")
+
+
 def test_students_of_another_image_size_see_images_of_their_own(command):
     (folder,) = command("method=none").runs
     run = ("method=logit", "teacher=run", f"teacher.run={folder}")

@@ -96,8 +96,8 @@ def test_truncated_checkpoint_is_not_resumed(tmp_path, whole, tenth):
 )
 def test_garbage_metrics_are_not_a_finished_run(tmp_path, garbage):
     (tmp_path / "metrics.json").write_bytes(garbage)
+    from kd_lightning.config.finished import finished
     from kd_lightning.errors import InputError
-    from kd_lightning.storage.identity import finished
 
     config = {"remember": {"dtype": "float16"}, "seed": 0}
     if b"finished" in garbage:  # a finished run is not overwritten

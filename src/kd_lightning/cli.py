@@ -21,11 +21,12 @@ from kd_lightning.config import naming, overrides, sweeps
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.commandline import composition_error, prepare
 from kd_lightning.config.complete import plain
+from kd_lightning.config.finished import finished, finished_elsewhere
 from kd_lightning.config.launcher import find_launcher, launched_together, trainer_of
 from kd_lightning.config.tree import tree
 from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.files import find_own_packages
-from kd_lightning.storage.identity import finished, finished_elsewhere, unchanged
+from kd_lightning.storage.identity import unchanged
 from kd_lightning.streams import robust_streams
 from kd_lightning.terminal import say
 from kd_lightning.workflows.earlier import train_earlier_runs

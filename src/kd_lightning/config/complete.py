@@ -26,7 +26,7 @@ def plain(config: DictConfig, overrides: Sequence[str] = ()) -> Node:
         InputError: a value is missing (``???``), or an interpolation cannot be resolved.
     """
     try:
-        config = fill_in_runs(expand_members(fill_in_packed(config)), overrides)
+        config = fill_in_runs(expand_members(fill_in_packed(config)), overrides, plain)
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = error.full_key or "the configuration"

@@ -9,7 +9,7 @@ is finished; its teacher may be the student of a further run.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple, cast
 
@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from kd_lightning.config import naming
 from kd_lightning.config.commandline import check_overrides, composition_error, hydra_text
+from kd_lightning.config.finished import finished_elsewhere
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.stored import read_config, student_data, student_model
 from kd_lightning.config.trust import check_trusted
@@ -63,12 +64,17 @@ def earlier_runs(config: DictConfig, overrides: Sequence[str]) -> list[EarlierRu
     return runs
 
 
-def fill_in_runs(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
+def fill_in_runs(
+    config: DictConfig,
+    overrides: Sequence[str],
+    plain: Callable[[DictConfig, Sequence[str]], Node],
+) -> DictConfig:
     """Complete the teachers that are students of other runs: model, weights, normalisation.
 
     Args:
         config: with the members of an ensemble completed; changed in place.
         overrides: of its command.
+        plain: completes the configuration of another run, `config.complete.plain`.
 
     Raises:
         InputError: there is no such run, or it is not finished.
@@ -83,7 +89,7 @@ def fill_in_runs(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         if isinstance(run, str) and "=" not in run:
             folder = Path(home(run))
         elif isinstance(run, DictConfig):
-            folder = _compose(run, overrides).folder
+            folder = _folder_of(_compose(run, overrides), plain)
         else:
             raise InputError(f"teacher.run must be {_EXAMPLE}, not {run}")
         with open_dict(config):
@@ -95,6 +101,14 @@ def fill_in_runs(config: DictConfig, overrides: Sequence[str]) -> DictConfig:
         with open_dict(config):
             config.teacher.name = "+".join(members)
     return config
+
+
+def _folder_of(run: EarlierRun, plain: Callable[[DictConfig, Sequence[str]], Node]) -> Path:
+    """The folder of a run, or of an equal one in another setting."""
+    if (run.folder / "metrics.json").exists():
+        return run.folder
+    other = finished_elsewhere(run.folder, plain(run.config, run.overrides))
+    return Path(other["folder"]) if other else run.folder
 
 
 def sections(config: DictConfig) -> list[DictConfig]:

@@ -11,7 +11,6 @@ the exact check, once the images are loaded.
 import ast
 import contextlib
 import functools
-import glob
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -27,10 +26,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
-from kd_lightning.config.naming import config_key
 from kd_lightning.config.nodes import Node, find_target
-from kd_lightning.errors import InputError
-from kd_lightning.files import read_json
 
 # Packages identified by name, not by content: a new release of them, or a moved file of ours, must
 # not invalidate all existing runs.
@@ -318,25 +314,6 @@ class _WithoutDocstrings(ast.NodeTransformer):
         return None if constant else node
 
 
-def finished(run_dir: Path, config: Node) -> dict[str, Any] | None:
-    """The metrics of this run if it is already finished.
-
-    Its input files may have changed since; see `unchanged`.
-
-    Raises:
-        InputError: the folder contains a finished run of another configuration.
-    """
-    metrics = read_json(run_dir / "metrics.json")
-    if metrics.get("status") != "finished":
-        return None
-    if metrics.get("config_key") != config_key(config):
-        raise InputError(
-            f"{run_dir} contains a finished run of another configuration; choose another name=... "
-            "or hydra.run.dir=..."
-        )
-    return metrics
-
-
 def unchanged(
     metrics: Mapping[str, Any], config: Node, memo: dict[Path, str] | None = None
 ) -> bool:
@@ -351,30 +328,3 @@ def unchanged(
     """
     recorded = metrics.get("stamps")
     return recorded is None or (recorded != "" and recorded == stamps(config, memo))
-
-
-def finished_elsewhere(run_dir: Path, config: Node) -> dict[str, Any] | None:
-    """The metrics of an equivalent finished run in another setting: one that differs only in the
-    configured teacher, which neither run uses.
-
-    Its input files may have changed since, as in `finished`. None if there are already metrics in
-    `run_dir`.
-
-    Args:
-        run_dir: the folder of the requested run.
-        config: complete, as plain dictionaries.
-
-    Returns:
-        The metrics and the other run's ``folder``.
-    """
-    if (run_dir / "metrics.json").exists():
-        return None
-    runs = Path(config["output_dir"]) / "runs"
-    key = ""
-    for path in sorted(runs.glob(f"*/{glob.escape(config['name'])}/metrics.json")):
-        metrics = read_json(path)
-        if metrics.get("status") == "finished" and "key_without_teacher" in metrics:
-            key = key or config_key(config, "teacher")
-            if metrics["key_without_teacher"] == key:
-                return {**metrics, "folder": str(path.parent)}
-    return None

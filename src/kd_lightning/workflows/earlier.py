@@ -7,8 +7,9 @@ from omegaconf import DictConfig
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.complete import plain
 from kd_lightning.config.earlier_run import earlier_runs
+from kd_lightning.config.finished import finished, finished_elsewhere
 from kd_lightning.errors import InputError
-from kd_lightning.storage.identity import finished, unchanged
+from kd_lightning.storage.identity import unchanged
 from kd_lightning.terminal import say
 
 
@@ -25,7 +26,7 @@ def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
     for earlier in earlier_runs(config, overrides):
         node = plain(earlier.config, earlier.overrides)
         check_sections(node)
-        metrics = finished(earlier.folder, node)
+        metrics = finished(earlier.folder, node) or finished_elsewhere(earlier.folder, node)
         if metrics and unchanged(metrics, node):
             continue
         # Needs torch, which takes seconds to import.

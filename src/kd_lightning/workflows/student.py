@@ -10,6 +10,7 @@ from typing import Any
 from lightning.pytorch import Callback, Trainer, seed_everything
 
 from kd_lightning.config.checks import check_sections
+from kd_lightning.config.finished import finished, finished_elsewhere
 from kd_lightning.config.hardware import device_type
 from kd_lightning.config.launcher import find_launcher, uses_several
 from kd_lightning.config.nodes import Node
@@ -27,12 +28,7 @@ from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import RunError, Stopped
 from kd_lightning.models import count_parameters
 from kd_lightning.reports.hparams import log_results, log_settings
-from kd_lightning.storage.identity import (
-    finished,
-    finished_elsewhere,
-    stamps,
-    unchanged,
-)
+from kd_lightning.storage.identity import stamps, unchanged
 from kd_lightning.storage.provenance import device_name, versions
 from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
 from kd_lightning.workflows.costs import count_costs, networks_of
