@@ -18,6 +18,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 from kd_lightning.config import naming, overrides, sweeps
 from kd_lightning.config.tree import tree_folder
 from kd_lightning.errors import InputError
+from kd_lightning.workflows import student
 
 naming.register()
 overrides.install()
@@ -203,13 +204,17 @@ def test_only_hydra_composes_from_unusual_search_paths(loader, grids, tmp_path, 
     assert loader.load_sweep_config(config, ["seed=1"]).seed == 1
 
 
-def test_edited_file_is_noticed_by_the_next_grid_of_a_process(train, tmp_path):
+def test_edited_file_is_noticed_by_the_next_grid_of_a_process(train, tmp_path, monkeypatch):
     file = tmp_path / "mine" / "experiment" / "mine.yaml"
     file.parent.mkdir(parents=True)
-    command = ("-m", f"--config-dir={tmp_path}/mine", "experiment=mine", "method=none")
-    file.write_text("# @package _global_\noptimizer:\n  weight_decay: 0.1\n")
-    assert len(train(*command).runs) == 1
-    file.write_text("# @package _global_\noptimizer:\n  weight_decay: 0.2\n")
-    edited = train(*command)
-    assert len(edited.runs) == 1
-    assert "already finished" not in edited.out
+    used = []
+
+    def run(config, *_, **__):
+        used.append((config["optimizer"]["weight_decay"], config["seed"]))
+        return {}
+
+    monkeypatch.setattr(student, "run", run)
+    for decay in (0.1, 0.2):
+        file.write_text(f"# @package _global_\noptimizer:\n  weight_decay: {decay}\n")
+        train("-m", f"--config-dir={tmp_path}/mine", "experiment=mine", "method=none", "seed=0,1")
+    assert used == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
