@@ -1,11 +1,14 @@
 """The student of another run as teacher."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import yaml
+from conftest import FOLDER, write_folder
 from hydra import compose, initialize_config_dir
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from kd_lightning import api
 from kd_lightning.config import naming
@@ -32,15 +35,29 @@ def command(train):
     return run
 
 
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """The folder of a finished run, of a configuration as of `command`."""
+    root = tmp_path_factory.mktemp("trained")
+    images = write_folder(root / "images")
+    arguments = (f"data.root={images}", f"output_dir={root / 'outputs'}", "method=none")
+    return Path(api.run(*FOLDER, *SMALL, *FAST, *arguments)["folder"])
+
+
+@pytest.fixture
+def earlier(trained, tmp_path):
+    """A copy of it, which a test may change."""
+    return Path(shutil.copytree(trained, tmp_path / "earlier"))
+
+
 def metrics_of(run):
     return json.loads((run / "metrics.json").read_text())
 
 
-def test_student_of_a_finished_run_is_a_teacher(command):
-    done = command("method=none")
-    (folder,) = done.runs
-    first = done.metrics
-    done = command("method=logit", "teacher=run", f"teacher.run={folder}")
+def test_student_of_a_finished_run_is_a_teacher(command, earlier):
+    first = metrics_of(earlier)
+    arguments = ("method=logit", "teacher=run", f"teacher.run={earlier}", "setting=again")
+    done = command(*arguments)
     assert done.code == 0, done.err
     second = done.metrics
     assert second["teacher"] == first["name"] == "none-small-s0-model.channels_4_8-model.hidden_8"
@@ -48,16 +65,11 @@ def test_student_of_a_finished_run_is_a_teacher(command):
     assert second["teacher_val_accuracy"] == first["val_accuracy"]
     assert second["teacher_test_accuracy"] == first["test_accuracy"]
     # Another student in that folder is another teacher.
-    again = command("method=none", "seed=1")
-    command(
-        "method=logit", "teacher=run", f"teacher.run={folder}", "setting=again",
-    )  # fmt: skip
-    (folder / "student.safetensors").write_bytes(
-        (again.runs[0] / "student.safetensors").read_bytes()
-    )
-    third = command("method=logit", "teacher=run", f"teacher.run={folder}", "setting=again")
+    weights = load_file(earlier / "student.safetensors")
+    save_file({name: -value for name, value in weights.items()}, earlier / "student.safetensors")
+    third = command(*arguments)
     assert third.code == 0, third.err
-    assert "already finished" not in third.err
+    assert "already finished" not in third.err + third.out
 
 
 def test_equal_run_of_another_setting_is_the_teacher(command):
@@ -70,15 +82,14 @@ def test_equal_run_of_another_setting_is_the_teacher(command):
     assert config["teacher"]["checkpoint"] == str(folder / "student.safetensors")
 
 
-def test_students_of_another_image_size_see_images_of_their_own(command):
-    (folder,) = command("method=none").runs
-    run = ("method=logit", "teacher=run", f"teacher.run={folder}")
+def test_students_of_another_image_size_see_images_of_their_own(command, trained):
+    run = ("method=logit", "teacher=run", f"teacher.run={trained}")
     for size, own in ((8, 16), (16, None)):
         done = command(*run, f"data.image_size={size}")
         assert done.code == 0, done.err
         config = yaml.safe_load((done.runs[0] / "config.yaml").read_text())
         assert config["teacher"].get("image_size") == own
-    assert done.metrics["teacher_test_accuracy"] == metrics_of(folder)["test_accuracy"]
+    assert done.metrics["teacher_test_accuracy"] == metrics_of(trained)["test_accuracy"]
 
 
 def test_chain_is_trained_in_order_and_once(command, tmp_path):
@@ -103,6 +114,13 @@ def test_chain_is_trained_in_order_and_once(command, tmp_path):
     assert "already finished" in again.out + again.err
     for run in done.runs:
         assert (run / "student.safetensors").stat().st_mtime_ns == written[run.name]
+    # Results depend on the earlier run, but not on the place of its outputs.
+    (run,) = (run for run in done.runs if run.name not in ("first", "middle"))
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    moved = {**config, "teacher": {**config["teacher"], "checkpoint": "elsewhere"}}
+    assert config_key(moved) == config_key(config)
+    other = {**config, "teacher": {**config["teacher"], "run": {"method": "logit"}}}
+    assert config_key(other) != config_key(config)
 
 
 def test_earlier_run_inherits_all_but_method_student_and_teacher(tmp_path):
@@ -152,19 +170,8 @@ def test_student_is_inherited_unless_another_is_named():
     assert (other["name"], other["model"]["hidden"]) == ("large", 256)
 
 
-def test_results_do_not_depend_on_where_the_outputs_are(command, tmp_path):
-    done = command("method=logit", "teacher=run", f"teacher.run={{method: none, {LARGE}}}")
-    assert done.code == 0, done.err
-    last = next(run for run in done.runs if metrics_of(run)["method"] == "logit")
-    config = yaml.safe_load((last / "config.yaml").read_text())
-    moved = {**config, "teacher": {**config["teacher"], "checkpoint": "elsewhere"}}
-    assert config_key(moved) == config_key(config)
-    other = {**config, "teacher": {**config["teacher"], "run": {"method": "logit"}}}
-    assert config_key(other) != config_key(config)
-
-
-def test_ensemble_of_runs(command):
-    runs = [command("method=none", f"seed={seed}").runs[0] for seed in (0, 1)]
+def test_ensemble_of_runs(command, trained):
+    runs = [trained, *command("method=none", "seed=1").runs]
     members = ",".join(f"{{run: {run}}}" for run in runs)
     done = command("method=logit", "teacher=run", f"teacher.members=[{members}]")
     assert done.code == 0, done.err
@@ -197,8 +204,8 @@ def test_invalid_runs_are_rejected(command, arguments, words):
     assert not done.runs
 
 
-def test_unfinished_and_untrusted_runs_are_rejected(command, tmp_path):
-    (folder,) = command("method=none").runs
+def test_unfinished_and_untrusted_runs_are_rejected(command, earlier):
+    folder = earlier
     arguments = ("method=logit", "teacher=run", f"teacher.run={folder}")
     metrics = metrics_of(folder)
     (folder / "metrics.json").write_text(json.dumps({**metrics, "status": "failed"}))

@@ -1,9 +1,12 @@
 """Ensembles of teachers: averaged predictions, features of each member, shared caches."""
 
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from conftest import FOLDER, TINY, write_folder
 from safetensors.torch import load_file
 
 from kd_lightning import api
@@ -100,11 +103,22 @@ def test_attention_is_the_mean_over_members_of_any_architecture():
     torch.testing.assert_close(together, torch.stack(alone).mean())
 
 
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run with an ensemble, of a configuration as of `train`."""
+    root = tmp_path_factory.mktemp("finished")
+    return api.run(
+        *FOLDER, f"data.root={write_folder(root / 'images')}", *TINY, *ENSEMBLE,
+        f"output_dir={root / 'outputs'}", f"data_dir={root / 'data'}",
+    )  # fmt: skip
+
+
 @pytest.fixture
-def finished(train, tmp_path):
-    done = train(*ENSEMBLE)
-    assert done.code == 0, done.err
-    return done
+def outputs(tmp_path, finished):
+    """The output folder of `train`, with the teachers of the run."""
+    root = tmp_path / "outputs"
+    shutil.copytree(Path(finished["folder"]).parents[2] / "teachers", root / "teachers")
+    return root
 
 
 def caches(tmp_path):
@@ -112,8 +126,8 @@ def caches(tmp_path):
     return {entry.folder.name: entry.views for entry in stored(root)}
 
 
-def test_members_are_trained_and_cached_like_single_teachers(train, tmp_path, finished):
-    store = tmp_path / "outputs" / "teachers"
+def test_members_are_trained_and_cached_like_single_teachers(train, tmp_path, outputs):
+    store = outputs / "teachers"
     assert len(list(store.glob("*/teacher.safetensors"))) == 2
     before = caches(tmp_path)
     assert sorted(name.split("-")[1] for name in before) == [
@@ -121,16 +135,16 @@ def test_members_are_trained_and_cached_like_single_teachers(train, tmp_path, fi
     ]  # fmt: skip
     # A subset, in another order, needs no training and no further output.
     for members in ("teacher.seed=1", "teacher.members=[{seed: 1},{seed: 0}]"):
-        done = train("method=combined", members)
+        done = train("method=combined", "trainer.max_epochs=1", members)
         assert done.code == 0, done.err
         assert "teacher convnet: epoch" not in done.err
     assert caches(tmp_path) == before
     assert len(list(store.glob("*/teacher.safetensors"))) == 2
 
 
-def test_results_of_an_ensemble(train, tmp_path, finished):
-    metrics = finished.metrics
-    single = train("method=logit").metrics
+def test_results_of_an_ensemble(train, finished, outputs):
+    metrics = finished
+    single = train("method=logit", "trainer.max_epochs=1").metrics
     assert metrics["teacher"] == "convnet x2"
     assert metrics["teacher_parameters"] == 2 * single["teacher_parameters"]
     assert metrics["compression_ratio"] == pytest.approx(2 * single["compression_ratio"])
@@ -140,10 +154,10 @@ def test_results_of_an_ensemble(train, tmp_path, finished):
     assert len(metrics["teacher_key"]) == 64
     assert metrics["teacher_key"] != single["teacher_key"]
     # The accuracy of the averaged prediction.
-    config = json.loads(json.dumps(api.load_student(finished.runs[0]).config))
+    config = json.loads(json.dumps(api.load_student(finished["folder"]).config))
     data = api_data(config)
     members = []
-    for part in sorted((tmp_path / "outputs" / "teachers").glob("*/teacher.safetensors")):
+    for part in sorted((outputs / "teachers").glob("*/teacher.safetensors")):
         network = ConvNet(channels=[8, 16], hidden=16, num_classes=3, image_size=16)
         network.load_state_dict(load_file(part))
         members.append(network.eval())
@@ -162,9 +176,9 @@ def api_data(config):
     return data
 
 
-def test_ensemble_of_one_is_the_teacher(train):
+def test_ensemble_of_one_is_the_teacher(train, outputs):
     students = [
-        train("method=logit", "remember.disk_gb=0", *members).runs[0]
+        train("method=logit", "remember.disk_gb=0", "trainer.max_epochs=1", *members).runs[0]
         for members in ((), ("teacher.members=[{seed: 0}]",))
     ]
     one, other = [(run / "student.safetensors").read_bytes() for run in students]

@@ -11,18 +11,24 @@ import textwrap
 
 import pytest
 import torch
-from conftest import in_a_new_process
+from conftest import FOLDER, TINY
+from lightning.fabric.utilities import rank_zero
+from processes import start
 
+from kd_lightning import api
 from kd_lightning.config import naming
 from kd_lightning.config.nodes import build
 from kd_lightning.data.views import PLAIN
+from kd_lightning.distill.caching import open_caches
 from kd_lightning.models import ConvNet, count_parameters
 from kd_lightning.storage import identity as contents
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as training
 from kd_lightning.workflows.evaluate import evaluate
+from kd_lightning.workflows.jobs import prepare
+from kd_lightning.workflows.teacher import find_teachers
 
-SETTING = ("setting=here", "trainer.precision=32-true")
+SETTING = ("setting=here", "trainer.precision=32-true", "trainer.max_epochs=1")
 TEACHER = ("teacher.model.channels=[4,8]", "teacher.model.hidden=8")
 
 
@@ -56,6 +62,29 @@ def own(tmp_path, monkeypatch):
     yield folder
     for name in ("mine", "helpers"):
         sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def opened(tmp_path, folder):
+    """The module of a run with its caches, as before the training of the student."""
+
+    def module(*arguments, device="cpu"):
+        config = api.compose(
+            *FOLDER, f"data.root={folder}", *TINY, f"output_dir={tmp_path / 'outputs'}",
+            f"data_dir={tmp_path / 'data'}", *arguments,
+        )  # fmt: skip
+        job = prepare(config)
+        job = job.with_teachers(find_teachers(job.plan, job.data, job.teachers))
+        open_caches(job.module, job.plan, job.data, torch.device(device))
+        return job.module
+
+    return module
+
+
+def cached_in(module):
+    """The folder of the cached targets of the only term that needs the teacher."""
+    (rows,) = module.cache.rows.values()
+    return rows.folder
 
 
 NET = """
@@ -174,18 +203,15 @@ TERM = """
 """
 
 
-def test_changed_term_code_invalidates_cached_targets(train, tmp_path, own):
-    command = ("method=logit", "method.terms.logit._target_=mine.Mine", *SETTING)
-    stored = tmp_path / "outputs" / "teachers" / "remembered"
-    counts = []
+def test_changed_term_code_invalidates_cached_targets(opened, own):
+    folders = []
     for sign in ("", "-", ""):
         write_module(own / "mine.py", TERM.format(sign))
-        assert train(*command).code == 0
-        counts.append(sum("evaluation" not in path.name for path in stored.iterdir()))
-    assert counts == [1, 2, 2]
+        folders.append(cached_in(opened("method=logit", "method.terms.logit._target_=mine.Mine")))
+    assert folders[0] == folders[2] != folders[1]
 
 
-def test_terms_with_equal_targets_share_cached_logits(train, tmp_path, own):
+def test_terms_with_equal_targets_share_cached_logits(train, opened, own):
     write_module(
         own / "mine.py",
         """
@@ -201,22 +227,22 @@ def test_terms_with_equal_targets_share_cached_logits(train, tmp_path, own):
                 return teacher.logits.float().clamp(-20, 20)
         """,
     )
-    train("method=logit", *SETTING)
-    stored = tmp_path / "outputs" / "teachers" / "remembered"
 
-    def rows():
-        paths = [path for path in stored.rglob("*.rows") if "evaluation" not in str(path)]
-        return {path: path.stat().st_mtime_ns for path in paths}
-
-    before = rows()
-    for kind in ("Derived", "Independent"):
+    def arguments(kind):
         term = f"+method.terms.{kind.lower()}={{_target_: mine.{kind}, weight: 1.0}}"
-        done = train("method=logit", "~method.terms.logit", term, *SETTING)
-        assert done.code == 0, done.err
-        assert rows() == before
-    term = "+method.terms.clamped={_target_: mine.Clamped, weight: 1.0}"
-    train("method=logit", "~method.terms.logit", term, *SETTING)
-    assert len(rows()) == 2 * len(before)
+        return "method=logit", "~method.terms.logit", term
+
+    shared = cached_in(opened("method=logit"))
+    for kind in ("Derived", "Independent"):
+        assert cached_in(opened(*arguments(kind))) == shared
+    assert cached_in(opened(*arguments("Clamped"))) != shared
+
+    # The rows that one term has written are those that another reads.
+    train("method=logit", *SETTING)
+    before = {path: path.stat().st_mtime_ns for path in shared.glob("*.rows")}
+    done = train(*arguments("Independent"), *SETTING)
+    assert done.code == 0, done.err
+    assert {path: path.stat().st_mtime_ns for path in shared.glob("*.rows")} == before != {}
 
 
 def test_run_of_an_older_version_is_valid(train, tmp_path):
@@ -375,18 +401,13 @@ def test_new_keys_do_not_rename_runs():
     assert naming.config_key({**new, "update_bn": True}) != naming.config_key(config)
 
 
-def test_cached_outputs_are_specific_to_the_device_type(train, monkeypatch):
-    from kd_lightning.distill import caching
-
+def test_cached_outputs_are_specific_to_the_device_type(opened):
     keys = []
-    original = caching.folder_name
-    monkeypatch.setattr(caching, "folder_name", lambda *a: keys.append(dict(a[2])) or original(*a))
-    equip = training.open_caches
     for kind in ("cpu", "cuda"):
-        device = torch.device(kind)
-        monkeypatch.setattr(training, "open_caches", lambda *a, d=device: equip(*a[:-1], d))
-        assert train("method=logit", "trainer.max_epochs=1").code == 0
-    assert [key.get("device") for key in keys] == [None, None, "cuda", "cuda"]
+        module = opened("method=logit", device=kind)
+        for cache in (module.evaluation_cache, module.cache):
+            keys += [rows.key.get("device") for rows in cache.rows.values()]
+    assert keys == [None, None, "cuda", "cuda"]
 
 
 @pytest.mark.parametrize("layer", ["torch.nn.BatchNorm2d(3, track_running_stats=False)", "Noise()"])
@@ -443,12 +464,11 @@ def test_rejected_run_leaves_no_folder(train, tmp_path, wrong):
     logging.getLogger("anything").warning("no log file is left that this would be written to")
 
 
-def test_finished_run_of_another_configuration_is_kept(train):
-    place = ("setting=here", "name=there")
-    (run,) = train("method=none", *place).runs
-    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
-    assert train("method=none", "optimizer.lr=-1", *place).code == 2
-    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
+def import_anew():
+    """As in a new interpreter, in which importing Lightning sets the rank from the environment."""
+    rank_zero.rank_zero_only.rank = rank_zero._get_rank()
+    for name in [name for name in sys.modules if name.partition(".")[0] == "kd_lightning"]:
+        del sys.modules[name]
 
 
 def test_single_process_ignores_cluster_variables(folder, tmp_path):
@@ -459,17 +479,27 @@ def test_single_process_ignores_cluster_variables(folder, tmp_path):
     command = (
         "train.py", "method=none", "data=folder", f"data.root={folder}", "data.image_size=16",
         "data.batch_size=16", "student.model.channels=[4,8]", "trainer.max_epochs=1",
-        "trainer.accelerator=cpu", f"output_dir={tmp_path / 'outputs'}",
+        "trainer.accelerator=cpu", f"output_dir={tmp_path / 'outputs'}", "pictures=false",
         f"data_dir={tmp_path / 'data'}",
     )  # fmt: skip
-    done = in_a_new_process(*command, fresh=True, **variables)
-    assert done.code == 0, done.err
+    trained = start(*command, prepare=import_anew, **variables)
+    out, err = trained.communicate()
+    assert trained.returncode == 0, err
+    # The table, and a line of progress.
+    assert len(err.splitlines()) == 1
+    assert ": epoch 1/1, val " in err
     (run,) = (tmp_path / "outputs" / "runs").glob("*/*")
     left = {path.name.partition(".out")[0] for path in run.iterdir()}
     assert {"config.yaml", "metrics.json", "student.safetensors", "checkpoints", "events"} <= left
-    assert RunDirectory(run).read_metrics()["status"] == "finished"
-    evaluated = in_a_new_process("scripts/evaluate.py", str(run), **variables)
-    assert evaluated.code == 0, evaluated.err
+    metrics = RunDirectory(run).read_metrics()
+    assert metrics["status"] == "finished"
+    accuracy = f"{100 * metrics['test_accuracy']:.2f} %"
+    assert accuracy in out
+    evaluated = start("scripts/evaluate.py", str(run), prepare=import_anew, **variables)
+    out, err = evaluated.communicate()
+    assert evaluated.returncode == 0, err
+    assert f"test accuracy {accuracy}" in out
+    assert out.count(accuracy) == 2
 
 
 def test_parameters_of_a_teacher_not_buildable_on_meta_device(train):
@@ -499,33 +529,24 @@ AUGMENTATION = """
 """
 
 
-def test_user_defined_augmentation_is_used_and_cached_under_its_own_key(train, tmp_path, own):
+def test_user_defined_augmentation_is_used_and_cached_under_its_own_key(train, opened, own):
+    def command(by):
+        return "method=logit", f"+data.augmentation={{_target_: mine.Darker, by: {by}}}"
+
     write_module(own / "mine.py", AUGMENTATION.format(""))
-    stored = tmp_path / "outputs" / "teachers" / "remembered"
-
-    def caches():
-        return {p.name for p in stored.glob("*") if "evaluation" not in p.name}
-
-    command = (
-        "method=logit",
-        "+data.augmentation={_target_: mine.Darker, by: 2}",
-        "setting=darker",
-    )
-    train("method=logit", "setting=plain")
-    before = caches()
-    done = train(*command)
+    done = train(*command(2), *SETTING)
     assert done.code == 0, done.err
     views = Views(done.runs[0])
     pixels = views.render(torch.tensor([3]), torch.tensor([5]))
     plain = views.render(torch.tensor([3]), torch.tensor([PLAIN]))
     assert torch.equal(pixels, plain // 2)
-    one = caches() - before
-    assert len(one) == 1
+    used = cached_in(opened(*command(2)))
+    assert list(used.glob("*.rows"))
     # Its settings and its code are part of the key.
-    train("method=logit", "+data.augmentation={_target_: mine.Darker, by: 3}", "setting=dark")
+    folders = [used, cached_in(opened("method=logit")), cached_in(opened(*command(3)))]
     write_module(own / "mine.py", AUGMENTATION.format("+ 1"))
-    train(*command)
-    assert len(caches() - before) == 3
+    folders.append(cached_in(opened(*command(2))))
+    assert len(set(folders)) == 4
 
 
 class Views:

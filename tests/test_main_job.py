@@ -1,9 +1,7 @@
 """End-to-end tests of the main command: from data to a tested student."""
 
 import json
-import re
 import shutil
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +9,16 @@ import pytest
 import torch
 import yaml
 from conftest import REPOSITORY, TINY, in_a_new_process
+from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from kd_lightning import api
+from kd_lightning.config.complete import plain
 from kd_lightning.config.nodes import build
 from kd_lightning.results import FIGURE
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows.evaluate import evaluate
+from kd_lightning.workflows.student import run
 
 KEYS = {
     "status", "name", "setting", "config_key", "baseline_key",
@@ -104,25 +106,41 @@ SIMKD = (
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("method", [*METHODS, "crd with memory"])
-def test_every_method_trains_on_digits(train, tmp_path, tmp_path_factory, method):
-    name, _, memory = method.partition(" with ")
-    own = [setting for setting in TINY if "teacher" not in setting]
-    teacher = SIMKD if name == "simkd" else [setting for setting in TINY if setting not in own]
-    # All other methods share the teacher of the first.
-    trained = tmp_path_factory.getbasetemp() / "teacher-of-digits"
-    teachers = tmp_path / "outputs" / "teachers"
-    if trained.exists() and name not in TEACHERLESS:
-        shutil.copytree(trained, teachers)
-    done = train(
-        f"method={name}", *own, *teacher, *(["method.terms.crd.memory=true"] if memory else []),
+@pytest.fixture(scope="module")
+def on_digits(tmp_path_factory):
+    """The configuration of a run on digits, by its method.
+
+    Composed with one method, and that of others read from its file: composing takes as long as such
+    a run. All methods but SimKD share a teacher.
+    """
+    student = [setting for setting in TINY if "teacher" not in setting]
+    given = (
         "data=digits", "data.image_size=16", "trainer.max_epochs=1", "augmentation=mixup",
         "+trainer.limit_train_batches=2", "+teacher.trainer.limit_train_batches=1",
-        "trainer.log_every_n_steps=1", data=False, tiny=False,
+        "trainer.log_every_n_steps=1", f"output_dir={tmp_path_factory.mktemp('digits')}",
     )  # fmt: skip
-    assert done.code == 0, done.err
-    assert done.metrics["method"] == name
-    events = EventAccumulator(str(done.runs[0]))
+    composed = api.compose("method=none", *TINY, *given)
+
+    def config(name):
+        if name == "simkd":
+            return api.compose("method=simkd", *student, *SIMKD, *given)
+        method = OmegaConf.load(REPOSITORY / "configs" / "method" / f"{name}.yaml")
+        return plain(OmegaConf.create({**composed, "method": method}))
+
+    return config
+
+
+@pytest.mark.parametrize("method", [*METHODS, "crd with memory"])
+def test_every_method_trains_on_digits(on_digits, tmp_path, method):
+    name, _, memory = method.partition(" with ")
+    config = on_digits(name)
+    if memory:
+        config["method"]["terms"]["crd"]["memory"] = True
+    if name in TEACHERLESS:
+        config["output_dir"] = str(tmp_path)
+    metrics = run(config, tmp_path / "run", test=False)
+    assert metrics["method"] == name
+    events = EventAccumulator(str(tmp_path / "run"))
     events.Reload()
     terms = [tag for tag in events.Tags()["scalars"] if tag.startswith("loss/")]
     losses = {tag: [event.value for event in events.Scalars(tag)] for tag in terms}
@@ -133,16 +151,14 @@ def test_every_method_trains_on_digits(train, tmp_path, tmp_path_factory, method
         # VID may be negative; DKD and ReviewKD are warmed up from 0.
         assert tag == "loss/vid" or values[0] >= 0 < values[1], tag
     # No teacher is trained for a method without teacher.
-    assert (done.metrics["teacher_val_accuracy"] is None) == (name in TEACHERLESS)
-    assert teachers.exists() == (name not in TEACHERLESS)
-    if teachers.exists() and name != "simkd" and not trained.exists():
-        shutil.copytree(teachers, trained, ignore=shutil.ignore_patterns("remembered"))
+    assert (metrics["teacher_val_accuracy"] is None) == (name in TEACHERLESS)
+    assert Path(config["output_dir"], "teachers").exists() == (name not in TEACHERLESS)
 
 
 @pytest.mark.parametrize(
     "teacher",
     [
-        ["teacher=resnet9", "+teacher.model.logit_scale=1.0"],
+        ["teacher=resnet9", "teacher.model.width=4", "+teacher.model.logit_scale=1.0"],
         ["teacher=resnet20"],
     ],
 )
@@ -157,11 +173,11 @@ def test_every_teacher_works(train, teacher):
 
 
 def test_user_checkpoint_as_teacher(train, tmp_path):
-    (run,) = train("method=none", "student.name=mine").runs
+    (run,) = train("method=none", "student.name=mine", "trainer.max_epochs=1").runs
     checkpoint = run / "student.safetensors"
     done = train(
         "method=logit", f"teacher.checkpoint={checkpoint}", "teacher.model.channels=[4,8]",
-        "teacher.model.hidden=8",
+        "teacher.model.hidden=8", "trainer.max_epochs=1",
     )  # fmt: skip
     assert done.code == 0, done.err
     recorded = json.loads((run / "metrics.json").read_text())
@@ -187,13 +203,13 @@ def test_user_student_and_term_from_yaml(train):
 
 
 def test_sweep_continues_after_a_failed_run(train, tmp_path):
-    done = train("-m", "method=none", "optimizer.lr=0.01,-1,0.02")
+    done = train("-m", "method=none", "optimizer.lr=-1,0.02", "trainer.max_epochs=1")
     assert done.code == 2
     assert done.err.count("error:") == 1, done.err
     assert done.runs, done.err + done.out
     assert "optimizer" in done.err
     statuses = sorted(json.loads((r / "metrics.json").read_text())["status"] for r in done.runs)
-    assert statuses == ["failed", "finished", "finished"]
+    assert statuses == ["failed", "finished"]
 
 
 def test_best_epoch_and_last_epoch_are_both_recorded(train):
@@ -238,41 +254,6 @@ def test_finished_run_is_shown_and_not_repeated(train, tmp_path):
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
-def test_command_in_a_new_process(folder, tmp_path):
-    """Prints the table, and a line of progress; the evaluate script prints the same accuracy."""
-    done = in_a_new_process(
-        "train.py", "method=none", "data=folder", f"data.root={folder}", "data.image_size=16",
-        "data.batch_size=16", "student.model.channels=[4,8]", "trainer.max_epochs=1",
-        "trainer.accelerator=cpu", f"output_dir={tmp_path / 'outputs'}",
-        KD_DATA_DIR=str(tmp_path / "data"),
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    assert len(done.err.splitlines()) == 1
-    assert ": epoch 1/1, val " in done.err
-    (run,) = (tmp_path / "outputs" / "runs").glob("*/*")
-    accuracy = json.loads((run / "metrics.json").read_text())["test_accuracy"]
-    evaluated = in_a_new_process("scripts/evaluate.py", str(run))
-    assert evaluated.code == 0, evaluated.err
-    assert f"test accuracy {100 * accuracy:.2f} %" in evaluated.out
-    assert evaluated.out.count(f"{100 * accuracy:.2f} %") == 2
-
-
-def test_concurrent_commands_train_one_teacher(folder, tmp_path):
-    command = [
-        "train.py", "method=logit", "data=folder", f"data.root={folder}", "data.image_size=16",
-        "data.batch_size=16", "student.model.channels=[4,8]", "teacher.model.channels=[4,8]",
-        "teacher.layers=[stage1]", "trainer.max_epochs=1", "teacher.trainer.max_epochs=3",
-        f"output_dir={tmp_path / 'outputs'}", f"data_dir={tmp_path / 'data'}",
-    ]  # fmt: skip
-    with ThreadPoolExecutor(2) as pool:
-        both = list(pool.map(lambda seed: in_a_new_process(*command, f"seed={seed}"), range(2)))
-    assert [done.code for done in both] == [0, 0], both
-    logs = "".join(log.read_text() for log in tmp_path.rglob("train.log"))
-    assert logs.count("teacher convnet: epoch 3/3") == 1
-    assert len(re.findall(r"logit-small-s\d.*: epoch 1/1", logs)) == 2
-    assert len(list((tmp_path / "outputs" / "teachers").glob("*/teacher.json"))) == 1
-
-
 def test_help_lists_all_choices_without_importing_torch():
     done = in_a_new_process("-X", "importtime", "train.py", "--help")
     assert done.code == 0
@@ -293,7 +274,7 @@ def shared(name: str) -> Path:
 @pytest.mark.parametrize(
     ("depth", "most", "accuracy"),
     [
-        (20, 50, 0.92),
+        (20, 25, 0.912),
         pytest.param(20, None, 0.9173, marks=pytest.mark.slow),
         pytest.param(56, None, 0.9338, marks=pytest.mark.slow),
     ],
@@ -306,10 +287,10 @@ def test_third_party_checkpoints_reach_their_accuracy(train, tmp_path, depth, mo
 
     checkpoint = next(shared("checkpoints").glob(f"resnet{depth}-*.th"))
     images = tmp_path / "cifar10"
-    for sheet in sorted((shared("cifar10") / "test").glob("*.webp")):
+    for sheet in sorted((shared("cifar10") / "test").glob("*-00.webp" if most else "*.webp")):
         column = np.asarray(Image.open(sheet).convert("RGB")).reshape(-1, 32, 32, 3)
         name, part = sheet.stem.rsplit("-", 1)
-        for split, count in (("test", most or len(column)), ("train", 20)):
+        for split, count in (("test", most or len(column)), ("train", 5)):
             place = images / split / name
             place.mkdir(parents=True, exist_ok=True)
             for number, image in enumerate(column[:count]):
@@ -318,7 +299,7 @@ def test_third_party_checkpoints_reach_their_accuracy(train, tmp_path, depth, mo
         "method=logit", "data=folder", f"data.root={images}", f"teacher=resnet{depth}",
         f"teacher.checkpoint={checkpoint}", "teacher.mean=[0.485,0.456,0.406]",
         "teacher.std=[0.229,0.224,0.225]", "student.model.channels=[4,8]", "trainer.max_epochs=1",
-        "trainer.precision=32-true", "data.batch_size=64", tiny=False, data=False,
+        "trainer.precision=32-true", "data.batch_size=16", tiny=False, data=False,
     )  # fmt: skip
     assert done.code == 0, done.err
     assert done.metrics["teacher_test_accuracy"] == pytest.approx(accuracy, abs=0.0003)

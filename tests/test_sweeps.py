@@ -18,9 +18,13 @@ from omegaconf import Container, DictConfig, OmegaConf
 from kd_lightning.config import naming, overrides, sweeps
 from kd_lightning.config.tree import tree_folder
 from kd_lightning.errors import InputError
+from kd_lightning.workflows import student
 
 naming.register()
 overrides.install()
+
+
+ADAM = "{_target_: torch.optim.Adam, lr: 0.2}"
 
 
 @pytest.fixture
@@ -86,30 +90,28 @@ def everything(node):
     ("hydra", "run"),
     [
         ([], []),
-        ([], ["method=none", "student=large", "seed=3"]),
-        ([], ["seed=3", "method=logit", "teacher=resnet20", "seed=4"]),
+        ([], ["seed=3", "method=logit", "student=large", "teacher=resnet20", "seed=4"]),
         ([], [*TINY, "data=digits", "+trainer.limit_train_batches=1", "pictures=False"]),
         ([], ["experiment=demo", "optimizer.lr=0.1", "++trainer.fast=1", "~student.layers"]),
-        ([], ["optimizer.lr=0.1", "optimizer={_target_: torch.optim.Adam, lr: 0.2}"]),
-        ([], ["optimizer={_target_: torch.optim.Adam, lr: 0.2}", "optimizer.lr=0.1"]),
+        ([], ["optimizer.lr=0.1", f"optimizer={ADAM}",
+              f"teacher.optimizer={ADAM}", "teacher.optimizer.lr=0.1"]),
         ([], ["optimizer={momentum: 0.5}", "optimizer=adamw", "+optimizer.eps=1e-8"]),
-        ([], ["scheduler=null", "augmentation=none", "experiment=null", "seed=1"]),
-        ([], ["~scheduler", "teacher.scheduler=null", "student.layers=[a,b]"]),
+        ([], ["scheduler=null", "augmentation=none", "experiment=null", "output_dir='~/x'",
+              "data.root='a b'", "teacher.ignore_keys=[a]", "update_bn=true"]),
+        ([], ["~scheduler", "teacher.scheduler=null", "student.layers=[a,b]",
+              "+callbacks.x={_target_: a.B, list: [1, {y: 2}]}", "name='${seed}-${now:%s}'"]),
         ([], ["scheduler@teacher.scheduler=cosine", "optimizer@teacher.optimizer=adamw"]),
-        ([], ["output_dir='~/x'", "data.root='a b'", "teacher.ignore_keys=[a]", "update_bn=true"]),
-        ([], ["+callbacks.x={_target_: a.B, list: [1, {y: 2}]}", "name='${seed}-${now:%s}'"]),
         (["hydra.sweep.dir='~/y'", "hydra/job_logging=none"], ["method=none", "seed=2"]),
-        (["hydra.job.config.override_dirname.exclude_keys=[seed]"], ["seed=2", "data.flip=false"]),
-        (["hydra.job.env_copy=[HOME]", "+hydra.job.env_set.A=b"], ["seed=2"]),
+        (["hydra.job.config.override_dirname.exclude_keys=[seed]", "hydra.job.env_copy=[HOME]",
+          "+hydra.job.env_set.A=b"], ["seed=2", "data.flip=false"]),
     ],
-)
+)  # fmt: skip
 def test_a_run_is_composed_as_by_hydra(shared, grids, hydra, run):
     loader, config = shared, grids(shared, *hydra)
-    fast = sweeps.compose_run(loader, config, run)
-    assert fast is not None
-    assert everything(fast) == everything(sweeps._load_as_hydra(loader, config, run))
-    again = sweeps.compose_run(loader, config, [*run, "seed=7"])
-    assert everything(again) == everything(sweeps._load_as_hydra(loader, config, [*run, "seed=7"]))
+    assert sweeps.compose_run(loader, config, run) is not None
+    again = [*run, "ema=0.5"]  # of the same groups
+    fast = sweeps.compose_run(loader, config, again)
+    assert everything(fast) == everything(sweeps._load_as_hydra(loader, config, again))
 
 
 def test_tests_compose_as_hydra(loader):
@@ -135,17 +137,19 @@ def test_tests_compose_as_hydra(loader):
     ],
 )  # fmt: skip
 def test_an_impossible_run_is_refused_as_by_hydra(shared, grids, run, monkeypatch):
-    monkeypatch.setattr(ConfigLoaderImpl, "load_sweep_config", sweeps._load_as_hydra)
-    with pytest.raises(Exception) as expected:
-        shared.load_sweep_config(grids(shared), run)
+    config = grids(shared)
+    with pytest.raises(Exception) as refused:
+        sweeps._load_as_hydra(shared, config, run)
+    assert str(refused.value)
     sweeps.install()
-    with pytest.raises(type(expected.value)) as refused:
-        shared.load_sweep_config(grids(shared), run)
-    assert str(refused.value) == str(expected.value)
+    left_to_hydra = []
+    monkeypatch.setattr(sweeps, "_load_as_hydra", lambda *given: left_to_hydra.append(given))
+    shared.load_sweep_config(config, run)
+    assert left_to_hydra == [(shared, config, run)]
 
 
-def test_files_are_composed_once_for_all_runs_with_the_same_groups(loader, monkeypatch):
-    config = grid(loader)
+def test_files_are_composed_once_for_all_runs_with_the_same_groups(loader, grids, monkeypatch):
+    config = grids(loader)
     calls = compositions(monkeypatch)
     for seed in range(3):
         monkeypatch.setenv("PL_GLOBAL_SEED", str(seed))  # as Lightning does
@@ -158,8 +162,8 @@ def test_files_are_composed_once_for_all_runs_with_the_same_groups(loader, monke
 
 
 @pytest.mark.parametrize("change", ["edited", "added", "removed", "environment", "folder"])
-def test_changes_during_a_grid_are_noticed(loader, tree, monkeypatch, tmp_path, change):
-    config = grid(loader, "hydra.job.env_copy=[HOME]")
+def test_changes_during_a_grid_are_noticed(loader, grids, tree, monkeypatch, tmp_path, change):
+    config = grids(loader, "hydra.job.env_copy=[HOME]")
     run = ["optimizer=adamw", "seed=1", "+extra=x"]
     before = loader.load_sweep_config(config, run)
     file = tree / "optimizer" / "adamw.yaml"
@@ -185,7 +189,7 @@ def test_changes_during_a_grid_are_noticed(loader, tree, monkeypatch, tmp_path, 
     assert everything(after) != everything(before)
 
 
-def test_only_hydra_composes_from_unusual_search_paths(loader, tree, tmp_path, monkeypatch):
+def test_only_hydra_composes_from_unusual_search_paths(loader, grids, tmp_path, monkeypatch):
     more = tmp_path / "more" / "extra"
     more.mkdir(parents=True)
     (more / "x.yaml").write_text("a: 1")
@@ -193,23 +197,24 @@ def test_only_hydra_composes_from_unusual_search_paths(loader, tree, tmp_path, m
     config = grid(loader, f"hydra.searchpath=[{more.parent}]", *run)
     assert sweeps.compose_run(loader, config, run) is None
     assert loader.load_sweep_config(config, run).extra.a == 1
-    config = grid(loader)
+    config = grids(loader)
     assert sweeps.compose_run(loader, config, ["seed=1"]) is not None
     monkeypatch.setattr(sweeps, "MOST_FILES", 20)
     assert sweeps.compose_run(loader, config, ["seed=1"]) is None
     assert loader.load_sweep_config(config, ["seed=1"]).seed == 1
 
 
-def test_edited_file_is_noticed_by_the_next_grid_of_a_process(train, tmp_path):
+def test_edited_file_is_noticed_by_the_next_grid_of_a_process(train, tmp_path, monkeypatch):
     file = tmp_path / "mine" / "experiment" / "mine.yaml"
     file.parent.mkdir(parents=True)
-    command = ("-m", f"--config-dir={tmp_path}/mine", "experiment=mine", "method=none", "seed=0,1")
-    file.write_text("# @package _global_\noptimizer:\n  weight_decay: 0.1\n")
-    assert len(train(*command).runs) == 2
-    again = train(*command)
-    assert again.out.count("is already finished") == 2
-    assert not again.runs
-    file.write_text("# @package _global_\noptimizer:\n  weight_decay: 0.2\n")
-    edited = train(*command)
-    assert len(edited.runs) == 2
-    assert "already finished" not in edited.out
+    used = []
+
+    def run(config, *_, **__):
+        used.append((config["optimizer"]["weight_decay"], config["seed"]))
+        return {}
+
+    monkeypatch.setattr(student, "run", run)
+    for decay in (0.1, 0.2):
+        file.write_text(f"# @package _global_\noptimizer:\n  weight_decay: {decay}\n")
+        train("-m", f"--config-dir={tmp_path}/mine", "experiment=mine", "method=none", "seed=0,1")
+    assert used == [(0.1, 0), (0.1, 1), (0.2, 0), (0.2, 1)]
