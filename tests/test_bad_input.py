@@ -14,6 +14,7 @@ from torchvision.datasets import CIFAR10
 from kd_lightning import api
 from kd_lightning.errors import InputError
 from kd_lightning.workflows.evaluate import evaluate
+from kd_lightning.workflows.jobs import prepare
 
 
 @pytest.fixture
@@ -34,6 +35,11 @@ def refused(train, tmp_path, monkeypatch):
         return lines[0]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return write_folder(tmp_path_factory.mktemp("data") / "images")
 
 
 METHODS = ", ".join(sorted(path.stem for path in REPOSITORY.glob("configs/method/*.yaml")))
@@ -112,10 +118,29 @@ METHODS = ", ".join(sorted(path.stem for path in REPOSITORY.glob("configs/method
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) and "=" in value[0] else "",
 )
-def test_invalid_values_are_reported(refused, arguments, parts):
-    sentence = refused(*arguments)
+def test_invalid_values_are_reported(tmp_path, images, arguments, parts):
+    place = f"data.root={images}", f"output_dir={tmp_path / 'outputs'}"
+    with pytest.raises(InputError) as error:
+        prepare(api.compose(*FOLDER, *place, *TINY, *arguments))
+    assert "\n" not in str(error.value)
     for part in parts:
-        assert part in sentence
+        assert part in str(error.value)
+    assert not (tmp_path / "outputs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["=5"], "command line"),
+        (["+typo=1"], "'typo'"),
+        (["data.root=???"], "data.root"),
+        (["trainer.max_epochs=0"], "trainer.max_epochs"),
+        (["trainer.accelerator=quantum"], "quantum"),
+        (["teacher.checkpoint=/no/such/file.pt"], "exist"),
+    ],
+)
+def test_invalid_values_are_one_line_of_the_command(refused, arguments, part):
+    assert part in refused(*arguments)
 
 
 def test_missing_data_root_is_reported(refused):

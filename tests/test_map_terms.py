@@ -87,13 +87,3 @@ def test_own_parameters_are_trained_and_resumed_but_not_part_of_the_student(name
     assert module.student.state_dict().keys() == plain
     assert not any(value is parameter for value in module.parameters()
                    for parameter in teacher.model.parameters())  # fmt: skip
-
-
-def test_cached_maps_are_the_teachers(train):
-    """The second epoch reads from the cache what the first one computed."""
-    students = []
-    for remember in ("remember.disk_gb=0", "remember.dtype=float32"):
-        done = train("method=vid", "data.views=1", "trainer.precision=32-true", remember)
-        assert done.code == 0, done.err
-        students.append((done.runs[0] / "student.safetensors").read_bytes())
-    assert students[0] == students[1]

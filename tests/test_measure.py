@@ -148,6 +148,7 @@ def trained(tmp_path_factory):
     images = write_folder(root / "images", per_class=24)
     given = [*FOLDER, *TINY, f"data.root={images}", f"output_dir={root / 'outputs'}"]
     given += [f"data_dir={root / 'data'}", "student=small", "trainer.precision=32-true"]
+    given += ["trainer.max_epochs=1"]
     return {name: api.run(*given, f"method={name}") for name in ("logit", "none")}
 
 

@@ -1,5 +1,6 @@
 """Packed teachers: the same students from recorded outputs, without the teacher."""
 
+import contextlib
 import hashlib
 import json
 import shutil
@@ -13,6 +14,9 @@ from conftest import FOLDER, TINY, write_folder
 from test_cache_script import script  # noqa: F401
 
 from kd_lightning import api
+from kd_lightning.errors import InputError
+from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import student
 from kd_lightning.workflows.packing import pack_runs
 
 NETWORK = (
@@ -28,13 +32,49 @@ SAME = (
 
 @pytest.fixture(scope="module")
 def published(tmp_path_factory):
-    """A packed teacher of `write_folder`'s images, for combined and two views, and its run."""
+    """A packed teacher of `write_folder`'s images, and the runs of two methods that it is of.
+
+    The code of the teacher is in the folder ``code`` beside the file: see `own_code`.
+    """
     root = tmp_path_factory.mktemp("published")
-    images = write_folder(root / "images")
-    given = (*FOLDER, *TINY, f"data.root={images}", f"output_dir={root / 'outputs'}")
-    found = api.run(*given, "trainer.precision=32-true", "method=combined")
-    pack_runs([found["folder"]], root / "teacher.zip")
+    (root / "code").mkdir()
+    (root / "code" / "own_teacher.py").write_text(
+        "from kd_lightning.models import ConvNet\n\nclass Net(ConvNet):\n    pass\n"
+    )
+    given = (*FOLDER, *TINY, f"data.root={write_folder(root / 'images')}",
+             f"output_dir={root / 'outputs'}", "trainer.precision=32-true",
+             "teacher.model._target_=own_teacher.Net")  # fmt: skip
+    with own_code_in(root / "code"):
+        # fitnet selects the teacher's layers by role
+        found = {name: api.run(*given, f"method={name}") for name in ("combined", "fitnet")}
+        views = pack_runs([run["folder"] for run in found.values()], root / "teacher.zip")
+    kinds = {name.split("-")[1]: count for name, count in views.items()}
+    assert kinds == {"logit": 2, "attention": 2, "mapterm": 2, "evaluation": 1}
     return root / "teacher.zip", found
+
+
+@contextlib.contextmanager
+def own_code_in(folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        yield
+    sys.modules.pop("own_teacher", None)
+
+
+@pytest.fixture
+def own_runs(published, tmp_path):
+    """Copies of the runs and caches of `published` in `tmp_path`; the teacher can be imported."""
+    root = published[0].parent
+    shutil.copytree(root / "outputs", tmp_path / "outputs")
+    runs = {}
+    for name, metrics in published[1].items():
+        runs[name] = tmp_path / Path(metrics["folder"]).relative_to(root)
+        config = runs[name] / "config.yaml"
+        config.write_text(
+            config.read_text().replace(f"{root / 'outputs'}", f"{tmp_path / 'outputs'}")
+        )
+    with own_code_in(root / "code"):
+        yield runs
 
 
 @pytest.fixture
@@ -48,50 +88,56 @@ def from_packed(train, published):
     return run
 
 
+@pytest.fixture
+def prepare(folder, published, tmp_path):
+    """Prepare a training from a packed teacher, as the command line does."""
+
+    def prepared(*arguments, file=published[0]):
+        given = ("teacher=packed", f"teacher.outputs={file}", "trainer.precision=32-true")
+        place = (f"data.root={folder}", f"output_dir={tmp_path / 'outputs'}")
+        student.prepare(api.compose(*FOLDER, *STUDENT, *place, *given, *arguments))
+
+    return prepared
+
+
+@pytest.fixture
+def refused(prepare, tmp_path):
+    """Prepare a training that must be rejected, with nothing unpacked."""
+
+    def run(words, *arguments, **file):
+        with pytest.raises(InputError) as error:
+            prepare(*arguments, **file)
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
+        assert not list(tmp_path.glob("outputs/**/*.rows"))
+
+    return run
+
+
 def student_of(folder):
-    return (folder / "student.safetensors").read_bytes()
+    return (Path(folder) / "student.safetensors").read_bytes()
 
 
-def test_student_and_results_are_those_of_the_teacher(train, tmp_path, script, monkeypatch):  # noqa: F811
-    """On digits, through the command line, elsewhere, without the teacher's weights and code."""
-    module = tmp_path / "code" / "own_teacher.py"
-    module.parent.mkdir()
-    module.write_text("from kd_lightning.models import ConvNet\n\nclass Net(ConvNet):\n    pass\n")
-    monkeypatch.syspath_prepend(str(module.parent))
-    digits = (*TINY, "data=digits", "data.image_size=16", "data.padding=2", "data.views=2",
-              "trainer.max_epochs=3")  # fmt: skip
-    originals, file = {}, tmp_path / "teacher.zip"
-    runs = []
-    for method in ("combined", "fitnet"):  # fitnet selects the teacher's layers by role
-        done = train(*digits, "teacher.model._target_=own_teacher.Net", f"method={method}",
-                     data=False, tiny=False)  # fmt: skip
-        assert done.code == 0, done.err
-        originals[method] = (done.metrics, student_of(done.runs[0]))
-        runs += done.runs
-    code, said, err = script("pack", *runs, file)
-    assert code == 0, err
-    views = [line.split(": ")[-1] for line in said.splitlines()[:-1]]
-    assert sorted(views) == ["1 view", *["2 views"] * 3]
-    shutil.rmtree(tmp_path / "outputs")
-    shutil.rmtree(module.parent)
-    sys.modules.pop("own_teacher")
-    plain = tuple(setting for setting in digits if not setting.startswith("teacher."))
-    for method, (metrics, weights) in originals.items():
-        done = train(*plain, "teacher=packed", f"teacher.outputs={file}", f"method={method}",
-                     data=False, tiny=False)  # fmt: skip
-        assert done.code == 0, done.err
-        assert student_of(done.runs[0]) == weights
-        assert {key: done.metrics[key] for key in SAME} == {key: metrics[key] for key in SAME}
-        assert done.metrics["teacher_key"] == hashlib.sha256(file.read_bytes()).hexdigest()
+@pytest.mark.parametrize("method", ["combined", "fitnet"])
+def test_student_and_results_are_those_of_the_teacher(from_packed, published, tmp_path, method):
+    """Through the command line, elsewhere, without the teacher's weights and code."""
+    file, originals = published
+    done = from_packed(f"method={method}")
+    assert done.code == 0, done.err
+    assert student_of(done.runs[0]) == student_of(originals[method]["folder"])
+    assert {key: done.metrics[key] for key in SAME} == {key: originals[method][key] for key in SAME}
+    assert done.metrics["teacher_key"] == hashlib.sha256(file.read_bytes()).hexdigest()
     assert "own_teacher" not in sys.modules
     assert not list(tmp_path.glob("outputs/teachers/*/*.safetensors"))
 
 
-def test_missing_row_ends_the_training_which_then_resumes(from_packed, published, tmp_path):
+def test_missing_row_ends_the_training_which_then_resumes(
+    from_packed, prepare, published, tmp_path
+):
     """Without the teacher it cannot be recomputed, and no other number may be used."""
-    file, original = published
+    file, originals = published
     command = ("method=combined", "setting=same", "trainer.max_epochs=2")
-    assert from_packed("method=logit", "seed=1", "trainer.max_epochs=1").code == 0
+    prepare("method=logit", "seed=1", "trainer.max_epochs=1")
     (damaged,) = tmp_path.glob("outputs/teachers/packed/*/*-logit-*/view-00001.rows")
     content = bytearray(damaged.read_bytes())
     for place in range(8, len(content), 16):
@@ -108,7 +154,7 @@ def test_missing_row_ends_the_training_which_then_resumes(from_packed, published
     again = from_packed(*command)
     assert again.code == 0, again.err
     assert "resum" in (done.runs[0] / "train.log").read_text()
-    assert student_of(done.runs[0]) == student_of(Path(original["folder"]))
+    assert student_of(done.runs[0]) == student_of(originals["combined"]["folder"])
 
 
 MISFITS = [
@@ -135,14 +181,14 @@ MISFITS = [
 
 
 @pytest.mark.parametrize(("overrides", "words"), MISFITS, ids=lambda value: str(value[0])[:40])
-def test_what_differs_is_named_before_training(from_packed, tmp_path, overrides, words):
-    done = from_packed("method=logit", *overrides)
-    refused(done, words, tmp_path)
+def test_what_differs_is_named_before_training(refused, overrides, words):
+    refused(words, "method=logit", *overrides)
 
 
-def refused(done, words, tmp_path):
+def test_what_differs_is_one_line_of_the_command(from_packed, tmp_path):
+    done = from_packed("method=logit", "data.view_seed=4")
     assert done.code == 2, done.err
-    assert words in done.err
+    assert "data.view_seed is 0 in the file and 4 here" in done.err
     assert len(done.err.splitlines()) == 1, done.err
     assert not done.runs
     assert not list(tmp_path.glob("outputs/**/*.rows"))
@@ -169,12 +215,11 @@ def without(kind):
     return change
 
 
-def test_outputs_that_a_method_needs_must_be_there(from_packed, published, tmp_path):
+def test_outputs_that_a_method_needs_must_be_there(refused, published, tmp_path):
     file = rewritten(published[0], tmp_path / "less.zip", without("attention"))
-    done = from_packed("method=combined", file=file)
-    refused(done, "no outputs for the term attention, only those of Logit", tmp_path)
+    refused("no outputs for the term attention, only those of ", "method=combined", file=file)
     file = rewritten(published[0], tmp_path / "untested.zip", without("evaluation"))
-    refused(from_packed("method=logit", file=file), "no outputs on the test images", tmp_path)
+    refused("no outputs on the test images", "method=logit", file=file)
 
 
 def changed(*path, to):
@@ -215,33 +260,30 @@ FORGED = [
 
 
 @pytest.mark.parametrize("change", FORGED, ids=range(len(FORGED)))
-def test_forged_description_is_rejected(from_packed, published, tmp_path, change):
+def test_forged_description_is_rejected(refused, published, tmp_path, change):
     file = rewritten(published[0], tmp_path / "forged.zip", change)
-    done = from_packed("method=combined", file=file)
-    refused(done, "", tmp_path)
+    refused("", "method=combined", file=file)
     assert not list(tmp_path.rglob("elsewhere*"))
 
 
-def test_damaged_file_is_rejected_before_training(from_packed, published, tmp_path):
+def test_damaged_file_is_rejected_before_training(refused, published, tmp_path):
     def spoil(content):
         name = next(name for name in content if "-logit-" in name)
         content[name] = content[name][:-1] + bytes([content[name][-1] ^ 1])
 
     file = rewritten(published[0], tmp_path / "spoilt.zip", parts=spoil)
-    refused(from_packed("method=logit", file=file), "is damaged", tmp_path)
+    refused("is damaged", "method=logit", file=file)
     content = published[0].read_bytes()
     (tmp_path / "half.zip").write_bytes(content[: len(content) // 2])
-    refused(from_packed("method=logit", file=tmp_path / "half.zip"), "is damaged", tmp_path)
+    refused("is damaged", "method=logit", file=tmp_path / "half.zip")
 
 
-def test_single_cache_is_no_teacher(from_packed, published, tmp_path, script):  # noqa: F811
-    root = Path(published[1]["folder"]).parents[2]
-    (name,) = [path.name for path in root.glob("teachers/remembered/*-logit-*")]
-    shutil.copytree(root / "teachers", tmp_path / "outputs" / "teachers")
+def test_single_cache_is_no_teacher(refused, own_runs, tmp_path, script):  # noqa: F811
+    (name,) = [path.name for path in tmp_path.glob("outputs/teachers/remembered/*-logit-*")]
     assert script("pack", name, tmp_path / "one.zip")[0] == 0
     shutil.rmtree(tmp_path / "outputs")
-    done = from_packed("method=logit", file=tmp_path / "one.zip")
-    refused(done, "pack it again with scripts/cache.py pack RUN FILE", tmp_path)
+    words = "pack it again with scripts/cache.py pack RUN FILE"
+    refused(words, "method=logit", file=tmp_path / "one.zip")
 
 
 def test_other_content_is_another_teacher(from_packed, published, tmp_path):
@@ -263,13 +305,13 @@ def test_other_content_is_another_teacher(from_packed, published, tmp_path):
 
 
 def test_grid_and_report(from_packed, published, tmp_path):
-    done = from_packed("-m", "method=none,logit,attention", "seed=0,1", "trainer.max_epochs=1")
+    done = from_packed("-m", "method=none,attention", "data.views=1")
     assert done.code == 0, done.err
-    assert len(done.runs) == 6
+    assert len(done.runs) == 2
     for run in done.runs:
         metrics = json.loads((run / "metrics.json").read_text())
         assert metrics["teacher"] == "convnet"
-        assert metrics["teacher_parameters"] == published[1]["teacher_parameters"]
+        assert metrics["teacher_parameters"] == published[1]["fitnet"]["teacher_parameters"]
     table = next(tmp_path.glob("outputs/runs/*/results.md")).read_text()
     assert "attention" in table
     assert "convnet" in table
@@ -282,8 +324,8 @@ def test_several_processes(from_packed, train):
     assert done.metrics["processes"] == 2
 
 
-def test_runs_that_cannot_be_packed(train, tmp_path, script, published, from_packed):  # noqa: F811
-    file = tmp_path / "teacher.zip"
+def test_runs_that_cannot_be_packed(train, tmp_path, script, own_runs, from_packed):  # noqa: F811
+    file, run = tmp_path / "teacher.zip", own_runs["combined"]
 
     def said(*runs):
         code, _, err = script("pack", *runs, file)
@@ -291,42 +333,30 @@ def test_runs_that_cannot_be_packed(train, tmp_path, script, published, from_pac
         assert not file.exists()
         return err
 
-    none = train("method=none")
-    assert "no teacher" in said(none.runs[0])
-    uncached = train("method=logit", "remember.disk_gb=0")
-    assert "not cached" in said(uncached.runs[0])
-    logit = train("method=logit", "trainer.max_epochs=1")
-    other = train("method=attention", "trainer.max_epochs=1", "teacher.seed=1")
-    assert "another teacher" in said(logit.runs[0], other.runs[0])
-    again = from_packed("method=logit")
+    other = train("method=logit", "trainer.max_epochs=1", "trainer.precision=32-true")
+    assert "another teacher" in said(run, other.runs[0])
+    again = from_packed("method=logit", "trainer.max_epochs=1")
     assert again.code == 0, again.err
     assert "without weights" in said(again.runs[0])
-    metrics = json.loads((logit.runs[0] / "metrics.json").read_text())
-    (logit.runs[0] / "metrics.json").write_text(json.dumps({**metrics, "status": "running"}))
-    assert "no finished run" in said(logit.runs[0])
+    none = train("method=none", "trainer.max_epochs=1")
+    assert "no teacher" in said(none.runs[0])
+    config = RunDirectory(run).read_config()
+    RunDirectory(run).write_config({**config, "remember": {**config["remember"], "disk_gb": 0}})
+    assert "not cached" in said(run)
+    metrics = json.loads((run / "metrics.json").read_text())
+    (run / "metrics.json").write_text(json.dumps({**metrics, "status": "running"}))
+    assert "no finished run" in said(run)
 
 
-def test_runs_of_several_methods_are_packed_together(train, tmp_path, script, from_packed):  # noqa: F811
-    runs = []
-    for method in ("logit", "attention"):
-        done = train(f"method={method}", "trainer.precision=32-true")
-        assert done.code == 0, done.err
-        runs.append(done.runs[0])
-    code, said, err = script("pack", *runs, tmp_path / "both.zip")
-    assert code == 0, err
-    assert len(said.splitlines()) == 4  # two terms, evaluation, the file
-    done = from_packed("method=combined", file=tmp_path / "both.zip")
-    assert done.code == 0, done.err
-
-
-def test_incomplete_views_are_not_packed(train, tmp_path, script):  # noqa: F811
-    done = train("method=logit")
-    (view,) = tmp_path.glob("outputs/teachers/remembered/*-logit-*/view-00001.rows")
-    view.write_bytes(bytes(view.stat().st_size))
-    code, said, _ = script("pack", done.runs[0], tmp_path / "teacher.zip")
-    assert code == 0
-    assert ": 1 view\n" in said.splitlines(keepends=True)[0]
-    view.with_name("view-00000.rows").unlink()
-    code, _, err = script("pack", done.runs[0], tmp_path / "none.zip")
+def test_incomplete_views_are_not_packed(own_runs, tmp_path, script):  # noqa: F811
+    run, file = own_runs["fitnet"], tmp_path / "teacher.zip"
+    (view,) = tmp_path.glob("outputs/teachers/remembered/*-mapterm-*/view-00001.rows")
+    for name, count in (("view-00001.rows", "2 views"), ("view-00000.rows", "1 view")):
+        code, said, err = script("pack", run, file)
+        assert code == 0, err
+        assert f": {count}\n" in said.splitlines(keepends=True)[0]
+        assert len(said.splitlines()) == 3  # a term, evaluation, the file
+        view.with_name(name).write_bytes(bytes(view.stat().st_size))
+    code, _, err = script("pack", run, tmp_path / "none.zip")
     assert code == 2
     assert "no complete view" in err

@@ -1,8 +1,10 @@
 """From class folders to predictions of an exported file: each step one documented command."""
 
 import csv
+import functools
 import json
 import runpy
+import shutil
 import sys
 import textwrap
 from pathlib import Path
@@ -91,6 +93,12 @@ def exported(run):
     return api.export(run, "onnx")
 
 
+@pytest.fixture(scope="module")
+def exported_pt2(run):
+    """The student of the run as a program of torch."""
+    return api.export(run, "pt2")
+
+
 @pytest.fixture
 def script(monkeypatch, capsys):
     def call(name, *arguments):
@@ -106,7 +114,7 @@ def script(monkeypatch, capsys):
     return call
 
 
-def test_a_strangers_path(run, photographs, script):
+def test_a_strangers_path(run, photographs, script, quick):
     code, said, _ = script("export.py", run, "--to", "onnx", "--int8")
     assert code == 0
     assert "120 test images" in said
@@ -127,14 +135,14 @@ def test_a_strangers_path(run, photographs, script):
 # --- export ---------------------------------------------------------------------------------------
 
 
-def test_exported_files_agree_with_the_student(run, exported):
+def test_exported_files_agree_with_the_student(run, exported, exported_pt2):
     pixels = np.random.default_rng(1).integers(0, 256, (5, 16, 16, 3), dtype=np.uint8)
     student = api.load_student(run)
     expected = student.logits(pixels)
     model = student.model
     images = (torch.from_numpy(pixels).permute(0, 3, 1, 2) / 255 - 0.5) / 0.5
     torch.testing.assert_close(model(images).detach(), expected, atol=1e-5, rtol=1e-5)
-    results = [exported, api.export(run, "pt2"), api.export(run, "safetensors")]
+    results = [exported, exported_pt2, api.export(run, "safetensors")]
     for result in results:
         assert result.images == 120
         assert result.agreement == 1
@@ -180,13 +188,15 @@ def test_temperature_and_resizing_of_the_run_are_exported(run, tmp_path):
 
 
 @pytest.fixture
-def quick(exported, monkeypatch):
-    """Write a copy instead of exporting to ONNX again, which takes seconds."""
-
-    def write(program, description, path):
-        path.write_bytes(exported.path.read_bytes())
-
-    monkeypatch.setattr(exporting.exported, "write_onnx", write)
+def quick(exported, exported_pt2, monkeypatch):
+    """Write a copy instead of exporting again, which takes seconds."""
+    for file in (exported.path, exported_pt2.path):
+        copy = functools.partial(shutil.copyfile, file)
+        monkeypatch.setattr(
+            exporting.exported,
+            f"write_{file.suffix[1:]}",
+            lambda program, description, path, copy=copy: copy(path),
+        )
 
 
 def distort(monkeypatch, reader, change):
@@ -218,7 +228,7 @@ def test_quantization_is_deterministic_and_leaves_the_pixels_alone(run, quick, t
     assert all(np.abs(value.astype(int)).max() <= 64 for value in weights.values())
 
 
-def test_a_file_that_differs_is_not_written(run, tmp_path, monkeypatch):
+def test_a_file_that_differs_is_not_written(run, quick, tmp_path, monkeypatch):
     distort(monkeypatch, "read_pt2", lambda logits: logits + 0.01)
     with pytest.raises(RunError, match=r"0\.01"):
         api.export(run, "pt2", out=tmp_path / "student.pt2")
