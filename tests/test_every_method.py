@@ -1,4 +1,4 @@
-"""Every method as a whole: resumed within an epoch, and trained by two processes."""
+"""Every method as a whole: resumed within an epoch, with cached targets, in two processes."""
 
 import pytest
 import torch
@@ -29,18 +29,32 @@ def settings(method):
     return (f"method={name}", *(teacher if name == "simkd" else ()), *(bank if memory else ()))
 
 
-def test_resume_within_an_epoch_is_bit_identical(tmp_path, method):
-    config = api.compose(
-        "data=folder", f"data.root={write_folder(tmp_path / 'images')}", "data.image_size=16",
-        "data.padding=2", "data.batch_size=7", *TINY, "trainer.max_epochs=3",
-        "trainer.precision=32-true", f"output_dir={tmp_path / 'outputs'}",
-        f"data_dir={tmp_path / 'data'}", *settings(method),
+def configuration(root, method, *more):
+    images = root / "images"
+    return api.compose(
+        "data=folder", f"data.root={images if images.exists() else write_folder(images)}",
+        "data.image_size=16", "data.padding=2", "data.batch_size=7", *TINY,
+        "trainer.max_epochs=3", "trainer.precision=32-true", f"output_dir={root / 'outputs'}",
+        f"data_dir={root / 'data'}", *settings(method), *more,
     )  # fmt: skip
+
+
+def test_resume_within_an_epoch_is_bit_identical(tmp_path, method):
+    config = configuration(tmp_path, method)
     training.run(config, tmp_path / "whole")
     with pytest.raises(Stopped):
         training.run(config, tmp_path / "run", callbacks=[Ask(8)])  # of three epochs of 5 batches
     training.run(config, tmp_path / "run")
     assert left(tmp_path / "run") == left(tmp_path / "whole")
+
+
+def test_cached_targets_give_the_student_of_computed_ones(tmp_path, method):
+    students = []
+    for name, remember in (("live", "remember.disk_gb=0"), ("cached", "remember.dtype=float32")):
+        config = configuration(tmp_path, method, "data.views=1", remember)
+        training.run(config, tmp_path / name)
+        students.append((tmp_path / name / "student.safetensors").read_bytes())
+    assert students[0] == students[1]
 
 
 def test_two_processes_train_the_same_student_as_one(tmp_path, method):
