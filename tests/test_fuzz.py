@@ -313,8 +313,11 @@ def test_damaged_decoded_images(tmp_path_factory, data):
     assert torch.equal(load(), pixels)
 
 
+STATE = {"runs": {"run/metrics.json": [1, 2]}, "drawn": 1e9, "complete": True}
+
+
 @fuzz
-@given(values | garbage)
+@given(changed(STATE) | values | garbage)
 def test_state_file_of_a_grid(tmp_path, content):
     write(tmp_path / "run" / "metrics.json", {**metrics(), "status": "failed", "error": "why"})
     write(tmp_path / ".results.json", content)
