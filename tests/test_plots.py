@@ -136,26 +136,26 @@ def test_method_and_student_names_are_literal(names):
     )
     histories = pd.DataFrame(
         [
-            {"label": name, "student": name, "seed": 0, "epoch": epoch, "val_accuracy": 0.5}
+            {"label": name, "student": student, "seed": 0, "epoch": epoch, "val_accuracy": 0.5}
             for name in names
+            for student in names
             for epoch in (1, 2)
         ]
     )
-    curves = plots.learning_curves(histories)
-    gains = plots.gain_by_method(cells[cells["student"] == names[0]])
-    for figure in (plots.accuracy_by_size(cells, runs), gains, curves):
+    for figure in (
+        plots.accuracy_by_size(cells, runs),
+        plots.gain_by_method(cells[cells["student"] == names[0]]),
+        plots.learning_curves(histories),
+    ):
         assert_literal(figure)
         labels = [
-            text.get_text()
+            text.get_text().strip()
             for axes in figure.axes if axes.get_legend()
             for text in axes.get_legend().get_texts()
-        ] or [text.get_text() for text in figure.axes[0].get_yticklabels()]  # fmt: skip
-        # The legend of the curves is that of the first student.
-        for name in names[:1] if figure is curves else names:
-            if name.strip():  # Matplotlib omits names that begin with _
-                assert any(label.strip()[:3] == plots.text(name).strip()[:3] for label in labels), (
-                    name
-                )
+        ] or [text.get_text().strip() for text in figure.axes[0].get_yticklabels()]  # fmt: skip
+        for name in filter(str.strip, names):  # Matplotlib omits names that begin with _
+            start = plots.text(name).strip()[:3]
+            assert any(label.startswith(start) for label in labels), name
 
 
 def cells_of(methods, students, gain=0.01):
