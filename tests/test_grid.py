@@ -16,6 +16,7 @@ from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
 from kd_lightning.engine.callbacks.pictures import Pictures
 from kd_lightning.errors import RunError
+from kd_lightning.reports import documents
 from kd_lightning.reports.documents import EXPLANATIONS, FIGURES
 from kd_lightning.reports.runs import read_runs
 from kd_lightning.reports.statistics import summarise
@@ -36,6 +37,13 @@ def statuses(folder):
 def test_grid_trains_reports_and_is_not_repeated(train, tmp_path, monkeypatch):
     # Figures of the grid only; test_main_job.py tests those of a run.
     monkeypatch.setattr(Pictures, "on_test_epoch_end", lambda *_: None)
+    draw, drawn = documents.draw, []
+
+    def draw_all(runs, *rest):
+        drawn.append(len(runs))
+        return draw(runs, *rest) if len(runs) == 4 else {}
+
+    monkeypatch.setattr(documents, "draw", draw_all)
     # Unaffected by other grids.
     other = tmp_path / "outputs" / "runs" / "other"
     (other / "none-small-s9").mkdir(parents=True)
@@ -54,6 +62,7 @@ def test_grid_trains_reports_and_is_not_repeated(train, tmp_path, monkeypatch):
     )
     assert (folder / "results.csv").read_text().count("finished") == 4
     assert {path.stem for path in folder.glob("*.png")} == set(FIGURES) - set(EXPLANATIONS)
+    assert drawn == [1, 4]  # at once, then not within a minute, and at the end
     table = done.out.partition("test accuracy in per cent")[2]  # at the end
     rows = [line.split() for line in table.splitlines() if line.startswith(("none ", "logit "))]
     assert [row[0] for row in rows] == ["none", "logit"]
@@ -72,28 +81,29 @@ def test_grid_trains_reports_and_is_not_repeated(train, tmp_path, monkeypatch):
         assert files[path] == at or not path.is_file() or path.suffix == ".lock", path
     assert files.keys() == kept.keys()
     # One more seed: finished runs are not repeated.
+    asked = []
+    monkeypatch.setattr(training, "run", lambda config, *_, **__: asked.append(config) or {})
     wider = train("-m", "setting=grid", "method=none", "seed=0,1,2")
     assert wider.out.count("is already finished") == 2
-    assert len(wider.runs) == 1
+    assert [config["seed"] for config in asked] == [2]
 
 
-def test_experiment_grid_with_overridden_axis(train, tmp_path):
-    done = train("experiment=grid", "setting=grid", "method=none", "seed=3", "trainer.max_epochs=1")
+def test_experiment_grid_with_overridden_axis(train, monkeypatch):
+    asked = []
+    monkeypatch.setattr(training, "run", lambda config, *_, **__: asked.append(config) or {})
+    done = train("experiment=grid", "setting=grid", "method=none", "seed=3")
     assert done.code == 0, done.err
-    names = {run.name.partition("-model")[0] for run in done.runs}
-    assert names == {"none-small-s3", "none-medium-s3", "none-large-s3"}
+    assert {config["name"].partition("-model")[0] for config in asked} == {
+        "none-small-s3", "none-medium-s3", "none-large-s3",
+    }  # fmt: skip
 
 
 def test_none_is_trained_once_for_several_teachers(train, tmp_path):
-    done = train(
-        "-m", "experiment=grid", "teacher=resnet8,resnet14", "teacher.trainer.max_epochs=1",
-        "method=none,logit", "student=small", "seed=0", "trainer.max_epochs=1", "optimizer.lr=0.01",
-        tiny=False,
-    )  # fmt: skip
+    done = train("-m", "teacher.name=one,other", "method=none,logit", "trainer.max_epochs=1")
     assert done.code == 0, done.err
     tables = list(tmp_path.glob("outputs/runs/*/results.md"))
     assert len(tables) == 2
-    for teacher in ("resnet8", "resnet14"):
+    for teacher in ("one", "other"):
         assert f"\nteacher {teacher} (" in done.out  # the title of its table
     # The baseline is trained once and used in both tables.
     assert sorted(run.name.partition("-s0")[0] for run in done.runs) == [
@@ -106,41 +116,37 @@ def test_none_is_trained_once_for_several_teachers(train, tmp_path):
         assert accuracies.keys() == {"none", "logit"}
 
 
-def test_failed_run_does_not_stop_the_grid_and_is_retried(train, tmp_path, monkeypatch):
+def test_failed_and_locked_runs_do_not_stop_the_grid_and_are_retried(train, tmp_path, monkeypatch):
     original = training.train_student
 
     def fails(job, *rest):
-        if job.plan.method == "none":
+        if job.plan.student.seed == 1:
             raise RunError("the loss is not finite at step 3")
         return original(job, *rest)
 
     monkeypatch.setattr(training, "train_student", fails)
-    grid = ("-m", "setting=grid", "method=none,logit", "trainer.max_epochs=1")
-    done = train(*grid)
-    assert done.code == 1
-    assert done.err.count("the loss is not finite at step 3") == 1
+    grid = ("-m", "setting=grid", "method=none", "seed=0,1,2", "trainer.max_epochs=1")
     folder = tmp_path / "outputs" / "runs" / "grid"
-    assert sorted(statuses(folder).values()) == ["failed", "finished"]
+    name = "none-small-s0-model.channels_4_8-model.hidden_8"
+    with RunDirectory(folder / name).lock():  # as of another process
+        done = train(*grid)
+    assert done.code == 1
+    assert f"another process is working on {name}" in done.err
+    assert done.err.count("the loss is not finite at step 3") == 1
+    assert statuses(folder) == {"none-small-s1": "failed", "none-small-s2": "finished"}
     assert "failed: the loss is not finite" in (folder / "results.md").read_text()
 
     monkeypatch.setattr(training, "train_student", original)
     again = train(*grid)
     assert again.code == 0, again.err
-    assert sorted(statuses(folder).values()) == ["finished", "finished"]
+    assert list(statuses(folder).values()) == ["finished"] * 3
     assert "failed" not in (folder / "results.md").read_text()
 
 
-def test_run_locked_by_another_process_is_skipped(train, tmp_path):
-    (run,) = train("method=none", "setting=grid").runs
-    (run / "metrics.json").unlink()
-    with RunDirectory(run).lock():
-        done = train("-m", "setting=grid", "method=none", "seed=0,1")
-    assert done.code == 1
-    assert "another process is working on none-small-s0" in done.err
-    assert len(done.runs) == 1
+def test_run_without_teacher_is_shared_by_all_teachers(train, tmp_path, monkeypatch):
+    def fails(*_):
+        raise RunError("it is trained")
 
-
-def test_run_without_teacher_is_shared_by_all_teachers(train, tmp_path):
     other = ("teacher.model.hidden=24", "setting=another")
     (first,) = train("method=none", "setting=grid").runs
     files = {path: path.stat().st_mtime_ns for path in first.rglob("*") if path.is_file()}
@@ -154,7 +160,10 @@ def test_run_without_teacher_is_shared_by_all_teachers(train, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in first.rglob("*") if p.is_file()} == files
     # Runs that depend on the teacher, or differ otherwise, are trained.
     (distilled,) = train("method=logit", *other).runs
-    (more,) = train("method=none", "setting=longer", "trainer.max_epochs=3").runs
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "train_student", fails)
+        more = train("method=none", "setting=longer", "trainer.max_epochs=3")
+    assert "it is trained" in more.err
     # The table of the other setting contains the baseline and the gain.
     runs = read_runs([distilled.parent])
     assert list(runs["method"]) == ["none", "logit"]
@@ -170,7 +179,6 @@ def test_run_without_teacher_is_shared_by_all_teachers(train, tmp_path):
     # Training the baseline again gives the same student.
     weights = (first / "student.safetensors").read_bytes()
     shutil.rmtree(first)
-    shutil.rmtree(more)
     (trained,) = train("method=none", *other).runs
     assert (trained / "student.safetensors").read_bytes() == weights
 
@@ -204,23 +212,25 @@ def results(root):
     return found
 
 
-# Within the first cell, within the second.
 @pytest.mark.parametrize(
-    ("cell", "how"),
+    "signals",
     [
-        ("none", "SIGKILL"),
-        ("combined", "SIGINT"),
-        pytest.param("combined", "SIGKILL", marks=pytest.mark.slow),
-        pytest.param("none", "SIGTERM", marks=pytest.mark.slow),
+        {"none": "SIGKILL", "combined": "SIGINT"},
+        pytest.param({"none": "SIGTERM", "combined": "SIGKILL"}, marks=pytest.mark.slow),
     ],
+    ids="-".join,
 )
-def test_resume_after_kill_gives_the_same_grid(tmp_path, uninterrupted, cell, how):
+def test_resume_after_kill_gives_the_same_grid(tmp_path, uninterrupted, signals):
+    """Interrupted within the first cell, then within the second."""
     command = [*COMMAND, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
-    process = processes.start(*command)
-    processes.wait_for(f"runs/grid/{cell}*/checkpoints/last.ckpt", tmp_path, process)
-    process.send_signal(signal.Signals[how])
-    _, said = process.communicate(timeout=60)
-    if how != "SIGKILL":
+    for cell, how in signals.items():
+        process = processes.start(*command)
+        processes.wait_for(f"runs/grid/{cell}*/checkpoints/last.ckpt", tmp_path, process)
+        process.send_signal(signal.Signals[how])
+        _, said = process.communicate(timeout=60)
+        if how == "SIGKILL":
+            assert process.returncode == -signal.SIGKILL
+            continue
         assert process.returncode == 128 + signal.Signals[how]
         name = "Ctrl-C" if how == "SIGINT" else how
         last = said.splitlines()[-1]
@@ -236,34 +246,32 @@ def test_resume_after_kill_gives_the_same_grid(tmp_path, uninterrupted, cell, ho
     assert results(tmp_path) == uninterrupted
 
 
-def test_damaged_checkpoint_restarts_training(train, tmp_path, caplog):
+def test_resume_after_the_last_epoch_only_tests(train, caplog):
     (run,) = train("method=none", "setting=grid").runs
+    directory = RunDirectory(run)
+    metrics = directory.read_metrics()
+    unfinished = ("status", "test_accuracy", "test_accuracy_at_best")
+    kept = {key: value for key, value in metrics.items() if key not in unfinished}
+    directory.write_metrics({**kept, "status": "running"})
     weights = (run / "student.safetensors").read_bytes()
-    (run / "metrics.json").write_text(
-        json.dumps({**json.loads((run / "metrics.json").read_text()), "status": "running"})
-    )
+    done = train("method=none", "setting=grid")
+    assert done.code == 0, done.err
+    again = directory.read_metrics()
+    for key in ("status", "val_accuracy", "test_accuracy", "best_epoch", "test_accuracy_at_best"):
+        assert again[key] == metrics[key]
+    assert again["images_per_second"] == metrics["images_per_second"]  # not trained again
+    assert (run / "student.safetensors").read_bytes() == weights
+
+    # With a damaged checkpoint it is trained again.
+    directory.write_metrics({**metrics, "status": "running"})
+    (run / "student.safetensors").unlink()
     checkpoint = run / "checkpoints" / "last.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     done = train("method=none", "setting=grid")
     assert done.code == 0
     assert "is damaged; training restarts" in done.err + caplog.text
     assert (run / "student.safetensors").read_bytes() == weights
-
-
-def test_resume_after_the_last_epoch_only_tests(train):
-    (run,) = train("method=none", "setting=grid").runs
-    metrics = json.loads((run / "metrics.json").read_text())
-    unfinished = ("status", "test_accuracy", "test_accuracy_at_best")
-    kept = {key: value for key, value in metrics.items() if key not in unfinished}
-    (run / "metrics.json").write_text(json.dumps({**kept, "status": "running"}))
-    weights = (run / "student.safetensors").read_bytes()
-    done = train("method=none", "setting=grid")
-    assert done.code == 0, done.err
-    again = json.loads((run / "metrics.json").read_text())
-    for key in ("status", "val_accuracy", "test_accuracy", "best_epoch", "test_accuracy_at_best"):
-        assert again[key] == metrics[key]
-    assert again["images_per_second"] == metrics["images_per_second"]  # not trained again
-    assert (run / "student.safetensors").read_bytes() == weights
+    assert directory.read_metrics()["images_per_second"] != metrics["images_per_second"]
 
 
 def test_checkpoint_write_is_atomic(tmp_path, monkeypatch):
@@ -317,7 +325,8 @@ def test_jobs_in_several_processes_share_one_teacher(tmp_path):
     process = processes.start(
         "train.py", "-m", *TINY, "method=logit", "seed=0,1", "setting=grid", "data=digits",
         "data.image_size=16", "data.batch_size=128", "trainer.max_epochs=1",
-        f"output_dir={tmp_path}", f"data_dir={tmp_path}/data", prepare=launch_in_forks,
+        "+trainer.limit_train_batches=2", f"output_dir={tmp_path}", f"data_dir={tmp_path}/data",
+        prepare=launch_in_forks,
     )  # fmt: skip
     out, err = process.communicate()
     assert process.returncode == 0, err

@@ -115,31 +115,21 @@ def loss_of_rank_1():
     at_batch(5, wait_as_in_a_collective, kill_this_task)
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    root = tmp_path_factory.mktemp("whole")
-    codes, errors = finish(srun(root))
-    assert codes == [0, 0], errors
-    assert errors[1] == ""
-    return root
-
-
-def test_srun_trains_the_same_student_as_own_processes(tmp_path, whole):
-    done = in_a_new_process(*arguments(tmp_path, "trainer.devices=2"))
+def test_signal_to_any_task_saves_within_the_epoch_and_resumes_exactly(tmp_path):
+    """The result is also that of processes that the command starts itself."""
+    own, root = tmp_path / "own", tmp_path / "srun"
+    done = in_a_new_process(*arguments(own, "trainer.devices=2"))
     assert done.code == 0, done.err
-    assert results(tmp_path) == results(whole)
-
-
-def test_signal_to_any_task_saves_within_the_epoch_and_resumes_exactly(tmp_path, whole):
-    codes, errors = finish(srun(tmp_path, prepare=signal_in_second_epoch))
+    codes, errors = finish(srun(root, prepare=signal_in_second_epoch))
     assert codes == [143, 143]
     assert "stopped by SIGTERM" in errors[0]
     assert "of epoch 2" in errors[0]
     assert errors[1] == ""
-    codes, errors = finish(srun(tmp_path))
+    codes, errors = finish(srun(root))
     assert codes == [0, 0]
     assert "resuming" in errors[0]
-    assert results(tmp_path) == results(whole)
+    assert errors[1] == ""
+    assert results(root) == results(own)
 
 
 @pytest.mark.parametrize(

@@ -3,14 +3,15 @@
 import json
 import os
 import re
+import shutil
 import signal
-import time
 
 import processes
 import pytest
 import torch
 from conftest import TINY, in_a_new_process
 from safetensors.torch import load
+from test_launchers import at_batch
 
 from kd_lightning import api
 from kd_lightning.data.loading import ViewSampler
@@ -24,6 +25,7 @@ COMMAND = (
 )  # fmt: skip
 TEST_IMAGES = 359  # an odd number, so that two processes have unequal parts
 TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
+GRID = ("hydra.mode=MULTIRUN", *TWO, "method=none,combined", "seed=0")
 
 
 def train(root, *arguments):
@@ -39,11 +41,18 @@ def results(root, method=""):
     return metrics, (run / "student.safetensors").read_bytes(), history
 
 
-def test_two_processes_train_the_same_student_as_one(tmp_path):
-    for name, arguments in (("one", ()), ("two", TWO)):
-        train(tmp_path / name, *arguments)
-    one, weights, history = results(tmp_path / "one")
-    two, same_weights, same_history = results(tmp_path / "two")
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A grid, every run of which is trained in two processes."""
+    root = tmp_path_factory.mktemp("whole")
+    train(root, *GRID)
+    return root
+
+
+def test_two_processes_train_the_same_student_as_one(tmp_path, whole):
+    api.run(*COMMAND[1:], f"output_dir={tmp_path}", f"data_dir={tmp_path}/data")
+    one, weights, history = results(tmp_path)
+    two, same_weights, same_history = results(whole, "combined")
     assert (one["processes"], two["processes"]) == (1, 2)
     same_weights = load(same_weights)
     for name, weight in load(weights).items():
@@ -55,44 +64,49 @@ def test_two_processes_train_the_same_student_as_one(tmp_path):
     # Metrics cover all images, not only one process's part.
     for row, same in zip(history[1:], same_history[1:], strict=True):
         assert [*map(float, same.split(","))] == pytest.approx([*map(float, row.split(","))], 1e-3)
-    for root in (tmp_path / "one", tmp_path / "two"):
-        (confusion,) = root.glob("runs/*/*/confusion.csv")
+    for root in (tmp_path, whole):
+        (confusion,) = root.glob("runs/*/combined*/confusion.csv")
         counts = [map(int, row.split(",")) for row in confusion.read_text().splitlines()[1:]]
         assert sum(map(sum, counts)) == TEST_IMAGES
 
 
-def test_resume_of_a_distributed_grid(tmp_path):
-    grid = (
-        "hydra.mode=MULTIRUN", *TWO, "method=none,logit", "seed=0", "trainer.max_epochs=4",
-    )  # fmt: skip
-    whole, root = tmp_path / "whole", tmp_path / "interrupted"
-    train(whole, *grid)
-    command = [*COMMAND, *grid, f"output_dir={root}", f"data_dir={root}/data"]
+def interrupt_command():
+    os.killpg(os.getppid(), signal.SIGINT)  # as from a terminal: to the process group
 
-    first = processes.start(*command)
-    processes.wait_for("runs/*/logit*/checkpoints/last.ckpt", root, first)
-    os.killpg(first.pid, signal.SIGINT)  # as from a terminal: to the process group
-    assert first.wait(timeout=30) == 130
 
-    (checkpoint,) = root.glob("runs/*/logit*/checkpoints/last.ckpt")
-    saved = checkpoint.stat().st_mtime_ns
-    second = processes.start(*command)
-    while checkpoint.stat().st_mtime_ns == saved:
-        assert second.poll() is None
-        time.sleep(0.005)
-    second.kill()
-    assert second.wait(timeout=30) == -9
-    assert "resuming" in second.communicate()[1]
+def kill_command():
+    os.kill(os.getppid(), signal.SIGKILL)
 
-    done = train(root, *grid)
-    assert "resuming" in done.err
-    for method in ("none", "logit"):
-        assert results(root, method)[1:] == results(whole, method)[1:]
+
+def interrupt_in_second_epoch():
+    at_batch(10, None, interrupt_command)
+
+
+def kill_in_second_epoch():
+    at_batch(10, None, kill_command)
+
+
+def test_resume_of_a_distributed_grid(tmp_path, whole):
+    """Interrupted in its first run, then killed in the second."""
+    command = [*COMMAND, *GRID, f"output_dir={tmp_path}", f"data_dir={tmp_path}/data"]
+    first = processes.start(*command, prepare=interrupt_in_second_epoch)
+    _, said = first.communicate()
+    assert first.returncode == 130
+    assert " of epoch 2" in said
+    second = processes.start(*command, prepare=kill_in_second_epoch)
+    _, said = second.communicate()
+    assert second.returncode == -9
+    assert re.search("resuming .*/none-", said)
+    done = train(tmp_path, *GRID)
+    assert re.search("resuming .*/combined-", done.err)
+    for method in ("none", "combined"):
+        assert results(tmp_path, method)[1:] == results(whole, method)[1:]
 
 
 @pytest.mark.parametrize("where", ["student.open_caches", "DistillationModule.on_train_epoch_end"])
 @pytest.mark.parametrize("how", ["raise OSError('no more of it')", "os._exit(9)"])
-def test_failed_worker_is_reported(tmp_path, where, how):
+def test_failed_worker_is_reported(tmp_path, whole, where, how):
+    shutil.copytree(whole / "teachers", tmp_path / "teachers")
     script = tmp_path / "breaks.py"
     script.write_text(
         "import os\n"

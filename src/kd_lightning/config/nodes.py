@@ -114,14 +114,14 @@ def build(node: Node, path: str) -> Any:
     if node.get("_partial_"):
         raise InputError(f"{path}: omit _partial_, the object itself is needed")
     try:
-        return instantiate(_with_enums(node), _convert_="all")
+        return instantiate(_plain(node))
     except InstantiationException as error:
         raise _refused(path, error.__cause__ or error) from error
 
 
 def build_partial(node: Node, path: str) -> Callable[..., Any]:
     """A callable that instantiates the node with additional arguments; errors as in `build`."""
-    partial = instantiate({**_with_enums(node), "_partial_": True}, _convert_="all")
+    partial = instantiate({**_plain(node), "_partial_": True})
 
     @functools.wraps(partial.func)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -131,6 +131,11 @@ def build_partial(node: Node, path: str) -> Callable[..., Any]:
             raise _refused(path, error) from error
 
     return call
+
+
+def _plain(node: Node) -> Node:
+    """The node to instantiate; as a keyword, `_convert_` would make Hydra copy the node again."""
+    return {**_with_enums(node), "_convert_": "all"}
 
 
 def _with_enums(node: Any) -> Any:
