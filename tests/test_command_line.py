@@ -156,11 +156,9 @@ def test_scheduler_of_the_teacher_can_be_removed(given):
 
 
 def test_run_without_scheduler_has_constant_learning_rate(train):
-    import csv
-
     done = train("method=none", "scheduler=null")
     assert done.code == 0, done.err
-    assert list(csv.DictReader((done.runs[0] / "history.csv").open()))
+    assert (done.runs[0] / "history.csv").read_text().count("\n") == 1 + 2
 
 
 def test_choice_name_instead_of_a_node_gets_a_suggestion():
@@ -376,12 +374,9 @@ def test_no_traceback_if_output_is_closed(redirected):
 
 def test_output_to_a_terminal_without_unicode(tmp_path):
     done = in_a_new_process(
-        "train.py",
-        "data.root=/é=",
-        f"output_dir={tmp_path}",
+        "train.py", "data.root=/é=", f"output_dir={tmp_path}", fresh=True,
         PYTHONIOENCODING="ascii:strict",
-        fresh=True,
-    )
+    )  # fmt: skip
     assert done.code == 2
     assert "Traceback" not in done.err
 
