@@ -13,6 +13,7 @@ from torch import nn
 
 from kd_lightning.data.loading import ViewSampler
 from kd_lightning.distill.batchnorm import Lag, batch_statistics, min_batch_size, update_bn
+from kd_lightning.engine.callbacks.pictures import Pictures
 from kd_lightning.engine.fitting import fit, test
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import InputError, Stopped
@@ -41,7 +42,7 @@ STUDENT = {"_target_": "test_batchnorm.Lagging", "num_classes": 3}
 
 def trained(folder, path, update=False, epochs=6, **student):
     directory = RunDirectory(path)
-    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": epochs}), path, "x")
+    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": epochs}), path, "x", pictures=False)
     terms = {"cross_entropy": CROSS_ENTROPY}
     module = make_module(terms=terms, student={**STUDENT, **student}, optimizer={**SGD, "lr": 0.2})
     data = make_data(folder)
@@ -81,7 +82,7 @@ def test_no_warning_if_statistics_do_not_lag(folder, tmp_path, caplog):
 
 def test_best_epoch_is_tested_with_its_own_statistics(folder, tmp_path):
     directory, data = RunDirectory(tmp_path), make_data(folder)
-    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 4}), tmp_path, "x")
+    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 4}), tmp_path, "x", pictures=False)
     terms = {"cross_entropy": CROSS_ENTROPY}
     module = make_module(terms=terms, student=STUDENT, optimizer={**SGD, "lr": 0.2})
     results = fit(trainer, module, data, directory, "student", update_bn=True)
@@ -100,7 +101,15 @@ class Spoiled(Callback):
                 weight.data.zero_()
 
 
-def test_best_weights_within_the_last_epoch_are_tested(folder, tmp_path):
+def test_best_weights_within_the_last_epoch_are_tested(folder, tmp_path, monkeypatch):
+    """And then the last ones, of which the figures are drawn."""
+    drawn = []
+    monkeypatch.setattr(Pictures, "on_train_start", lambda *_: None)
+    monkeypatch.setattr(
+        Pictures,
+        "on_test_epoch_end",
+        lambda _, trainer, module: drawn.append(module.confusion.compute().clone()),
+    )
     directory, data = RunDirectory(tmp_path), make_data(folder).variant(batch_size=4)
     plan = trainer_plan({**CPU, "max_epochs": 1, "val_check_interval": 4})
     trainer = build_trainer(plan, tmp_path, "x", callbacks=[Spoiled()])
@@ -109,6 +118,8 @@ def test_best_weights_within_the_last_epoch_are_tested(folder, tmp_path):
     tested = test(trainer, module, data, directory, results, False)
     assert results["best_val_accuracy"] > results["val_accuracy"]
     assert tested["test_accuracy_at_best"] > tested["test_accuracy"]
+    (counts,) = drawn
+    assert float(counts.diagonal().sum() / counts.sum()) == pytest.approx(tested["test_accuracy"])
 
 
 def test_update_bn_is_a_cumulative_average_without_dropout():
@@ -228,7 +239,7 @@ def test_two_images_needed_if_a_layer_sees_one_value_per_image():
 def test_batchnorm_student_trains_with_any_last_batch(folder, tmp_path, batch_size):
     """33 images: batches of 4 and 32 leave a last batch of 1."""
     data = make_data(folder).variant(batch_size=batch_size)
-    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 1}), tmp_path, "x")
+    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 1}), tmp_path, "x", pictures=False)
     module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, student=STUDENT)
     fit(trainer, module, data, RunDirectory(tmp_path), "student")
     assert trainer.global_step == {4: 8, 31: 2, 32: 1}[batch_size]
@@ -236,7 +247,7 @@ def test_batchnorm_student_trains_with_any_last_batch(folder, tmp_path, batch_si
 
 def test_batch_size_of_one_is_rejected(folder, tmp_path):
     data = make_data(folder).variant(batch_size=1)
-    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 1}), tmp_path, "x")
+    trainer = build_trainer(trainer_plan({**CPU, "max_epochs": 1}), tmp_path, "x", pictures=False)
     module = make_module(terms={"cross_entropy": CROSS_ENTROPY}, student=STUDENT)
     with pytest.raises(InputError, match=r"data\.batch_size=1 is too small: .* at least 2"):
         fit(trainer, module, data, RunDirectory(tmp_path), "student")

@@ -36,7 +36,8 @@ def statuses(folder):
 
 def test_grid_trains_reports_and_is_not_repeated(train, tmp_path, monkeypatch):
     # Figures of the grid only; test_main_job.py tests those of a run.
-    monkeypatch.setattr(Pictures, "on_test_epoch_end", lambda *_: None)
+    for hook in ("on_train_start", "on_test_epoch_end"):
+        monkeypatch.setattr(Pictures, hook, lambda *_: None)
     draw, drawn = documents.draw, []
 
     def draw_all(runs, *rest):

@@ -2,7 +2,8 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
@@ -16,6 +17,7 @@ from kd_lightning.distill.calibration import fit_temperature
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.engine.callbacks.divergence import StopWhenDiverged
 from kd_lightning.engine.callbacks.history import History
+from kd_lightning.engine.callbacks.pictures import Pictures
 from kd_lightning.engine.callbacks.speed import Speed
 from kd_lightning.errors import RunError
 from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
@@ -124,10 +126,11 @@ def test(
         module.load_state_dict(_load(_best(trainer))["state_dict"])
         if update_bn and trained_batchnorms(module.student):
             reestimate(trainer, module, data, fitted["best_epoch"])
-        trainer.test(module, data, verbose=False)
+        with _without_pictures(trainer):
+            trainer.test(module, data, verbose=False)
         results["test_accuracy_at_best"] = metric(trainer, "test/accuracy")
         module.load_state_dict(last)
-    # Test the last epoch last, so that its figures are kept: it is the reported result.
+    # The last epoch is the reported result: test it last, with pictures.
     trainer.test(module, data, verbose=False)
     results["test_accuracy"] = metric(trainer, "test/accuracy")
     _place(trainer, module.confusion, module.quality)
@@ -144,6 +147,17 @@ def test(
             step=trainer.global_step,
         )
     return results | figures
+
+
+@contextmanager
+def _without_pictures(trainer: Trainer) -> Iterator[None]:
+    loop = cast(Any, trainer)  # Lightning does not declare its callbacks
+    callbacks = loop.callbacks
+    loop.callbacks = [callback for callback in callbacks if not isinstance(callback, Pictures)]
+    try:
+        yield
+    finally:
+        loop.callbacks = callbacks
 
 
 def _place(trainer: Trainer, *metrics: nn.Module) -> None:
