@@ -5,7 +5,6 @@ the composed groups (`kd_lightning.config.sweeps`). tests/test_sweeps.py compare
 Test processes and the commands that they start share what is composed, as files in `STORE`.
 """
 
-import contextlib
 import copy
 import functools
 import hashlib
@@ -24,6 +23,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from kd_lightning.config import sweeps
+from kd_lightning.errors import InputError
 
 STORE = "KD_TEST_COMPOSED"
 """Environment variable with the folder of the composed groups of this session."""
@@ -69,10 +69,14 @@ def _load(
 ) -> DictConfig:
     if run_mode is RunMode.RUN:
         given = {"overrides": {"hydra": []}, "job": {"config_name": config_name}}
-        with contextlib.suppress(Exception):  # Hydra fails too, and says why
+        try:
             config = sweeps.compose_run(self, OmegaConf.create({"hydra": given}), overrides)
             if config is not None:
                 return config
+        except InputError:
+            raise  # ours, with the message that a user sees
+        except Exception:
+            pass  # Hydra fails too, and says why
     return _load_as_hydra(self, config_name, overrides, run_mode, *args, **kwargs)
 
 
