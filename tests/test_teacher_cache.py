@@ -473,6 +473,7 @@ def test_float32_cache_is_bit_identical(train, asked):
     assert students[0] == students[1] == students[2]
 
 
+@pytest.mark.slow  # needs students that have learned
 def test_rounding_does_not_reduce_accuracy(train):
     """Digits, 14 steps per epoch; the two students differ only in float16 targets."""
     command = (
