@@ -236,7 +236,7 @@ def test_full_disk_while_a_result_is_written(
 
 def test_full_disk_while_an_output_is_cached(train, disk, monkeypatch, caplog):
     """Outputs are computed instead; the student is the same."""
-    settings = (*DISTIL, "remember.dtype=float32")
+    settings = (*DISTIL, "remember.dtype=float32", "trainer.max_epochs=2")
     (reference,) = train(*settings, "setting=whole").runs
     shutil.rmtree(disk.place / "teachers" / "remembered")
     reserve = memory.Rows.reserve

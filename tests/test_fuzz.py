@@ -142,7 +142,7 @@ def test_results_csv_contains_all_of_the_runs(results):
     pd.testing.assert_frame_equal(again, runs)
 
 
-@settings(fuzz, max_examples=20)
+@settings(fuzz, max_examples=30)
 @given(st.sampled_from(COLUMNS), st.integers(0, 1), values, st.data())
 def test_results_csv(results, column, row, value, data):
     table = pd.read_csv(results).astype(object)

@@ -203,13 +203,13 @@ def test_user_student_and_term_from_yaml(train):
 
 
 def test_sweep_continues_after_a_failed_run(train, tmp_path):
-    done = train("-m", "method=none", "optimizer.lr=-1,0.02", "trainer.max_epochs=1")
+    done = train("-m", "method=none", "optimizer.lr=0.01,-1,0.02", "trainer.max_epochs=1")
     assert done.code == 2
     assert done.err.count("error:") == 1, done.err
     assert done.runs, done.err + done.out
     assert "optimizer" in done.err
     statuses = sorted(json.loads((r / "metrics.json").read_text())["status"] for r in done.runs)
-    assert statuses == ["failed", "finished"]
+    assert statuses == ["failed", "finished", "finished"]
 
 
 def test_best_epoch_and_last_epoch_are_both_recorded(train):
