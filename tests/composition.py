@@ -43,10 +43,10 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
 
 def skip_waits(patch: pytest.MonkeyPatch) -> None:
-    """Do without what takes time in every short training, and changes nothing in a test.
+    """Skip what takes time in every short training and does not affect the result of a test.
 
-    Lightning searches the plug-ins of all installed packages for every trainer. A file that has
-    been written is waited for until it is on the disk, in case the machine loses its power.
+    Lightning reads the entry points of all installed packages whenever it builds a trainer. Files
+    are flushed to the disk, which only matters if the machine loses power.
     """
     from lightning.fabric.utilities import registry
 

@@ -91,7 +91,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_composition(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compose configurations as in tests/composition.py, except in the test of that."""
+    """Compose configurations as in tests/composition.py, except in the test of that; skip waits."""
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_sweeps":
             composition.install(patch)

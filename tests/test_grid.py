@@ -219,7 +219,7 @@ def results(root):
         {"none": "SIGKILL", "combined": "SIGINT"},
         pytest.param({"none": "SIGTERM", "combined": "SIGKILL"}, marks=pytest.mark.slow),
     ],
-    ids="-".join,
+    ids=lambda signals: "-".join(signals.values()),
 )
 def test_resume_after_kill_gives_the_same_grid(tmp_path, uninterrupted, signals):
     """Interrupted within the first cell, then within the second."""

@@ -104,9 +104,7 @@ def fill_in_runs(
 
 
 def _folder_of(run: EarlierRun, plain: Callable[[DictConfig, Sequence[str]], Node]) -> Path:
-    """The folder of a run, or of an equal one in another setting."""
-    if (run.folder / "metrics.json").exists():
-        return run.folder
+    """The folder of a run, or of an equivalent finished run in another setting."""
     other = finished_elsewhere(run.folder, plain(run.config, run.overrides))
     return Path(other["folder"]) if other else run.folder
 

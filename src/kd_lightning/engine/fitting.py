@@ -151,13 +151,13 @@ def test(
 
 @contextmanager
 def _without_pictures(trainer: Trainer) -> Iterator[None]:
-    loop = cast(Any, trainer)  # Lightning does not declare its callbacks
-    callbacks = loop.callbacks
-    loop.callbacks = [callback for callback in callbacks if not isinstance(callback, Pictures)]
+    """Detach the callback that draws figures."""
+    callbacks = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = [c for c in callbacks if not isinstance(c, Pictures)]  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        loop.callbacks = callbacks
+        trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 
 def _place(trainer: Trainer, *metrics: nn.Module) -> None:
