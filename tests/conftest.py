@@ -163,7 +163,11 @@ def trainer_plan(settings: dict[str, Any], precision: str = "32-true") -> "Train
 
 
 def in_a_new_process(
-    *command: str, cwd: Path = REPOSITORY, fresh: bool = False, **env: str
+    *command: str,
+    cwd: Path = REPOSITORY,
+    fresh: bool = False,
+    prepare: Callable[[], None] | None = None,
+    **env: str,
 ) -> Finished:
     """Run a Python command line in another process, as a user does.
 
@@ -171,11 +175,12 @@ def in_a_new_process(
         command: a script and its arguments, or any of Python's own.
         cwd: the folder that it is run in.
         fresh: whether a new interpreter is needed; options of Python's need one at any rate.
+        prepare: called in the process first; only without a new interpreter.
         env: further environment variables.
     """
     if fresh or not command[0].endswith(".py"):
         done = processes.run_fresh(*command, cwd=cwd, **env)
         return Finished(done.returncode, done.stdout, done.stderr, [])
-    process = processes.start(*command, cwd=cwd, **env)
+    process = processes.start(*command, cwd=cwd, prepare=prepare, **env)
     out, err = process.communicate()
     return Finished(process.wait(), out, err, [])

@@ -28,8 +28,9 @@ TWO = ("trainer=ddp", "trainer.accelerator=cpu", "trainer.devices=2")
 GRID = ("hydra.mode=MULTIRUN", *TWO, "method=none,combined", "seed=0")
 
 
-def train(root, *arguments):
-    done = in_a_new_process(*COMMAND, *arguments, f"output_dir={root}", f"data_dir={root}/data")
+def train(root, *arguments, prepare=None):
+    command = (*COMMAND, *arguments, f"output_dir={root}", f"data_dir={root}/data")
+    done = in_a_new_process(*command, prepare=prepare)
     assert done.code == 0, done.err
     return done
 
