@@ -8,16 +8,18 @@ Test processes and the commands that they start share what is composed, as files
 import copy
 import functools
 import hashlib
+import io
 import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 import hydra.core.utils
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
@@ -28,9 +30,13 @@ from kd_lightning.errors import InputError
 STORE = "KD_TEST_COMPOSED"
 """Environment variable with the folder of the composed groups of this session."""
 
+MODE = "hydra.mode=RUN"
+"""What Hydra adds to the overrides of a command."""
+
 _load_as_hydra = ConfigLoaderImpl.load_configuration
 _parse_as_hydra = OverridesParser.parse_rule
 _composed: dict[str, bytes] = {}
+_read: dict[str, bytes] = {}
 _parsed: dict[str, Any] = {}
 
 
@@ -40,6 +46,8 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sweeps, "_composed", _compose)
     patch.setattr(OverridesParser, "parse_rule", _parse)
     patch.setattr(hydra.core.utils, "copy", SimpleNamespace(deepcopy=_copy))
+    for source in (file_config_source, importlib_resources_config_source):
+        patch.setattr(source, "OmegaConf", SimpleNamespace(load=_load_yaml))
 
 
 def skip_waits(patch: pytest.MonkeyPatch) -> None:
@@ -85,16 +93,26 @@ def _compose(
 ) -> bytes:
     files, (folder, *_) = state  # no file is chosen by an environment variable
     searched = tuple((path.provider, path.path) for path in loader.get_search_path().get_path())
-    key = repr((searched, config_name, overrides, files, str(folder)))
+    groups = [override for override in overrides if override != MODE]
+    if len({override.partition("=")[0] for override in groups}) == len(groups):
+        groups.sort()
+    key = repr((searched, config_name, groups, files, str(folder)))
     if key not in _composed:
         place = Path(os.environ[STORE], hashlib.sha256(key.encode()).hexdigest())
         if not place.exists():
-            config = _load_as_hydra(loader, config_name, list(overrides), RunMode.RUN)
+            config = _load_as_hydra(loader, config_name, groups, RunMode.RUN)
             partial = place.with_name(f"{place.name}.{os.getpid()}")
             partial.write_bytes(pickle.dumps(config))
             partial.replace(place)
         _composed[key] = place.read_bytes()
-    return _composed[key]
+    if MODE not in overrides:
+        return _composed[key]
+    if (with_mode := f"{key} {MODE}") not in _composed:
+        config = pickle.loads(_composed[key])
+        config.hydra.mode = RunMode.RUN
+        config.hydra.overrides.hydra.append(MODE)
+        _composed[with_mode] = pickle.dumps(config)
+    return _composed[with_mode]
 
 
 def _parse(self: OverridesParser, text: str, rule: str) -> Any:
@@ -103,6 +121,14 @@ def _parse(self: OverridesParser, text: str, rule: str) -> Any:
     if text not in _parsed:
         _parsed[text] = _parse_as_hydra(self, text, rule)
     return copy.copy(_parsed[text])  # some are changed later
+
+
+def _load_yaml(file: TextIO) -> Any:
+    """Parsing YAML takes a third of a composition."""
+    text = file.read()
+    if text not in _read:
+        _read[text] = pickle.dumps(OmegaConf.load(io.StringIO(text)))
+    return pickle.loads(_read[text])
 
 
 def _copy(config: DictConfig) -> DictConfig:

@@ -115,7 +115,11 @@ def test_a_run_is_composed_as_by_hydra(shared, grids, hydra, run):
 
 
 def test_tests_compose_as_hydra(loader):
-    runs = ([*TINY, "method=none", "seed=3"], [*TINY, "method=none"], ["experiment=demo"])
+    runs = (
+        [*TINY, "method=none", "seed=3"], [*TINY, "method=none"], ["experiment=demo"],
+        ["student=large", "data=digits"], ["data=digits", "student=large", "hydra.mode=RUN"],
+        ["method=none", "method=logit"], ["method=logit", "method=none"],
+    )  # fmt: skip
     expected = [loader.load_configuration("train", run, RunMode.RUN) for run in runs]
     for config in expected:
         OmegaConf.clear_cache(config)  # the time
