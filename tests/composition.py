@@ -8,7 +8,6 @@ Test processes and the commands that they start share what is composed, as files
 import copy
 import functools
 import hashlib
-import io
 import os
 import pickle
 from collections.abc import Sequence
@@ -127,7 +126,8 @@ def _load_yaml(file: TextIO) -> Any:
     """Parsing YAML takes a third of a composition."""
     text = file.read()
     if text not in _read:
-        _read[text] = pickle.dumps(OmegaConf.load(io.StringIO(text)))
+        file.seek(0)
+        _read[text] = pickle.dumps(OmegaConf.load(file))
     return pickle.loads(_read[text])
 
 

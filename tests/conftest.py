@@ -78,17 +78,15 @@ def write_folder(root: Path, classes: int = 3, per_class: int = 12, size: int = 
 
 
 @pytest.fixture(scope="session", autouse=True)
-def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A folder that all processes of the session share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "composed"
     folder.mkdir(exist_ok=True)
     os.environ[composition.STORE] = str(folder)
-    gc.freeze()  # a full collection would visit everything that is imported
     if "PYTEST_XDIST_WORKER" in os.environ:
+        gc.freeze()  # a full collection would visit everything that is imported
         processes.serve()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module", autouse=True)

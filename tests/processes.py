@@ -57,6 +57,8 @@ def _fork(_path: bytes, args: list[str], kept: list[int]) -> int:
             os.closerange(first, descriptor)
             first = descriptor + 1
         os.closerange(first, os.sysconf("SC_OPEN_MAX"))
+        for descriptor, name in ((1, "stdout"), (2, "stderr")):  # instead of pytest's
+            setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
         exec(args[-1], {})
     finally:
         os._exit(0)
