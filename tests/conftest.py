@@ -85,8 +85,8 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
     folder.mkdir(exist_ok=True)
     os.environ[composition.STORE] = str(folder)
     if "PYTEST_XDIST_WORKER" in os.environ:
-        gc.freeze()  # a full collection would visit everything that is imported
         processes.serve()
+    gc.freeze()  # a full collection would visit everything that is imported
 
 
 @pytest.fixture(scope="module", autouse=True)

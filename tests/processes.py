@@ -1,6 +1,6 @@
 """Commands in new processes, as a user starts them.
 
-Importing torch and Lightning takes ten seconds. A server has imported them and is forked for every
+Importing torch and Lightning takes ten seconds. A server imports them once and is forked for every
 command; nothing is computed in it. What depends on how Python starts runs in a fresh interpreter.
 """
 
@@ -14,11 +14,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver, util
+from multiprocessing import forkserver
 from pathlib import Path
 from typing import Any
-
-import pytest
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -37,31 +35,12 @@ SERVER.set_forkserver_preload(
 
 
 def serve() -> None:
-    """Fork the server from this process, whose imports it inherits.
+    """Start the server. It then also forks the workers of trainings in this process.
 
-    To be called before the first test: a process that has computed anything may have threads, which
-    a fork loses. The server then also forks the workers of trainings in this process.
+    Otherwise, if the first of these comes before the first command, all commands are forked from a
+    server without most of the imports.
     """
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(util, "spawnv_passfds", _fork)
-        forkserver.ensure_running()
-
-
-def _fork(_path: bytes, args: list[str], kept: list[int]) -> int:
-    """Execute a command of Python's in a fork instead of a new interpreter."""
-    if pid := os.fork():
-        return pid
-    try:
-        first = 3  # after the standard streams
-        for descriptor in sorted(kept):
-            os.closerange(first, descriptor)
-            first = descriptor + 1
-        os.closerange(first, os.sysconf("SC_OPEN_MAX"))
-        for descriptor, name in ((1, "stdout"), (2, "stderr")):  # instead of pytest's
-            setattr(sys, name, os.fdopen(descriptor, "w", buffering=1, closefd=False))
-        exec(args[-1], {})
-    finally:
-        os._exit(0)
+    forkserver.ensure_running()
 
 
 class Started:
@@ -149,6 +128,7 @@ def _run(
     *outputs: str,
 ) -> None:
     import composition
+    import pytest
     from hydra._internal.hydra import Hydra
 
     from kd_lightning.engine import worker
