@@ -30,7 +30,7 @@ STORE = "KD_TEST_COMPOSED"
 """Environment variable with the folder of the composed groups of this session."""
 
 MODE = "hydra.mode=RUN"
-"""What Hydra adds to the overrides of a command."""
+"""Override that Hydra adds to those of a command."""
 
 _load_as_hydra = ConfigLoaderImpl.load_configuration
 _parse_as_hydra = OverridesParser.parse_rule
@@ -123,7 +123,7 @@ def _parse(self: OverridesParser, text: str, rule: str) -> Any:
 
 
 def _load_yaml(file: TextIO) -> Any:
-    """Parsing YAML takes a third of a composition."""
+    """Parse each text once: parsing YAML takes a third of a composition."""
     text = file.read()
     if text not in _read:
         file.seek(0)

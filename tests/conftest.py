@@ -179,6 +179,7 @@ def in_a_new_process(
         env: further environment variables.
     """
     if fresh or not command[0].endswith(".py"):
+        assert prepare is None
         done = processes.run_fresh(*command, cwd=cwd, **env)
         return Finished(done.returncode, done.stdout, done.stderr, [])
     process = processes.start(*command, cwd=cwd, prepare=prepare, **env)
