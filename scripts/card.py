@@ -9,6 +9,7 @@ from pathlib import Path
 
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import home
+from kd_lightning.startup import importing, run_process
 
 
 def main() -> None:
@@ -34,9 +35,10 @@ def main() -> None:
     if not arguments.push and (arguments.file or arguments.private):
         parser.error("--file and --private need --push")
 
-    from kd_lightning.reports.card import CardOptions, model_card
-    from kd_lightning.reports.card_file import write_card
-    from kd_lightning.workflows.publish import publish
+    with importing():
+        from kd_lightning.reports.card import CardOptions, model_card
+        from kd_lightning.reports.card_file import write_card
+        from kd_lightning.workflows.publish import publish
 
     out = Path(arguments.out or Path(arguments.run) / "README.md")
     try:
@@ -59,4 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

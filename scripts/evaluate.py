@@ -8,6 +8,7 @@ import sys
 
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
+from kd_lightning.startup import importing, run_process
 
 
 def main() -> None:
@@ -25,8 +26,9 @@ def main() -> None:
     arguments = parser.parse_args()
     find_own_packages()
 
-    from kd_lightning import api
-    from kd_lightning.reports.summary import percent
+    with importing():
+        from kd_lightning import api
+        from kd_lightning.reports.summary import percent
 
     try:
         result = api.evaluate(arguments.run, arguments.data_root, arguments.trust)
@@ -37,4 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

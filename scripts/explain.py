@@ -11,6 +11,7 @@ import sys
 
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
+from kd_lightning.startup import importing, run_process
 
 
 def main() -> None:
@@ -33,7 +34,8 @@ def main() -> None:
         print("error: --images must be at least 2", file=sys.stderr)
         sys.exit(2)
 
-    from kd_lightning.workflows.explain import explain
+    with importing():
+        from kd_lightning.workflows.explain import explain
 
     given = (arguments.data_root, arguments.images, arguments.device, arguments.trust)
     try:
@@ -51,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

@@ -13,6 +13,7 @@ import sys
 
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import find_own_packages, home
+from kd_lightning.startup import importing, run_process
 
 MEGABYTE = 10**6
 
@@ -40,8 +41,9 @@ def main() -> None:
     arguments = parser.parse_args()
     find_own_packages()
 
-    from kd_lightning import api
-    from kd_lightning.reports.summary import percent
+    with importing():
+        from kd_lightning import api
+        from kd_lightning.reports.summary import percent
 
     try:
         result = api.export(
@@ -80,4 +82,4 @@ def _fail(message: str, code: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
+from kd_lightning.startup import importing, run_process
 
 
 def main() -> None:
@@ -37,9 +38,10 @@ def main() -> None:
         print("error: --seconds and --threads must be positive", file=sys.stderr)
         sys.exit(2)
 
-    from kd_lightning.reports.tables import cost_table
-    from kd_lightning.terminal import say, table_of
-    from kd_lightning.workflows.measure import measure
+    with importing():
+        from kd_lightning.reports.tables import cost_table
+        from kd_lightning.terminal import say, table_of
+        from kd_lightning.workflows.measure import measure
 
     given = (arguments.device, arguments.threads, arguments.seconds, arguments.trust)
     try:
@@ -55,4 +57,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

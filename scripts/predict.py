@@ -20,6 +20,7 @@ from typing import Any, TextIO
 
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home, readable, replacing
+from kd_lightning.startup import importing, run_process
 from kd_lightning.streams import robust_streams
 
 SKIPPED = 3
@@ -64,7 +65,8 @@ def run(arguments: argparse.Namespace) -> int:
     out = Path(arguments.out) if arguments.out is not None else None
     if out is not None and out.suffix not in (".csv", ".json"):
         raise InputError(f"--out must be a .csv or .json file, not {out.name}")
-    from kd_lightning import api
+    with importing():
+        from kd_lightning import api
 
     warnings.filterwarnings("ignore", module="PIL")  # about unused metadata
     files = api.find_images(arguments.images)
@@ -116,4 +118,4 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from kd_lightning.files import home
+from kd_lightning.startup import importing, run_process
 
 
 def main() -> None:
@@ -38,8 +39,9 @@ def main() -> None:
         print("error: an output folder is required: --out OUT", file=sys.stderr)
         sys.exit(2)
 
-    from kd_lightning.errors import InputError
-    from kd_lightning.reports.documents import write_report
+    with importing():
+        from kd_lightning.errors import InputError
+        from kd_lightning.reports.documents import write_report
 
     out = Path(arguments.out or arguments.sources[0])
     try:
@@ -58,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

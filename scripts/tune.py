@@ -9,6 +9,7 @@ import argparse
 import sys
 
 from kd_lightning.files import find_own_packages
+from kd_lightning.startup import importing, run_process
 from kd_lightning.terminal import positive
 
 
@@ -27,7 +28,8 @@ def main() -> None:
     arguments = parser.parse_intermixed_args()
     find_own_packages()
     try:
-        from kd_lightning.workflows.tune import parse_range, tune
+        with importing():
+            from kd_lightning.workflows.tune import parse_range, tune
     except ModuleNotFoundError as error:
         print(f"error: {error.name} is missing: pip install -e '.[tune]'", file=sys.stderr)
         sys.exit(2)
@@ -62,4 +64,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

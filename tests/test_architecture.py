@@ -10,7 +10,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "kd_lightning"
 # From lowest to highest. Packages in one line must not import each other.
 LAYERS = (
     {"errors", "results", "schedules"},
-    {"files", "streams", "terminal"},
+    {"files", "startup", "streams", "terminal"},
     {"models"},
     {"data", "losses"},
     {"config"},

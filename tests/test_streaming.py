@@ -434,8 +434,8 @@ def test_memory_does_not_depend_on_the_number_of_images(tmp_path):
         for copy in range(9):
             path.with_name(f"{copy}-{path.name}").symlink_to(path.name)
     done = in_a_new_process(
-        "-c", "import runpy, resource, sys; sys.argv = sys.argv[1:]\n"
-        "try: runpy.run_path('train.py', run_name='__main__')\n"
+        "-c", "import resource, sys; from kd_lightning import cli; sys.argv = sys.argv[1:]\n"
+        "try: cli.main()\n"
         "except SystemExit as end: assert not end.code\n"
         "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)",
         "train.py", "data=folder", f"data.root={tmp_path / 'ten'}", "data.image_size=64",

@@ -26,6 +26,7 @@ from kd_lightning.config.launcher import find_launcher, launched_together, train
 from kd_lightning.config.tree import tree
 from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.files import find_own_packages
+from kd_lightning.startup import importing, run_process
 from kd_lightning.storage.identity import unchanged
 from kd_lightning.streams import robust_streams
 from kd_lightning.terminal import say
@@ -41,6 +42,11 @@ stamped: dict[Path, str] = {}
 """File digests by path, cached so that restarting a grid does not rehash for every finished run."""
 
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def command() -> NoReturn:
+    """`main`, as the whole of a process."""
+    run_process(main)
 
 
 def main() -> None:
@@ -111,8 +117,8 @@ def _join_others() -> None:
         raise
     if launcher is None:
         return
-    from kd_lightning.engine import group
-
+    with importing():
+        from kd_lightning.engine import group
     process = group.join(launcher)
     if isinstance(process, group.Follower):
         sys.exit(process.serve())
@@ -134,10 +140,11 @@ def _app(composed: DictConfig) -> float | None:
             _show_finished(metrics, run_dir, in_a_grid)
         else:
             # Torch and Lightning take seconds to import; delay until there is something to run.
-            from kd_lightning.engine.quiet import quiet_lightning
-            from kd_lightning.reports.summary import print_summary
-            from kd_lightning.workflows.cards import card_in_turn
-            from kd_lightning.workflows.student import run
+            with importing():
+                from kd_lightning.engine.quiet import quiet_lightning
+                from kd_lightning.reports.summary import print_summary
+                from kd_lightning.workflows.cards import card_in_turn
+                from kd_lightning.workflows.student import run
 
             quiet_lightning()
             if in_a_grid:

@@ -72,7 +72,7 @@ class Worker:
     def __init__(self, rank: int, variables: dict[str, str], task: Task) -> None:
         context: Any = multiprocessing.get_context(START)
         if START == "forkserver":  # import once for all workers
-            context.set_forkserver_preload(["kd_lightning.engine.trainer", task.work.__module__])
+            context.set_forkserver_preload(["kd_lightning.engine.preload", task.work.__module__])
         self.connection, theirs = context.Pipe()
         variables = {**os.environ, **variables, **task.rendezvous}
         inherited = self.connection if START == "fork" else None

@@ -1,0 +1,70 @@
+"""Start and end of a process: nothing that the interpreter does at its end is left out."""
+
+import gc
+import sys
+import textwrap
+
+import pytest
+from conftest import in_a_new_process
+
+from kd_lightning.startup import importing
+
+END = """
+    import atexit, sys, threading, time
+    from kd_lightning.startup import run_process
+
+    def late():
+        time.sleep(0.2)
+        print("thread")
+
+    def main():
+        atexit.register(print, "atexit")
+        threading.Thread(target=late).start()
+        print("main")
+        {end}
+
+    run_process(main)
+    print("not reached")
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "code"), [("pass", 0), ("sys.exit(3)", 3), ("sys.exit()", 0), ("sys.exit('no')", 1)]
+)
+def test_threads_and_exit_handlers_finish_before_the_end(tmp_path, end, code):
+    script = tmp_path / "end.py"
+    script.write_text(textwrap.dedent(END.format(end=end)))
+    done = in_a_new_process(str(script), fresh=True)
+    assert done.code == code
+    assert done.out == "main\nthread\natexit\n"
+    assert done.err == ("no\n" if end == "sys.exit('no')" else "")
+
+
+def test_other_exceptions_are_reported(tmp_path):
+    script = tmp_path / "end.py"
+    script.write_text(textwrap.dedent(END.format(end="raise OSError('here')")))
+    done = in_a_new_process(str(script), fresh=True)
+    assert done.code == 1
+    assert "OSError: here" in done.err
+
+
+def test_collector_skips_what_was_imported(monkeypatch):
+    frozen = gc.get_freeze_count()
+    with importing():
+        assert gc.isenabled()  # torch is imported already
+    assert gc.get_freeze_count() <= frozen
+
+    monkeypatch.delitem(sys.modules, "torch")
+    monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
+    calls = []
+    with importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert calls == ["freeze"]
+
+
+def test_collector_runs_again_after_a_failed_import(monkeypatch):
+    monkeypatch.delitem(sys.modules, "torch")
+    with pytest.raises(ImportError), importing():
+        raise ImportError
+    assert gc.isenabled()
