@@ -20,6 +20,7 @@ import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -45,6 +46,12 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sweeps, "_composed", _compose)
     patch.setattr(OverridesParser, "parse_rule", _parse)
     patch.setattr(hydra.core.utils, "copy", SimpleNamespace(deepcopy=_copy))
+    parse_once(patch)
+
+
+def parse_once(patch: pytest.MonkeyPatch) -> None:
+    """Parse each text of YAML once: parsing takes a third of a composition."""
+    Plugins.instance()  # executes these modules once more
     for source in (file_config_source, importlib_resources_config_source):
         patch.setattr(source, "OmegaConf", SimpleNamespace(load=_load_yaml))
 
@@ -123,7 +130,6 @@ def _parse(self: OverridesParser, text: str, rule: str) -> Any:
 
 
 def _load_yaml(file: TextIO) -> Any:
-    """Parse each text once: parsing YAML takes a third of a composition."""
     text = file.read()
     if text not in _read:
         file.seek(0)

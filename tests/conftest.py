@@ -23,6 +23,9 @@ from kd_lightning import cli, startup
 if TYPE_CHECKING:
     from kd_lightning.config.plan import TrainerPlan
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    gc.disable()  # while the tests are imported
+
 # For mutation testing: a failing example is enough, no need to shrink it.
 settings.register_profile("first-failure", phases=(Phase.explicit, Phase.generate))
 
@@ -87,13 +90,16 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:
         processes.serve()
         gc.freeze()  # a full collection would visit everything that is imported
+        gc.enable()
 
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_composition(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compose configurations as in tests/composition.py, except in the test of that; skip waits."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ != "test_sweeps":
+        if request.module.__name__ == "test_sweeps":
+            composition.parse_once(patch)
+        else:
             composition.install(patch)
         composition.skip_waits(patch)
         patch.setattr(startup, "run_process", lambda main: main())  # it would end the tests

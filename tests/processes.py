@@ -23,7 +23,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(
     [
-        "kd_lightning.cli", "kd_lightning.workflows.student", "kd_lightning.workflows.evaluate",
+        "kd_lightning.engine.preload", "kd_lightning.cli", "kd_lightning.workflows.student",
+        "kd_lightning.workflows.evaluate",
         "kd_lightning.reports.documents", "kd_lightning.reports.summary", "torchvision.datasets",
         "seaborn", "scipy.stats", "sklearn.datasets", "torch.distributed.nn.functional",
         "lightning.pytorch.strategies", "tensorboard.compat.tensorflow_stub",

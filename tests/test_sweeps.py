@@ -10,6 +10,7 @@ import pytest
 from conftest import TINY
 from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
 from hydra.core.global_hydra import GlobalHydra
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
@@ -120,7 +121,10 @@ def test_tests_compose_as_hydra(loader):
         ["student=large", "data=digits"], ["data=digits", "student=large", "hydra.mode=RUN"],
         ["method=none", "method=logit"], ["method=logit", "method=none"],
     )  # fmt: skip
-    expected = [loader.load_configuration("train", run, RunMode.RUN) for run in runs]
+    with pytest.MonkeyPatch.context() as patch:
+        for source in (file_config_source, importlib_resources_config_source):
+            patch.setattr(source, "OmegaConf", OmegaConf)
+        expected = [loader.load_configuration("train", run, RunMode.RUN) for run in runs]
     for config in expected:
         OmegaConf.clear_cache(config)  # the time
     with pytest.MonkeyPatch.context() as patch:
