@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -106,10 +107,16 @@ def fast_composition(request: pytest.FixtureRequest) -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="session")
+def original_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder that `folder` copies; encoding takes longer than copying."""
+    return write_folder(tmp_path_factory.mktemp("original") / "images")
+
+
 @pytest.fixture
-def folder(tmp_path: Path) -> Path:
+def folder(tmp_path: Path, original_folder: Path) -> Path:
     """A folder of 36 training and 12 test images in three classes."""
-    return write_folder(tmp_path / "images")
+    return shutil.copytree(original_folder, tmp_path / "images", copy_function=shutil.copyfile)
 
 
 @pytest.fixture
