@@ -19,6 +19,7 @@ import hydra.core.utils
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
+from hydra.core import hydra_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.plugins import Plugins
 from hydra.types import RunMode
@@ -46,6 +47,8 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(sweeps, "_composed", _compose)
     patch.setattr(OverridesParser, "parse_rule", _parse)
     patch.setattr(hydra.core.utils, "copy", SimpleNamespace(deepcopy=_copy))
+    functions = {"get_type": OmegaConf.get_type, "set_readonly": OmegaConf.set_readonly}
+    patch.setattr(hydra_config, "OmegaConf", SimpleNamespace(masked_copy=_masked, **functions))
     parse_once(patch)
 
 
@@ -135,6 +138,13 @@ def _load_yaml(file: TextIO) -> Any:
         file.seek(0)
         _read[text] = pickle.dumps(OmegaConf.load(file))
     return pickle.loads(_read[text])
+
+
+def _masked(config: DictConfig, key: str) -> DictConfig:
+    """Only this key of a configuration, and not a copy of it: it is read-only."""
+    masked = OmegaConf.create()
+    vars(masked)["_content"][key] = config._get_node(key)
+    return masked
 
 
 def _copy(config: DictConfig) -> DictConfig:
