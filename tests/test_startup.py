@@ -1,6 +1,7 @@
 """Start and end of a process: nothing that the interpreter does at its end is left out."""
 
 import gc
+import os
 import sys
 import textwrap
 
@@ -38,6 +39,27 @@ def test_threads_and_exit_handlers_finish_before_the_end(tmp_path, end, code):
     assert done.code == code
     assert done.out == "main\nthread\natexit\n"
     assert done.err == ("no\n" if end == "sys.exit('no')" else "")
+
+
+@pytest.mark.parametrize("tool", ["cProfile", "trace", "pdb"])
+def test_tools_that_run_a_program_go_on_after_it(tmp_path, tool):
+    script = tmp_path / "end.py"
+    script.write_text(textwrap.dedent(END.format(end="")))
+    options = {"cProfile": (), "trace": ("--listfuncs",), "pdb": ("-c", "continue", "-c", "quit")}
+    done = in_a_new_process("-m", tool, *options[tool], str(script), fresh=True)
+    assert done.code == 0
+    assert "not reached" in done.out  # by `python end.py`
+    expected = {"cProfile": "function calls", "trace": "functions called", "pdb": "finished"}
+    assert expected[tool] in done.out
+
+
+def test_a_module_is_a_program_too(tmp_path, monkeypatch):
+    (tmp_path / "end.py").write_text(textwrap.dedent(END.format(end="")))
+    done = in_a_new_process(
+        "-m", "end", fresh=True, cwd=tmp_path, PYTHONPATH=os.pathsep.join(sys.path)
+    )
+    assert done.code == 0
+    assert done.out == "main\nthread\natexit\n"
 
 
 def test_other_exceptions_are_reported(tmp_path):

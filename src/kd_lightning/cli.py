@@ -44,7 +44,7 @@ stamped: dict[Path, str] = {}
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def command() -> NoReturn:
+def command() -> None:
     """`main`, as the whole of a process."""
     run_process(main)
 

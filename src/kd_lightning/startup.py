@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import NoReturn
+from types import FrameType
 
 
 @contextlib.contextmanager
@@ -29,12 +29,17 @@ def importing() -> Iterator[None]:
         gc.enable()
 
 
-def run_process(main: Callable[[], None]) -> NoReturn:
+def run_process(main: Callable[[], None]) -> None:
     """Run `main` and end the process as the interpreter does, but without freeing each object.
+
+    Under a profiler, debugger or test, which go on afterwards, only run `main`.
 
     Args:
         main: may raise SystemExit; other exceptions are not caught.
     """
+    if not _is_program(sys._getframe(1)):
+        main()
+        return
     try:
         main()
         code = 0
@@ -48,3 +53,12 @@ def run_process(main: Callable[[], None]) -> NoReturn:
         with contextlib.suppress(Exception):  # closed, or its reader has gone
             stream.flush()
     os._exit(code)
+
+
+def _is_program(frame: FrameType) -> bool:
+    """Whether the interpreter itself executes the module of a frame, also by ``python -m``."""
+    while frame.f_code.co_name != "<module>" and frame.f_back is not None:
+        frame = frame.f_back
+    while frame.f_back is not None and frame.f_back.f_globals.get("__name__") == "runpy":
+        frame = frame.f_back
+    return frame.f_back is None
