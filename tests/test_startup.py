@@ -8,6 +8,7 @@ import textwrap
 import pytest
 from conftest import in_a_new_process
 
+from kd_lightning import startup
 from kd_lightning.startup import importing
 
 END = """
@@ -70,19 +71,21 @@ def test_other_exceptions_are_reported(tmp_path):
     assert "OSError: here" in done.err
 
 
-def test_collector_skips_what_was_imported(monkeypatch):
-    frozen = gc.get_freeze_count()
-    with importing():
-        assert gc.isenabled()  # torch is imported already
-    assert gc.get_freeze_count() <= frozen
-
+@pytest.mark.parametrize("leaves_memory", [True, False])
+def test_collector_skips_what_is_imported(monkeypatch, leaves_memory):
+    monkeypatch.setattr(startup, "_leaves_memory", leaves_memory)
     monkeypatch.delitem(sys.modules, "torch")
     monkeypatch.setattr(gc, "freeze", lambda: calls.append("freeze"))
     calls = []
     with importing():
         assert not gc.isenabled()
     assert gc.isenabled()
-    assert calls == ["freeze"]
+    assert calls == ["freeze"] * leaves_memory
+
+
+def test_collector_is_not_paused_if_torch_is_imported():
+    with importing(freeze=True):
+        assert gc.isenabled()
 
 
 def test_collector_runs_again_after_a_failed_import(monkeypatch):

@@ -14,17 +14,26 @@ import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+_leaves_memory = False
+"""Whether this process will end by `run_process`."""
+
 
 @contextlib.contextmanager
-def importing() -> Iterator[None]:
-    """Keep the garbage collector away from what is imported, now and later."""
+def importing(freeze: bool | None = None) -> Iterator[None]:
+    """Keep the garbage collector away from what is imported, now and, if `freeze`, later.
+
+    Args:
+        freeze: by default in `run_process`. Where the interpreter frees all objects at the end,
+            some libraries report frozen ones as leaks.
+    """
     if "torch" in sys.modules:  # nothing left to save; more than imports may be in memory
         yield
         return
     gc.disable()
     try:
         yield
-        gc.freeze()
+        if _leaves_memory if freeze is None else freeze:
+            gc.freeze()
     finally:
         gc.enable()
 
@@ -40,6 +49,8 @@ def run_process(main: Callable[[], None]) -> None:
     if not _is_program(sys._getframe(1)):
         main()
         return
+    global _leaves_memory
+    _leaves_memory = True
     try:
         main()
         code = 0

@@ -2,5 +2,5 @@
 
 from kd_lightning.startup import importing
 
-with importing():
+with importing(freeze=True):  # forks do not free objects at their end
     import kd_lightning.engine.trainer  # noqa: F401
