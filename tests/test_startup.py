@@ -84,7 +84,7 @@ def test_collector_skips_what_is_imported(monkeypatch, leaves_memory):
 
 
 def test_collector_is_not_paused_if_torch_is_imported():
-    with importing(freeze=True):
+    with importing():
         assert gc.isenabled()
 
 

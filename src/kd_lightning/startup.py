@@ -19,12 +19,10 @@ _leaves_memory = False
 
 
 @contextlib.contextmanager
-def importing(freeze: bool | None = None) -> Iterator[None]:
-    """Keep the garbage collector away from what is imported, now and, if `freeze`, later.
+def importing() -> Iterator[None]:
+    """Keep the garbage collector away from what is imported: now, and in `run_process` later, too.
 
-    Args:
-        freeze: by default in `run_process`. Where the interpreter frees all objects at the end,
-            some libraries report frozen ones as leaks.
+    Where the interpreter frees all objects at its end, some libraries would report leaks.
     """
     if "torch" in sys.modules:  # nothing left to save; more than imports may be in memory
         yield
@@ -32,7 +30,7 @@ def importing(freeze: bool | None = None) -> Iterator[None]:
     gc.disable()
     try:
         yield
-        if _leaves_memory if freeze is None else freeze:
+        if _leaves_memory:
             gc.freeze()
     finally:
         gc.enable()

@@ -2,5 +2,5 @@
 
 from kd_lightning.startup import importing
 
-with importing(freeze=True):  # forks do not free objects at their end
+with importing():
     import kd_lightning.engine.trainer  # noqa: F401
