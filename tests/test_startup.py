@@ -6,7 +6,7 @@ import sys
 import textwrap
 
 import pytest
-from conftest import in_a_new_process
+from conftest import FOLDER, TINY, in_a_new_process
 
 from kd_lightning import startup
 from kd_lightning.startup import importing
@@ -69,6 +69,20 @@ def test_other_exceptions_are_reported(tmp_path):
     done = in_a_new_process(str(script), fresh=True)
     assert done.code == 1
     assert "OSError: here" in done.err
+
+
+@pytest.mark.slow  # new interpreters
+@pytest.mark.parametrize(
+    "processes", [(), ("trainer.devices=2",), ("-m", "hydra/launcher=joblib", "seed=0,1")]
+)
+def test_no_library_reports_leaks(tmp_path, folder, processes):
+    """nanobind does if its types are still there at the interpreter's end, also in workers."""
+    done = in_a_new_process(
+        "train.py", *FOLDER, f"data.root={folder}", f"output_dir={tmp_path}", *TINY, *processes,
+        "method=none", f"data_dir={tmp_path}/data", fresh=True,
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    assert "leak" not in done.err
 
 
 @pytest.mark.parametrize("leaves_memory", [True, False])
