@@ -30,10 +30,10 @@ def test_further_trainings_follow_from_the_runs(tmp_path, name):
     write_report([RUNS.with_name(name)], tmp_path, draw_figures=False)
     text = FURTHER.read_text().splitlines()
     rows = [line for line in (tmp_path / "results.md").read_text().splitlines()
-            if line.startswith("| small |")]  # fmt: skip
+            if line.startswith("| small |") and "530,090" in line]  # fmt: skip
     assert len(rows) >= 3
     for row in rows:
-        assert row in text
+        assert any(line.endswith(row) for line in text)  # some begin with a number of views
 
 
 @pytest.fixture(scope="module")
