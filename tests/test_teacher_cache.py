@@ -657,3 +657,11 @@ def test_row_of_zeros_is_invalid(tmp_path):
         content = file.read_bytes()
         file.write_bytes(content[16:] + content[:16])
         assert not Rows(tmp_path, {}, 300, (3,), torch.float16).read(index, view)[1].any()
+
+
+@pytest.mark.parametrize(("views", "warned"), [(1, True), (2, False)])
+def test_overfitting_of_few_views_is_warned_of(train, monkeypatch, views, warned):
+    monkeypatch.setattr(student, "OFTEN", 1)
+    done = train("method=none", f"data.views={views}")  # two epochs
+    assert done.code == 0
+    assert ("data.views=2" in done.err) == warned

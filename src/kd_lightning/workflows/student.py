@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,10 @@ from kd_lightning.workflows.record import begin_record
 from kd_lightning.workflows.teacher import find_teachers
 
 log = logging.getLogger(__name__)
+
+OFTEN = 10
+"""Number of times that each view of an image is seen before students overfit them; measured in
+docs/further-trainings.md."""
 
 
 def run(
@@ -177,6 +182,12 @@ def _train_and_test(
     device = trainer.strategy.root_device
     if job.teachers:
         open_caches(module, job.plan, data, device)
+    epochs = plan.trainer.arguments["max_epochs"]
+    if data.views and epochs > OFTEN * data.views:
+        log.warning(
+            "data.views=%d: each view of an image is seen %.3g times, which can cost accuracy; "
+            "data.views=%d would be enough", data.views, epochs / data.views, ceil(epochs / OFTEN),
+        )  # fmt: skip
     known = {}
     if job.teachers and job.teacher_facts is None and not isinstance(module.teacher, MeanTeacher):
         trainer.validate(module, data, verbose=False)
