@@ -36,6 +36,16 @@ def test_further_trainings_follow_from_the_runs(tmp_path, name):
         assert any(line.endswith(row) for line in text)  # some begin with a number of views
 
 
+def test_accuracy_by_number_of_views_follows_from_the_runs():
+    runs = pd.read_csv(RUNS.with_name("hundred-epochs.csv"))
+    lines = FURTHER.read_text().splitlines()
+    accuracies = runs[runs["method"] == "matching"].groupby("data.views")["test_accuracy"].mean()
+    assert len(accuracies) == 6
+    for views, accuracy in accuracies.items():
+        (line,) = [line for line in lines if line.startswith(f"| {views} | small | matching |")]
+        assert f"| {100 * accuracy:.2f}" in line
+
+
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
     """The lines of the tables of students trained on half of the images."""

@@ -54,7 +54,7 @@ def test_tools_that_run_a_program_go_on_after_it(tmp_path, tool):
     assert expected[tool] in done.out
 
 
-def test_a_module_is_a_program_too(tmp_path, monkeypatch):
+def test_a_module_is_a_program_too(tmp_path):
     (tmp_path / "end.py").write_text(textwrap.dedent(END.format(end="")))
     done = in_a_new_process(
         "-m", "end", fresh=True, cwd=tmp_path, PYTHONPATH=os.pathsep.join(sys.path)

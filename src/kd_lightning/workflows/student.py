@@ -41,8 +41,7 @@ from kd_lightning.workflows.teacher import find_teachers
 log = logging.getLogger(__name__)
 
 OFTEN = 10
-"""Number of times that each view of an image is seen before students overfit them; measured in
-docs/further-trainings.md."""
+"""How many times a view may be seen without a warning; docs/further-trainings.md has the cost."""
 
 
 def run(
@@ -186,7 +185,8 @@ def _train_and_test(
     if data.views and epochs > OFTEN * data.views:
         log.warning(
             "data.views=%d: each view of an image is seen %.3g times, which can cost accuracy; "
-            "data.views=%d would be enough", data.views, epochs / data.views, ceil(epochs / OFTEN),
+            "with data.views=%d or more it would be at most %d times",
+            data.views, epochs / data.views, ceil(epochs / OFTEN), OFTEN,
         )  # fmt: skip
     known = {}
     if job.teachers and job.teacher_facts is None and not isinstance(module.teacher, MeanTeacher):
