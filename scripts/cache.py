@@ -1,11 +1,15 @@
-"""List, check, pack, unpack and remove teacher-output caches.
+"""Fill, list, check, pack, unpack and remove teacher-output caches.
 
+    python scripts/cache.py fill method=combined teacher=resnet9 data.views=25    # as for train.py
     python scripts/cache.py list --output-dir outputs
     python scripts/cache.py check outputs/runs/SETTING/RUN 1000      # recompute 1,000 rows each
     python scripts/cache.py pack outputs/runs/SETTING/RUN teacher.zip     # for teacher=packed
     python scripts/cache.py pack resnet9-logit-0123456789abcdef logit.zip
     python scripts/cache.py unpack logit.zip                         # verified before it is used
     python scripts/cache.py remove resnet9-logit-0123456789abcdef    # or: remove all
+
+`fill` computes the outputs that such a training uses, without training a student. Of many trainings
+that are then started at once, none computes them again.
 
 A training that uses a removed cache continues and computes the outputs.
 """
@@ -15,7 +19,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from kd_lightning.errors import InputError
+from kd_lightning.errors import InputError, Stopped
 from kd_lightning.files import find_own_packages, home
 from kd_lightning.storage.packing import pack, unpack
 from kd_lightning.storage.teacher_cache import Stored, remove, stored
@@ -33,6 +37,8 @@ def main() -> None:
         "--output-dir", type=home, default="outputs", help="output_dir of the trainings"
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("fill", help="compute the outputs that a training uses")
+    command.add_argument("overrides", nargs="*", help="as for train.py")
     commands.add_parser("list", help="list all caches", parents=[place])
     command = commands.add_parser("check", help="recompute rows of the caches of a run")
     command.add_argument("run", type=home, help="folder of the run")
@@ -52,6 +58,9 @@ def main() -> None:
     root = Path(getattr(arguments, "output_dir", "outputs")) / "teachers" / "remembered"
     try:
         run(arguments, root)
+    except (Stopped, KeyboardInterrupt) as stop:
+        again = "stopped by Ctrl-C; run the same command again to go on"
+        _fail(*(str(stop), stop.exit_code) if isinstance(stop, Stopped) else (again, 130))
     except InputError as error:
         _fail(str(error), 2)
     except OSError as error:
@@ -60,7 +69,9 @@ def main() -> None:
 
 def run(arguments: argparse.Namespace, root: Path) -> None:
     """Run a subcommand."""
-    if arguments.command == "list":
+    if arguments.command == "fill":
+        fill(arguments.overrides)
+    elif arguments.command == "list":
         show(stored(root), "stored", root)
     elif arguments.command == "check":
         check(arguments.run, arguments.rows)
@@ -76,6 +87,20 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
         for entry in entries:
             remove(entry.folder)
         show(entries, "removed", root)
+
+
+def fill(overrides: Sequence[str]) -> None:
+    """Fill the caches of a training; exit with 1 if outputs are missing."""
+    from kd_lightning import api
+    from kd_lightning.engine.quiet import quiet_lightning
+    from kd_lightning.workflows.fill_cache import fill_cache
+
+    quiet_lightning()
+    found = fill_cache(api.compose(*overrides))
+    for part in found:
+        print(f"{part.name}: {part.views} of {part.wanted} views")
+    if any(part.views < part.wanted for part in found):
+        sys.exit(1)
 
 
 def pack_all(root: Path, names: Sequence[str], file: Path) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import REPOSITORY
+from conftest import FOLDER, REPOSITORY, TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -28,7 +28,9 @@ INDEX = torch.arange(20)
 @pytest.fixture
 def script(tmp_path, monkeypatch, capsys):
     def run(*arguments):
-        place = [] if arguments[0] == "check" else ["--output-dir", str(tmp_path / "outputs")]
+        place = (
+            [] if arguments[0] in ("check", "fill") else ["--output-dir", str(tmp_path / "outputs")]
+        )
         command = ["cache.py", arguments[0], *place, *map(str, arguments[1:])]
         monkeypatch.setattr(sys, "argv", command)
         code = 0
@@ -77,6 +79,49 @@ def test_check_recomputes_rows(train, tmp_path, script):
     code, _, said = script("check", none)
     assert code == 2
     assert "no teacher" in said
+
+
+def test_fill_computes_once_what_a_training_uses(folder, train, tmp_path, script):
+    job = ("method=combined", "data.views=2", "trainer.max_epochs=3", "setting=a")
+    fixed = (f"output_dir={tmp_path / 'outputs'}", f"data.root={folder}", *FOLDER, *TINY)
+    before = set()
+    for _ in range(2):
+        code, said, _ = script("fill", *fixed, *job)
+        assert code == 0
+        assert said.count(": 2 of 2 views\n") == 2
+        files = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("view-*.rows")}
+        assert len(files) == 5  # of two terms, and of the images that are not augmented
+        assert before in (set(), set(files.items()))
+        before = set(files.items())
+    assert not list(tmp_path.glob("outputs/runs/*"))
+    filled = {path: path.read_bytes() for path in files}
+    (run,) = train(*job).runs
+    assert filled == {path: path.read_bytes() for path in tmp_path.rglob("view-*.rows")}
+    assert script("check", run, 1000)[0] == 0
+    # A damaged output is computed again, and nothing else.
+    damaged = next(path for path in files if path.stem == "view-00001")
+    damaged.write_bytes(filled[damaged][:-100].ljust(len(filled[damaged]), b"\0"))
+    assert script("fill", *fixed, *job)[0] == 0
+    assert damaged.read_bytes() == filled[damaged]
+
+
+def test_what_cannot_be_filled(folder, tmp_path, script):
+    fixed = (f"output_dir={tmp_path / 'outputs'}", f"data.root={folder}", *FOLDER)
+    for change, reason in (
+        (("method=none", *TINY), "has no teacher"),
+        (("teacher=mean",), "follows the student"),
+        (("remember.disk_gb=0", *TINY), "disables the cache"),
+        (("method=nothing",), "nothing"),
+    ):
+        code, _, said = script("fill", *fixed, *change)
+        assert code == 2
+        assert reason in said
+        assert not list(tmp_path.glob("outputs/teachers/*"))
+    code, said, _ = script("fill", *fixed, *TINY, "method=combined", "remember.disk_gb=5e-6")
+    assert code == 1
+    assert sorted(line.partition(": ")[2] for line in said.splitlines()) == [
+        "0 of 2 views", "2 of 2 views",
+    ]  # fmt: skip
 
 
 def spoilt(entry):

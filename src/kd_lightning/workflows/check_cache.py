@@ -14,7 +14,7 @@ from kd_lightning.config.plan import Plan
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import open_caches
-from kd_lightning.distill.module import AUTOCAST, DistillationModule
+from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.top_k import restore
 from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError
@@ -61,7 +61,7 @@ def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]
         (module.evaluation_cache, module.ask_logits),
     ):
         for name, rows in cache.rows.items() if cache is not None else ():
-            recompute = partial(_recompute, module, plan, device, ask, name)
+            recompute = partial(_recompute, job, device, ask, name)
             reduced = cache is module.cache and module.is_reduced(name)
             values = partial(_probabilities, classes) if reduced else torch.Tensor.float
             checked = _check(rows, job.data, recompute, values, count, generator)
@@ -79,15 +79,7 @@ def with_stored_weights(job: Job) -> Job:
         InputError: the run has no teacher, or none with weights, or they are not stored.
     """
     plan = job.plan
-    if not plan.teachers:
-        raise InputError(f"the method {plan.method} has no teacher")
-    for part in plan.teachers:
-        if part.outputs is not None:
-            raise InputError(
-                f"the teacher {part.name} is packed in {part.outputs}, without weights"
-            )
-        if part.decay is not None:
-            raise InputError(f"the teacher {part.name} follows the student: it is not cached")
+    check_has_network(plan)
     store, images = TeacherStore(plan.output_dir / "teachers"), job.data.fingerprint()
 
     def missing(folder: Path) -> dict[str, float]:
@@ -101,6 +93,23 @@ def with_stored_weights(job: Job) -> Job:
             for part, teacher in zip(plan.teachers, job.teachers, strict=True)
         )
     )
+
+
+def check_has_network(plan: Plan) -> None:
+    """Check that there is a teacher whose outputs can be computed and stored.
+
+    Raises:
+        InputError: there is none.
+    """
+    if not plan.teachers:
+        raise InputError(f"the method {plan.method} has no teacher")
+    for part in plan.teachers:
+        if part.outputs is not None:
+            raise InputError(
+                f"the teacher {part.name} is packed in {part.outputs}, without weights"
+            )
+        if part.decay is not None:
+            raise InputError(f"the teacher {part.name} follows the student: it is not cached")
 
 
 def _check(
@@ -140,16 +149,30 @@ def _probabilities(classes: int, rows: Tensor) -> Tensor:
 
 
 def _recompute(
-    module: DistillationModule,
-    plan: Plan,
+    job: Job,
     device: torch.device,
     ask: Callable[[Tensor], dict[str, Tensor]],
     name: str,
     images: Tensor,
 ) -> Tensor:
+    return asked(job, device, ask, images)[name].cpu()
+
+
+def asked(
+    job: Job, device: torch.device, ask: Callable[[Tensor], dict[str, Tensor]], images: Tensor
+) -> dict[str, Tensor]:
+    """The answer for images (B, 3, H, W), computed as in the training: (B, ...) by target.
+
+    Args:
+        job: with the weights of its teachers.
+        device: the training device.
+        ask: `ask_teacher` or `ask_logits` of the job's module.
+        images: normalised as the student's.
+    """
+    module = job.module
     assert module.teacher is not None
-    dtype = AUTOCAST.get(plan.student.trainer.precision)
+    dtype = AUTOCAST.get(job.plan.student.trainer.precision)
     module.teacher.prepare(device, module.memory_format, dtype)
     images = images.to(device).contiguous(memory_format=module.memory_format)
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-        return ask(images)[name].cpu()
+        return ask(images)
