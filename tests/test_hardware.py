@@ -86,6 +86,14 @@ def test_student_and_teacher_use_their_own_accelerators(machine, student, teache
     assert [(plan.precision, plan.channels_last) for plan in plans] == expected
 
 
+def test_precision_is_that_which_lightning_uses(machine):
+    machine(cuda=True)
+    for accelerator in ("cpu", "gpu"):
+        trainer = {**AUTO, "accelerator": accelerator, "precision": "16-mixed"}
+        expected = "bf16-mixed" if accelerator == "cpu" else "16-mixed"
+        assert resolve_trainer(trainer, {}).precision == expected
+
+
 AUTO = {"accelerator": "auto", "devices": 1, "precision": "auto", "memory_format": "auto"}
 GROUPED = {
     "mobilenet_v3_small": True,
