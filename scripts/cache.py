@@ -21,6 +21,7 @@ from pathlib import Path
 
 from kd_lightning.errors import InputError, Stopped
 from kd_lightning.files import find_own_packages, home
+from kd_lightning.startup import importing, run_process
 from kd_lightning.storage.packing import pack, unpack
 from kd_lightning.storage.teacher_cache import Stored, remove, stored
 
@@ -91,9 +92,10 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
 
 def fill(overrides: Sequence[str]) -> None:
     """Fill the caches of a training; exit with 1 if outputs are missing."""
-    from kd_lightning import api
-    from kd_lightning.engine.quiet import quiet_lightning
-    from kd_lightning.workflows.fill_cache import fill_cache
+    with importing():
+        from kd_lightning import api
+        from kd_lightning.engine.quiet import quiet_lightning
+        from kd_lightning.workflows.fill_cache import fill_cache
 
     quiet_lightning()
     found = fill_cache(api.compose(*overrides))
@@ -117,7 +119,8 @@ def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
         return
     if len(runs) < len(names):
         raise InputError("pack either the folders of runs, or one cache")
-    from kd_lightning.workflows.packing import pack_runs
+    with importing():
+        from kd_lightning.workflows.packing import pack_runs
 
     for cache, views in pack_runs(runs, file).items():
         print(f"{cache}: {views} {'view' if views == 1 else 'views'}")
@@ -154,7 +157,8 @@ def check(run: str, rows: int) -> None:
     """Recompute rows, print the differences; exit with 1 if one is too large."""
     if rows < 1:
         raise InputError(f"the number of rows must be at least 1, not {rows}")
-    from kd_lightning.workflows.check_cache import check_cache
+    with importing():
+        from kd_lightning.workflows.check_cache import check_cache
 
     found = check_cache(run, rows)
     for cache in found:
@@ -173,4 +177,4 @@ def _fail(message: str, code: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

@@ -21,7 +21,6 @@ from typing import Any, TextIO
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home, readable, replacing
 from kd_lightning.startup import importing, run_process
-from kd_lightning.streams import robust_streams
 
 SKIPPED = 3
 
@@ -46,16 +45,15 @@ def main() -> None:
     )  # fmt: skip
     arguments = parser.parse_args()
     find_own_packages()
-    with robust_streams():
-        try:
-            skipped = run(arguments)
-        except InputError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except OSError as error:
-            where = error.filename or arguments.out
-            print(f"error: {where} cannot be written: {error.strerror}", file=sys.stderr)
-            sys.exit(1)
+    try:
+        skipped = run(arguments)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except OSError as error:
+        where = error.filename or arguments.out
+        print(f"error: {where} cannot be written: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
     if skipped:
         sys.exit(SKIPPED)
 

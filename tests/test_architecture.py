@@ -9,8 +9,8 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "kd_lightning"
 
 # From lowest to highest. Packages in one line must not import each other.
 LAYERS = (
-    {"errors", "results", "schedules"},
-    {"files", "startup", "streams", "terminal"},
+    {"errors", "results", "schedules", "streams"},
+    {"files", "startup", "terminal"},
     {"models"},
     {"data", "losses"},
     {"config"},

@@ -372,6 +372,7 @@ def test_no_traceback_if_output_is_closed(redirected):
     )
     assert "Traceback" not in done.stderr
     assert "Exception" not in done.stderr
+    assert done.returncode == (1 if "full" in redirected else 0)
 
 
 def test_output_to_a_terminal_without_unicode(tmp_path):

@@ -2,8 +2,10 @@
 
 import gc
 import os
+import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from conftest import FOLDER, TINY, in_a_new_process
@@ -40,6 +42,24 @@ def test_threads_and_exit_handlers_finish_before_the_end(tmp_path, end, code):
     assert done.code == code
     assert done.out == "main\nthread\natexit\n"
     assert done.err == ("no\n" if end == "sys.exit('no')" else "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
+@pytest.mark.parametrize(
+    ("output", "end", "code"),
+    [(">/dev/full", "", 1), (">/dev/full", "sys.exit()", 1), (">/dev/full", "sys.exit(3)", 3),
+     ("2>/dev/full", "", 0), (">&-", "", 0), ("| head -c 5", "", 0)],
+)  # fmt: skip
+def test_output_that_cannot_be_written(tmp_path, output, end, code):
+    script = tmp_path / "end.py"
+    end = f"print('x' * 10**6); print('y' * 10**6, file=sys.stderr); {end}"
+    script.write_text(textwrap.dedent(END.format(end=end)))
+    command = f"set -o pipefail; {sys.executable} {script} {output}"
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert "Traceback" not in done.stderr
+    said = "error: standard output cannot be written: No space left on device\n"
+    assert (said in done.stderr) == (code == 1)
 
 
 @pytest.mark.parametrize("tool", ["cProfile", "trace", "pdb"])

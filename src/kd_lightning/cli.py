@@ -28,7 +28,6 @@ from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.files import find_own_packages
 from kd_lightning.startup import importing, run_process
 from kd_lightning.storage.identity import unchanged
-from kd_lightning.streams import robust_streams
 from kd_lightning.terminal import say
 from kd_lightning.workflows.earlier import train_earlier_runs
 from kd_lightning.workflows.grid import exit_codes
@@ -54,16 +53,15 @@ def main() -> None:
     128 + signal number.
     """
     find_own_packages()
-    with robust_streams():
-        try:
-            _main()
-        except SystemExit as stop:
-            _end_others(stop.code if isinstance(stop.code, int) else 1)
-            raise
-        except BaseException:
-            _end_others(1)
-            raise
-        _end_others(0)
+    try:
+        _main()
+    except SystemExit as stop:
+        _end_others(stop.code if isinstance(stop.code, int) else 1)
+        raise
+    except BaseException:
+        _end_others(1)
+        raise
+    _end_others(0)
 
 
 def _end_others(code: int) -> None:

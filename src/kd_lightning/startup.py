@@ -1,4 +1,4 @@
-"""Quick start and end of a process that imports torch and Lightning.
+"""Start and end of a process that imports torch and Lightning: quick, and without lost errors.
 
 Their half a million objects last as long as the process. The garbage collector would search them
 again and again, and at its end the interpreter would free them one by one: a fifth of the time to
@@ -13,6 +13,8 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+
+from kd_lightning.streams import robust_streams
 
 _leaves_memory = False
 """Whether this process will end by `run_process`."""
@@ -37,7 +39,8 @@ def importing() -> Iterator[None]:
 
 
 def run_process(main: Callable[[], None]) -> None:
-    """Run `main` and end the process as the interpreter does, but without freeing each object.
+    """Run `main` with robust streams and end the process as the interpreter does, but without
+    freeing each object.
 
     Under a profiler, debugger or test, which go on afterwards, only run `main`.
 
@@ -45,12 +48,14 @@ def run_process(main: Callable[[], None]) -> None:
         main: may raise SystemExit; other exceptions are not caught.
     """
     if not _is_program(sys._getframe(1)):
-        main()
+        with robust_streams():
+            main()
         return
     global _leaves_memory
     _leaves_memory = True
     try:
-        main()
+        with robust_streams():
+            main()
         code = 0
     except SystemExit as stop:
         if not isinstance(stop.code, int | None):
