@@ -31,6 +31,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages
 from kd_lightning.models.preparing import materialize
 from kd_lightning.reports.summary import about
+from kd_lightning.startup import run_process
 from kd_lightning.storage.rows import Rows
 from kd_lightning.terminal import positive
 
@@ -164,4 +165,4 @@ def bytes_per_view(config: Node, images: int) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)

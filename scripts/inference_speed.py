@@ -21,6 +21,7 @@ import torch
 from kd_lightning import api
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
+from kd_lightning.startup import run_process
 from kd_lightning.terminal import positive, say
 
 
@@ -88,4 +89,4 @@ def best_rates(
 
 
 if __name__ == "__main__":
-    main()
+    run_process(main)
