@@ -18,12 +18,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from kd_lightning.errors import InputError, Stopped
+from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
 from kd_lightning.startup import importing, run_process
-from kd_lightning.storage.packing import pack, unpack
-from kd_lightning.storage.teacher_cache import Stored, remove, stored
+
+if TYPE_CHECKING:
+    from kd_lightning.storage.teacher_cache import Stored
 
 MEGABYTE = 10**6
 
@@ -59,23 +61,26 @@ def main() -> None:
     root = Path(getattr(arguments, "output_dir", "outputs")) / "teachers" / "remembered"
     try:
         run(arguments, root)
-    except (Stopped, KeyboardInterrupt) as stop:
-        again = "stopped by Ctrl-C; run the same command again to go on"
-        _fail(*(str(stop), stop.exit_code) if isinstance(stop, Stopped) else (again, 130))
     except InputError as error:
         _fail(str(error), 2)
     except OSError as error:
-        _fail(f"{error.filename or root}: {error.strerror or error}", 1)
+        where = error.filename or ("output_dir" if arguments.command == "fill" else root)
+        _fail(f"{where}: {error.strerror or error}", 1)
 
 
 def run(arguments: argparse.Namespace, root: Path) -> None:
     """Run a subcommand."""
     if arguments.command == "fill":
         fill(arguments.overrides)
-    elif arguments.command == "list":
-        show(stored(root), "stored", root)
-    elif arguments.command == "check":
+        return
+    if arguments.command == "check":
         check(arguments.run, arguments.rows)
+        return
+    with importing():
+        from kd_lightning.storage.packing import unpack
+        from kd_lightning.storage.teacher_cache import remove, stored
+    if arguments.command == "list":
+        show(stored(root), "stored", root)
     elif arguments.command == "pack":
         pack_all(root, arguments.names, Path(arguments.file))
     elif arguments.command == "unpack":
@@ -102,11 +107,14 @@ def fill(overrides: Sequence[str]) -> None:
     for part in found:
         print(f"{part.name}: {part.views} of {part.wanted} views")
     if any(part.views < part.wanted for part in found):
-        sys.exit(1)
+        _fail("some outputs are not stored, as warnings above say; trainings compute them", 1)
 
 
 def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
     """Pack the outputs of the teacher of runs, or a single cache, and print what was packed."""
+    from kd_lightning.storage.packing import pack
+    from kd_lightning.workflows.packing import pack_runs
+
     runs = [Path(name) for name in names if Path(name, "config.yaml").is_file()]
     if not runs:
         if len(names) > 1:
@@ -119,20 +127,19 @@ def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
         return
     if len(runs) < len(names):
         raise InputError("pack either the folders of runs, or one cache")
-    with importing():
-        from kd_lightning.workflows.packing import pack_runs
-
     for cache, views in pack_runs(runs, file).items():
         print(f"{cache}: {views} {'view' if views == 1 else 'views'}")
     print(f"{file}: {file.stat().st_size / MEGABYTE:.3f} MB")
 
 
-def find(root: Path, names: Sequence[str]) -> list[Stored]:
+def find(root: Path, names: Sequence[str]) -> "list[Stored]":
     """The caches with these names.
 
     Raises:
         InputError: there is no such cache.
     """
+    from kd_lightning.storage.teacher_cache import stored
+
     entries = {entry.folder.name: entry for entry in stored(root)}
     if names == ["all"]:
         return list(entries.values())
@@ -141,7 +148,7 @@ def find(root: Path, names: Sequence[str]) -> list[Stored]:
     return [entries[name] for name in names]
 
 
-def show(entries: Sequence[Stored], what: str, root: Path) -> None:
+def show(entries: "Sequence[Stored]", what: str, root: Path) -> None:
     """Print caches, and their total size."""
     width = max([len(entry.folder.name) for entry in entries], default=0)
     for entry in entries:

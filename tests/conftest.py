@@ -82,7 +82,7 @@ def write_folder(root: Path, classes: int = 3, per_class: int = 12, size: int = 
 
 
 @pytest.fixture(scope="session", autouse=True)
-def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
+def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """A folder that all processes of the session share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "composed"
@@ -92,6 +92,8 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
         processes.serve()
         gc.freeze()  # a full collection would visit everything that is imported
         gc.enable()
+    yield
+    gc.unfreeze()  # otherwise some libraries report leaks
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -44,6 +44,33 @@ def test_threads_and_exit_handlers_finish_before_the_end(tmp_path, end, code):
     assert done.err == ("no\n" if end == "sys.exit('no')" else "")
 
 
+def test_open_files_are_complete(tmp_path):
+    script = tmp_path / "end.py"
+    opened = "; ".join(
+        f"globals()['f{n}'] = open({str(tmp_path / str(n))!r}, {mode!r}); f{n}.write({text!r})"
+        for n, (mode, text) in enumerate([("w", "text"), ("wb", b"bytes"), ("w+b", b"both")])
+    )
+    script.write_text(textwrap.dedent(END.format(end=opened)))
+    assert in_a_new_process(str(script), fresh=True).code == 0
+    assert [(tmp_path / str(n)).read_text() for n in range(3)] == ["text", "bytes", "both"]
+
+
+@pytest.mark.parametrize(
+    ("end", "code", "said"),
+    [("os.kill(os.getpid(), 2); time.sleep(9)", 130, "stopped by Ctrl-C\n"),
+     ("from kd_lightning.errors import Stopped; raise Stopped(15)", 143, "stopped by SIGTERM"),
+     ("sys.exit(2**40 + 1)", 1, "")],
+)  # fmt: skip
+def test_interruption_ends_with_a_sentence(tmp_path, end, code, said):
+    script = tmp_path / "end.py"
+    script.write_text(textwrap.dedent(END.format(end=f"import os; {end}")))
+    done = in_a_new_process(str(script), fresh=True)
+    assert done.code == code
+    assert done.err.startswith(said)
+    assert done.err.count("\n") == bool(said)
+    assert done.out.endswith("atexit\n")
+
+
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")
 @pytest.mark.parametrize(
     ("output", "end", "code"),

@@ -7,13 +7,16 @@ the first training step, and seconds after the last.
 
 import atexit
 import contextlib
+import ctypes
 import gc
+import io
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 
+from kd_lightning.errors import Stopped
 from kd_lightning.streams import robust_streams
 
 _leaves_memory = False
@@ -45,7 +48,8 @@ def run_process(main: Callable[[], None]) -> None:
     Under a profiler, debugger or test, which go on afterwards, only run `main`.
 
     Args:
-        main: may raise SystemExit; other exceptions are not caught.
+        main: may raise SystemExit. Interruptions by a signal end with a sentence; other exceptions
+            are not caught.
     """
     if not _is_program(sys._getframe(1)):
         with robust_streams():
@@ -61,12 +65,29 @@ def run_process(main: Callable[[], None]) -> None:
         if not isinstance(stop.code, int | None):
             raise
         code = stop.code or 0
+    except Stopped as stop:
+        print(stop, file=sys.stderr)
+        code = stop.exit_code
+    except KeyboardInterrupt:
+        print("stopped by Ctrl-C", file=sys.stderr)
+        code = 130
     threading._shutdown()  # type: ignore[attr-defined]  # waits for threads
     atexit._run_exitfuncs()
-    for stream in (sys.stdout, sys.stderr):
+    _flush_all()
+    os._exit(code & 0xFF)
+
+
+def _flush_all() -> None:
+    """Flush every open file, and what C libraries have printed."""
+    written = io.TextIOWrapper, io.BufferedWriter, io.BufferedRandom
+    files = [thing for thing in gc.get_objects() if issubclass(type(thing), written)]
+    files += [sys.stdout, sys.stderr]  # frozen in `importing`
+    # Text before the bytes that it is written to.
+    for file in sorted(files, key=lambda file: not isinstance(file, io.TextIOWrapper)):
         with contextlib.suppress(Exception):  # closed, or its reader has gone
-            stream.flush()
-    os._exit(code)
+            file.flush()
+    with contextlib.suppress(Exception):  # not on Windows
+        ctypes.CDLL(None).fflush(None)
 
 
 def _is_program(frame: FrameType) -> bool:

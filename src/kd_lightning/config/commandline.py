@@ -213,7 +213,7 @@ def composition_error(error: Exception) -> str:
     if found := re.match(r"Ambiguous value for argument '(.*)'$", text):
         key, _, value = found[1].partition("=")
         return (
-            f"{found[1]} has several values: add -m to sweep over them, or write "
+            f"{found[1]} has several values: train.py sweeps over them with -m; or write "
             f"{key}=[{value}] for a list, {in_shell(key, value)} for one string"
         )
     if found := re.search(r"interpolation: Key '(\w+)' is not in struct", text):
