@@ -107,13 +107,15 @@ def fill(overrides: Sequence[str]) -> None:
     for part in found:
         print(f"{part.name}: {part.views} of {part.wanted} views")
     if any(part.views < part.wanted for part in found):
-        _fail("some outputs are not stored, as warnings above say; trainings compute them", 1)
+        _fail(
+            "some outputs could not be stored, see the warnings above",
+            1,
+        )
 
 
 def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
     """Pack the outputs of the teacher of runs, or a single cache, and print what was packed."""
     from kd_lightning.storage.packing import pack
-    from kd_lightning.workflows.packing import pack_runs
 
     runs = [Path(name) for name in names if Path(name, "config.yaml").is_file()]
     if not runs:
@@ -127,6 +129,8 @@ def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
         return
     if len(runs) < len(names):
         raise InputError("pack either the folders of runs, or one cache")
+    from kd_lightning.workflows.packing import pack_runs
+
     for cache, views in pack_runs(runs, file).items():
         print(f"{cache}: {views} {'view' if views == 1 else 'views'}")
     print(f"{file}: {file.stat().st_size / MEGABYTE:.3f} MB")

@@ -86,7 +86,7 @@ def test_student_and_teacher_use_their_own_accelerators(machine, student, teache
     assert [(plan.precision, plan.channels_last) for plan in plans] == expected
 
 
-def test_precision_is_that_which_lightning_uses(machine):
+def test_float16_autocast_falls_back_to_bfloat16_on_a_cpu(machine):
     machine(cuda=True)
     for accelerator in ("cpu", "gpu"):
         trainer = {**AUTO, "accelerator": accelerator, "precision": "16-mixed"}

@@ -660,7 +660,7 @@ def test_row_of_zeros_is_invalid(tmp_path):
 
 
 @pytest.mark.parametrize(("views", "warned"), [(1, True), (2, False)])
-def test_overfitting_of_few_views_is_warned_of(train, monkeypatch, views, warned):
+def test_warning_if_views_repeat_often(train, monkeypatch, views, warned):
     monkeypatch.setattr(student, "OFTEN", 1)
     done = train("method=none", f"data.views={views}")  # two epochs
     assert done.code == 0

@@ -315,7 +315,7 @@ def _resolve_processes(trainer: Node) -> tuple[int | list[int], int]:
 def _resolve_precision(trainer: Node, model: Node, role: str) -> str:
     precision, accelerator = trainer["precision"], trainer["accelerator"]
     if precision == "16-mixed" and device_type(accelerator) == "cpu":
-        # As Lightning does; here, so that this is what the run and the cache's keys say.
+        # Lightning falls back to this. Resolved here, so that records and cache keys name it.
         log.info("precision bf16-mixed: there is no 16-mixed on a CPU")
         return "bf16-mixed"
     if precision != "auto":

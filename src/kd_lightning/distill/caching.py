@@ -107,8 +107,7 @@ def open_caches(
         log.warning("the teacher's outputs on training views are not cached: %s", why)
         return
     rows = _training_rows(module, plan, data, place, _sample(module, recorded, images))
-    epochs = plan.student.trainer.arguments["max_epochs"]
-    used = range(min(epochs, data.views or epochs))
+    used = used_views(plan, data)
     if recorded is not None:
         recorded.check(rows, used)
         recorded.unpack(place.root.parent)
@@ -122,6 +121,12 @@ def open_caches(
             name, len(used), size / GIGABYTE, limit / GIGABYTE,
         )  # fmt: skip
     module.cache = TeacherCache(rows, root, limit, live=tuple(large))
+
+
+def used_views(plan: Plan, data: ImageDataModule) -> range:
+    """The view numbers that a training uses."""
+    epochs = plan.student.trainer.arguments["max_epochs"]
+    return range(min(epochs, data.views or epochs))
 
 
 def _teacher_keys(

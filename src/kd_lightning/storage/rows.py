@@ -80,6 +80,10 @@ class Rows:
         found = torch.from_numpy(rows)
         return self.values(found), self.valid(found, index, view)
 
+    def has_all(self, index: Tensor, view: int) -> bool:
+        """Whether the rows of images (B,), int64, on the CPU, are valid for a view number."""
+        return bool(self.read(index, torch.full_like(index, view))[1].all())
+
     def values(self, rows: Tensor) -> Tensor:
         """The targets (B, *shape), in `dtype`, of rows (B, words + 2), int32, on any device."""
         size = math.prod(self.shape) * self.dtype.itemsize

@@ -155,13 +155,13 @@ def _recompute(
     name: str,
     images: Tensor,
 ) -> Tensor:
-    return asked(job, device, ask, images)[name].cpu()
+    return ask_on_device(job, device, ask, images)[name].cpu()
 
 
-def asked(
+def ask_on_device(
     job: Job, device: torch.device, ask: Callable[[Tensor], dict[str, Tensor]], images: Tensor
 ) -> dict[str, Tensor]:
-    """The answer for images (B, 3, H, W), computed as in the training: (B, ...) by target.
+    """The teacher's outputs on images (B, 3, H, W), computed as in training: (B, ...) by target.
 
     Args:
         job: with the weights of its teachers.

@@ -10,13 +10,12 @@ from torch import Tensor
 from kd_lightning.config.checks import check_sections, of_one_process
 from kd_lightning.config.hardware import device_type
 from kd_lightning.config.nodes import Node
-from kd_lightning.distill.caching import open_caches
+from kd_lightning.distill.caching import open_caches, used_views
 from kd_lightning.errors import InputError
 from kd_lightning.reports.summary import about
-from kd_lightning.storage.rows import Rows
 from kd_lightning.storage.teacher_cache import TeacherCache
 from kd_lightning.terminal import say
-from kd_lightning.workflows.check_cache import asked, check_has_network
+from kd_lightning.workflows.check_cache import ask_on_device, check_has_network
 from kd_lightning.workflows.jobs import Job, prepare
 from kd_lightning.workflows.teacher import find_teachers
 
@@ -62,17 +61,19 @@ def fill_cache(config: Node) -> list[Filled]:
     cache = job.module.cache
     if cache is None or job.module.evaluation_cache is None:
         raise InputError(f"the outputs of {job.plan.teacher_name} cannot be cached")
-    epochs = job.plan.student.trainer.arguments["max_epochs"]
-    views = range(min(epochs, job.data.views or epochs))
+    views = used_views(job.plan, job.data)
     source = job.data.pixel_source.to(device)
     job.data.pixel_source, job.data.labels = source, job.data.labels.to(device)
     # Nothing is computed for targets that do not fit on the disk.
     fitting = {name: rows for name, rows in cache.rows.items() if name not in cache.live}
     _fill(job, TeacherCache(fitting, cache.root, cache.limit), device, views)
-    return [
-        Filled(rows.folder.name, sum(_is_complete(rows, job, view) for view in views), len(views))
+    images = job.data.splits["train"]
+    found = [
+        Filled(rows.folder.name, sum(rows.has_all(images, view) for view in views), len(views))
         for rows in {rows.folder: rows for rows in cache.rows.values()}.values()
     ]
+    job.data.forget()
+    return found
 
 
 def _fill(job: Job, cache: TeacherCache, device: torch.device, views: range) -> None:
@@ -81,7 +82,8 @@ def _fill(job: Job, cache: TeacherCache, device: torch.device, views: range) -> 
         assert module.evaluation_cache is not None
         _fetch_all(job, module.evaluation_cache, device, loader, module.ask_logits)
     parts = cache.rows.values()
-    missing = [view for view in views if not all(_is_complete(rows, job, view) for rows in parts)]
+    images = data.splits["train"]
+    missing = [view for view in views if not all(rows.has_all(images, view) for rows in parts)]
     loader = data.variant(batch_size=data.eval_batch_size).train_dataloader()
     began = told = time.monotonic()
     for number, view in enumerate(missing, start=1):
@@ -93,7 +95,7 @@ def _fill(job: Job, cache: TeacherCache, device: torch.device, views: range) -> 
         if now - told >= SECONDS and number < len(missing):
             each = (now - began) / number
             say(
-                f"view {number}/{len(missing)}, {len(data.splits['train']) / each:,.0f} images/s, "
+                f"view {number}/{len(missing)}, {len(images) / each:,.0f} images/s, "
                 f"{about(each * (len(missing) - number))} left",
                 error=True,
             )
@@ -111,12 +113,7 @@ def _fetch_all(
         shown, images = batch["shown"], batch["images"]
 
         def compute(images: Tensor = images) -> dict[str, Tensor]:
-            return asked(job, device, ask, images)
+            return ask_on_device(job, device, ask, images)
 
         cache.fetch(shown.index, shown.view, device, compute)
     cache.flush()
-
-
-def _is_complete(rows: Rows, job: Job, view: int) -> bool:
-    index = job.data.splits["train"]
-    return bool(rows.read(index, torch.full_like(index, view))[1].all())
