@@ -107,10 +107,7 @@ def fill(overrides: Sequence[str]) -> None:
     for part in found:
         print(f"{part.name}: {part.views} of {part.wanted} views")
     if any(part.views < part.wanted for part in found):
-        _fail(
-            "some outputs could not be stored, see the warnings above",
-            1,
-        )
+        _fail("some outputs could not be stored, see the warnings above", 1)
 
 
 def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
