@@ -12,16 +12,11 @@ import os
 import pickle
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
-import hydra.core.utils
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
-from hydra.core import hydra_config
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.plugins import Plugins
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -37,7 +32,6 @@ MODE = "hydra.mode=RUN"
 _load_as_hydra = ConfigLoaderImpl.load_configuration
 _parse_as_hydra = OverridesParser.parse_rule
 _composed: dict[str, bytes] = {}
-_read: dict[str, bytes] = {}
 _parsed: dict[str, Any] = {}
 
 
@@ -46,17 +40,6 @@ def install(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(ConfigLoaderImpl, "load_configuration", _load)
     patch.setattr(sweeps, "_composed", _compose)
     patch.setattr(OverridesParser, "parse_rule", _parse)
-    patch.setattr(hydra.core.utils, "copy", SimpleNamespace(deepcopy=_copy))
-    functions = {"get_type": OmegaConf.get_type, "set_readonly": OmegaConf.set_readonly}
-    patch.setattr(hydra_config, "OmegaConf", SimpleNamespace(masked_copy=_masked, **functions))
-    parse_once(patch)
-
-
-def parse_once(patch: pytest.MonkeyPatch) -> None:
-    """Parse each text of YAML once: parsing takes a third of a composition."""
-    Plugins.instance()  # executes these modules once more
-    for source in (file_config_source, importlib_resources_config_source):
-        patch.setattr(source, "OmegaConf", SimpleNamespace(load=_load_yaml))
 
 
 def skip_waits(patch: pytest.MonkeyPatch) -> None:
@@ -109,7 +92,8 @@ def _compose(
     if key not in _composed:
         place = Path(os.environ[STORE], hashlib.sha256(key.encode()).hexdigest())
         if not place.exists():
-            config = _load_as_hydra(loader, config_name, groups, RunMode.RUN)
+            with sweeps.files_read_once(loader, state):
+                config = _load_as_hydra(loader, config_name, groups, RunMode.RUN)
             partial = place.with_name(f"{place.name}.{os.getpid()}")
             partial.write_bytes(pickle.dumps(config))
             partial.replace(place)
@@ -130,23 +114,3 @@ def _parse(self: OverridesParser, text: str, rule: str) -> Any:
     if text not in _parsed:
         _parsed[text] = _parse_as_hydra(self, text, rule)
     return copy.copy(_parsed[text])  # some are changed later
-
-
-def _load_yaml(file: TextIO) -> Any:
-    text = file.read()
-    if text not in _read:
-        file.seek(0)
-        _read[text] = pickle.dumps(OmegaConf.load(file))
-    return pickle.loads(_read[text])
-
-
-def _masked(config: DictConfig, key: str) -> DictConfig:
-    """Only this key of a configuration, and not a copy of it: it is read-only."""
-    masked = OmegaConf.create()
-    vars(masked)["_content"][key] = config._get_node(key)
-    return masked
-
-
-def _copy(config: DictConfig) -> DictConfig:
-    """Five times as fast as `copy.deepcopy`."""
-    return pickle.loads(pickle.dumps(config))

@@ -100,9 +100,7 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def fast_composition(request: pytest.FixtureRequest) -> Iterator[None]:
     """Compose configurations as in tests/composition.py, except in the test of that; skip waits."""
     with pytest.MonkeyPatch.context() as patch:
-        if request.module.__name__ == "test_sweeps":
-            composition.parse_once(patch)
-        else:
+        if request.module.__name__ != "test_sweeps":
             composition.install(patch)
         composition.skip_waits(patch)
         yield

@@ -10,11 +10,13 @@ import pytest
 from conftest import TINY
 from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra._internal.core_plugins import file_config_source, importlib_resources_config_source
+from hydra._internal.config_repository import ConfigRepository
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import Container, DictConfig, OmegaConf
+from omegaconf.errors import ReadonlyConfigError
 
 from kd_lightning.config import naming, overrides, sweeps
 from kd_lightning.config.tree import tree_folder
@@ -23,6 +25,7 @@ from kd_lightning.workflows import student
 
 naming.register()
 overrides.install()
+sweeps.install()
 
 
 ADAM = "{_target_: torch.optim.Adam, lr: 0.2}"
@@ -121,10 +124,7 @@ def test_tests_compose_as_hydra(loader):
         ["student=large", "data=digits"], ["data=digits", "student=large", "hydra.mode=RUN"],
         ["method=none", "method=logit"], ["method=logit", "method=none"],
     )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        for source in (file_config_source, importlib_resources_config_source):
-            patch.setattr(source, "OmegaConf", OmegaConf)
-        expected = [loader.load_configuration("train", run, RunMode.RUN) for run in runs]
+    expected = [loader.load_configuration("train", run, RunMode.RUN) for run in runs]
     for config in expected:
         OmegaConf.clear_cache(config)  # the time
     with pytest.MonkeyPatch.context() as patch:
@@ -132,7 +132,7 @@ def test_tests_compose_as_hydra(loader):
         for run, config in zip(runs, expected, strict=True):
             fast = loader.load_configuration("train", run, RunMode.RUN)
             assert everything(fast) == everything(config)
-            assert everything(composition._copy(fast)) == everything(config)
+            assert everything(sweeps.copied(fast)) == everything(config)
         with pytest.raises(InputError, match="did you mean seed"):
             loader.load_configuration("train", ["sede=1"], RunMode.RUN)
 
@@ -149,7 +149,6 @@ def test_an_impossible_run_is_refused_as_by_hydra(shared, grids, run, monkeypatc
     with pytest.raises(Exception) as refused:
         sweeps._load_as_hydra(shared, config, run)
     assert str(refused.value)
-    sweeps.install()
     left_to_hydra = []
     monkeypatch.setattr(sweeps, "_load_as_hydra", lambda *given: left_to_hydra.append(given))
     shared.load_sweep_config(config, run)
@@ -167,6 +166,43 @@ def test_files_are_composed_once_for_all_runs_with_the_same_groups(loader, grids
             assert (composed.method.name, composed.seed) == (method, seed)
             composed.optimizer.lr = 9  # does not affect the next
     assert len(calls) == 2
+
+
+def test_a_file_is_read_once_for_all_groups(loader, grids, monkeypatch):
+    config = grids(loader)
+    read = []
+    original = ConfigRepository.load_config
+
+    def counted(self, config_path):
+        read.append(config_path)
+        return original(self, config_path)
+
+    monkeypatch.setattr(ConfigRepository, "load_config", counted)
+    for method in ("none", "logit"):
+        loader.load_sweep_config(config, [f"method={method}"])
+    assert "student/small" in read
+    assert len(read) == len(set(read))
+
+
+def test_a_value_that_cannot_be_pickled_is_copied():
+    local = type("Local", (), {})
+    config = OmegaConf.create({"a": {"b": local}, "c": "${a}"}, flags={"allow_objects": True})
+    assert everything(sweeps.copied(config)) == everything(config)
+    assert sweeps.copied(config) is not config
+
+
+def test_hydras_own_settings_are_available_in_a_run(shared, grids, monkeypatch):
+    config = grids(shared)
+    monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
+    expected = OmegaConf.masked_copy(config, "hydra").hydra
+    HydraConfig.instance().set_config(config)
+    own = HydraConfig.get()
+    assert own.sweep.dir == f"{config.output_dir}/runs/{config.setting}"
+    OmegaConf.set_readonly(expected, True)
+    assert everything(own) == everything(expected)
+    assert list(HydraConfig.instance().cfg) == ["hydra"]
+    with pytest.raises(ReadonlyConfigError):
+        own.job.name = "x"
 
 
 @pytest.mark.parametrize("change", ["edited", "added", "removed", "environment", "folder"])
@@ -192,8 +228,9 @@ def test_changes_during_a_grid_are_noticed(loader, grids, tree, monkeypatch, tmp
         monkeypatch.setenv("HOME", "/elsewhere")
     else:
         monkeypatch.chdir(tmp_path)
+    expected = sweeps._load_as_hydra(loader, config, run)
     after = loader.load_sweep_config(config, run)
-    assert everything(after) == everything(sweeps._load_as_hydra(loader, config, run))
+    assert everything(after) == everything(expected)
     assert everything(after) != everything(before)
 
 
