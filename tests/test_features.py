@@ -157,6 +157,23 @@ def test_unused_or_non_tensor_layer_is_reported():
             FeatureReader(Odd(), [layer])(torch.randn(4, 3))
 
 
+def test_layers_replaced_before_training_are_read():
+    network, images = ResNet9(width=4), torch.randn(2, 3, 32, 32)
+    (layer, *_) = [n for n, part in network.named_modules() if isinstance(part, nn.BatchNorm2d)]
+    read = FeatureReader(network, [layer, f"{layer}:input"])
+    network.eval()
+    before = read(images).features
+    converted = nn.SyncBatchNorm.convert_sync_batchnorm(network)  # as `sync_batchnorm=True` does
+    assert converted is network
+    assert isinstance(network.get_submodule(layer), nn.SyncBatchNorm)
+    network.train()
+    after = read(images).features
+    assert torch.equal(after[f"{layer}:input"], before[f"{layer}:input"])
+    assert after[layer].shape == before[layer].shape
+    read.close()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in network.modules())
+
+
 def test_features_are_not_kept_between_calls():
     model, images = ConvNet([4, 8], 16), torch.randn(2, 3, 32, 32)
     read = FeatureReader(model, ["stage1"])

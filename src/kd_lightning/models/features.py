@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from kd_lightning.errors import RunError
 from kd_lightning.models.outputs import describe, find_logits
@@ -85,23 +86,33 @@ class FeatureReader:
         self.num_classes = num_classes
         self._habits: dict[_Mode, _Habits] = {}
         self._reading: _Reading | None = None
-        modules = dict(model.named_modules(remove_duplicate=False))
-        self._handles = []
-        for layer in layers:
+        self._hooked: dict[str, tuple[nn.Module, RemovableHandle]] = {}
+        self._attach()
+
+    def _attach(self) -> None:
+        """Add hooks to the layers, or to those that have replaced them since: with
+        ``sync_batchnorm=True`` Lightning replaces all BatchNorm layers.
+        """
+        modules = dict(self.model.named_modules(remove_duplicate=False))
+        for layer in self.layers:
             name = layer.removesuffix(INPUT)
             if name not in modules or not name:
                 raise ValueError(unknown_layer(layer, modules))
+            module = modules[name]
+            if layer in self._hooked:
+                hooked, handle = self._hooked[layer]
+                if hooked is module:
+                    continue
+                handle.remove()
             hook: Any = _InputHook(self, layer) if name != layer else _Hook(self, layer)
             register = (
-                modules[name].register_forward_pre_hook
-                if name != layer
-                else modules[name].register_forward_hook
+                module.register_forward_pre_hook if name != layer else module.register_forward_hook
             )
-            self._handles.append(register(hook))
+            self._hooked[layer] = module, register(hook)
 
     def close(self) -> None:
         """Remove the hooks from the model."""
-        for handle in self._handles:
+        for _, handle in self._hooked.values():
             handle.remove()
 
     def keep(self, layer: str, output: object) -> None:
@@ -119,6 +130,8 @@ class FeatureReader:
         autocast = torch.is_autocast_enabled(images.device.type)
         mode = _Mode(self.model.training, torch.is_grad_enabled(), autocast)
         habits = self._habits.get(mode)
+        if habits is None:
+            self._attach()
         reading = self._reading = _Reading(habits, early=not (self.logits or complete))
         try:
             logits = find_logits(self.model(images), self.num_classes)
