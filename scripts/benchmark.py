@@ -52,7 +52,6 @@ from kd_lightning.config.plan import CachePlan, Plan
 from kd_lightning.config.resolve import resolve
 from kd_lightning.config.tree import tree_folder
 from kd_lightning.data.loading import Batch
-from kd_lightning.data.transfer import synchronize
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.optimizers import build_optimizer
@@ -62,6 +61,7 @@ from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.storage.provenance import device_name
 from kd_lightning.terminal import positive
+from kd_lightning.transfer import synchronize
 from kd_lightning.workflows.assembly import build_module, build_teacher
 
 METHODS = ("none", "logit", "attention", "combined")

@@ -38,7 +38,6 @@ from kd_lightning.config.nodes import build_partial
 from kd_lightning.config.plan import CachePlan, Plan
 from kd_lightning.config.resolve import resolve
 from kd_lightning.data import FolderDataModule
-from kd_lightning.data.transfer import synchronize
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import AUTOCAST
 from kd_lightning.distill.optimizers import build_optimizer
@@ -47,6 +46,7 @@ from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.losses.logit import soft_target_loss
 from kd_lightning.storage.provenance import device_name
 from kd_lightning.terminal import positive
+from kd_lightning.transfer import synchronize
 from kd_lightning.workflows.assembly import build_data, build_module, build_teacher
 
 

@@ -12,8 +12,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from kd_lightning.config.plan import Plan
 from kd_lightning.config.resolve import SUPERVISED
-from kd_lightning.data.transfer import synchronize
 from kd_lightning.distill.module import AUTOCAST
+from kd_lightning.transfer import synchronize
 from kd_lightning.workflows.assembly import build_module
 
 

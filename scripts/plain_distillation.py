@@ -17,7 +17,7 @@ from torchvision import transforms
 from kd_lightning.config.hardware import device_type
 from kd_lightning.config.nodes import build, build_partial
 from kd_lightning.config.plan import Plan
-from kd_lightning.data.transfer import synchronize
+from kd_lightning.transfer import synchronize
 
 
 class Pictures(Dataset[tuple[Tensor, int]]):

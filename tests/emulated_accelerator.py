@@ -11,7 +11,7 @@ from lightning.pytorch.accelerators import Accelerator, AcceleratorRegistry
 from lightning.pytorch.strategies import SingleDeviceStrategy
 from lightning.pytorch.trainer.connectors import accelerator_connector
 
-from kd_lightning.data import transfer
+from kd_lightning import transfer
 
 
 class CountSteps(Callback):

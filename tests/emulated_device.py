@@ -1,13 +1,13 @@
 """An emulated accelerator, to detect device errors on a CPU.
 
-While an `EmulatedDevice` is active, tensors sent to `DEVICE` say that they are there. Their numbers
-lie on the CPU, so that a training on it ends with what the same training on a CPU ends with, bit by
-bit. What an accelerator does differently is done here too:
+While an `EmulatedDevice` is active, tensors sent to `DEVICE` report it as their device. Their
+values are on the CPU, so that a training on it gives the same weights as on a CPU, bit by bit. The
+differences of an accelerator are emulated:
 
-- a tensor of the device and one of the CPU refuse to meet in one operation;
-- a copy that nobody waits for arrives late. Until then its target on the CPU holds garbage, and its
+- an operation on a tensor of the device and one of the CPU raises an error;
+- an asynchronous copy arrives late. Until then its target on the CPU contains garbage, and its
   source must not be written to;
-- whatever makes the host wait for the device is noted in `waits`, with the place in the code.
+- whatever makes the host wait for the device is recorded in `waits`, with the place in the code.
 
 `apple=True` is an Apple GPU: float64 is refused on the device, and so is an asynchronous copy of
 memory that is not pinned. Limits: one device, float32 (no autocast), no kernel of an accelerator.

@@ -15,7 +15,7 @@ from torch import distributed
 from kd_lightning import api
 from kd_lightning.data import loading
 from kd_lightning.data import module as data_module
-from kd_lightning.data.transfer import ToHost, to_device
+from kd_lightning.transfer import ToHost, to_device
 from kd_lightning.workflows import student
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*to a meta parameter in the current model")
@@ -35,9 +35,9 @@ RESNET = (
 
 
 def run(root, folder, accelerator, *overrides, callbacks=(), goes_on=False):
-    """The tiny job, begun anew unless it goes on; returns the bytes of its student.
+    """Run the tiny job, from the beginning unless `goes_on`; returns the bytes of its student.
 
-    Teachers and what they said stay in `root`: of two jobs there the second finds all of it.
+    Teachers and their cached outputs stay in `root`, where a second job finds them.
     """
     if not goes_on:
         shutil.rmtree(root / "run", ignore_errors=True)
@@ -123,6 +123,18 @@ def test_training_on_a_device_gives_the_cpu_student(tmp_path, images, on_cpu, de
         # Validation, checks, history, checkpoints; nothing for a batch of the validation.
         between = [f"{w.what}: {w.where}" for w in device.waits if w.during == "between"]
         assert len(between) <= BETWEEN, "between the epochs' steps:\n" + "\n".join(between)
+
+
+def test_margins_of_a_teacher_do_not_wait(tmp_path, images, on_cpu, device):
+    job = (
+        "method=ofd", "+method.terms.ofd.student_layers=[stage1]",
+        "+method.terms.ofd.teacher_layers=[layer1.0.bn2]",
+        "teacher.model={_target_: kd_lightning.models.CifarResNet, depth: 8, num_classes: 3}",
+    )  # fmt: skip
+    found = run(tmp_path, images, "emulated", *job, callbacks=[CountSteps(device)])
+    assert device.background["to host"] >= STEPS  # the teacher has computed
+    assert not (places := needless_waits(device)), f"the host waits for the device:\n{places}"
+    assert found == on_cpu(*job)
 
 
 @pytest.mark.skipif(COPIES_CONSTANTS, reason="the emulated device is not of the type mps")

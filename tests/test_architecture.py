@@ -9,7 +9,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "src" / "kd_lightning"
 
 # From lowest to highest. Packages in one line must not import each other.
 LAYERS = (
-    {"errors", "results", "schedules", "streams"},
+    {"errors", "results", "schedules", "streams", "transfer"},
     {"files", "startup", "terminal"},
     {"models"},
     {"data", "losses"},

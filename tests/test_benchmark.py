@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import REPOSITORY
 
-from kd_lightning.data import transfer
+from kd_lightning import transfer
 from kd_lightning.engine.callbacks import speed
 
 

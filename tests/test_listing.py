@@ -157,7 +157,7 @@ def test_val_images_without_class_folders_are_explained(imagenet):
     [
         (
             lambda text: text.replace("\t", " "),
-            "line 1: expected are the names",
+            "line 1: expected the names",
         ),
         (
             lambda text: text.replace("val_1.JPEG", "val_0.JPEG"),

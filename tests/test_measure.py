@@ -29,7 +29,7 @@ from kd_lightning.models.cost import (
     peak_memory,
 )
 from kd_lightning.models.preparing import resize
-from kd_lightning.models.similarity import linear_cka
+from kd_lightning.models.similarity import centered_gram, cka
 from kd_lightning.reports import plots
 from kd_lightning.results import FIGURE
 from kd_lightning.storage.run_directory import RunDirectory
@@ -109,6 +109,10 @@ def test_latency_is_of_single_calls_with_these_threads():
 
 def features(seed, columns=6, rows=40):
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def linear_cka(features, other):
+    return cka(centered_gram(features), centered_gram(other))
 
 
 def test_cka_is_invariant_to_rotation_scale_and_offset():

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from kd_lightning import losses
 from kd_lightning.data.loading import Shown
 from kd_lightning.data.views import Normalization
 from kd_lightning.distill.module import DistillationModule
@@ -137,6 +138,15 @@ TERMS = {
     "several": Several,
     "relations": Relations,
 }
+
+
+def test_every_term_is_checked():
+    """Except SimKD, which changes the student; see tests/test_simkd.py."""
+    exported = {getattr(losses, name) for name in losses.__all__}
+    terms = {kind for kind in exported if isinstance(kind, type) and issubclass(kind, Term)}
+    base = {Term, losses.LogitTerm, losses.MapTerm}
+    checked = {type(build()) for build in TERMS.values()} - {Projected, Several, Relations}
+    assert terms - base - {losses.SimKD} == checked
 
 
 @pytest.fixture

@@ -5,10 +5,10 @@ import torch
 from emulated_device import DEVICE, EmulatedDevice
 from test_relational_losses import rows
 
-from kd_lightning.data import transfer
-from kd_lightning.data.transfer import to_device
+from kd_lightning import transfer
 from kd_lightning.distill import top_k
 from kd_lightning.distill.ensemble import Ensemble
+from kd_lightning.transfer import to_device
 
 
 @pytest.fixture

@@ -44,7 +44,7 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def command() -> None:
-    """`main`, as the whole of a process."""
+    """Run `main` as the entry point of a process."""
     run_process(main)
 
 
@@ -146,7 +146,7 @@ def _app(composed: DictConfig) -> float | None:
 
             quiet_lightning()
             if in_a_grid:
-                # Of all settings together: they share the GPUs.
+                # One folder of locks for all settings: they share the GPUs.
                 with card_in_turn(Path(config["output_dir"]) / "gpus", config["trainer"]):
                     metrics = run(config, run_dir, wait=False)
             else:

@@ -1,8 +1,8 @@
 """Start and end of a process that imports torch and Lightning: quick, and without lost errors.
 
-Their half a million objects last as long as the process. The garbage collector would search them
-again and again, and at its end the interpreter would free them one by one: a fifth of the time to
-the first training step, and seconds after the last.
+Importing them creates half a million objects, which last as long as the process. The garbage
+collector would search them again and again, and at the end the interpreter would free them one by
+one: a fifth of the time to the first training step, and seconds after the last.
 """
 
 import atexit

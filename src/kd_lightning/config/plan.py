@@ -1,6 +1,8 @@
-"""The plan of a run: its typed configuration, with every default, `auto` and null resolved.
+"""The plan of a run: its typed configuration, with the defaults that depend on hardware, data or
+other settings resolved.
 
-`resolve` creates it once; the code below it receives only the part of the plan that it needs.
+`resolve` creates it once; the code below it receives only the part of the plan that it needs. Nodes
+with a `_target_` and arguments of Lightning's Trainer are passed on as they are.
 """
 
 from dataclasses import dataclass

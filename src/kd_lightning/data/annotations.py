@@ -38,7 +38,7 @@ def read_annotations(path: Path) -> tuple[bytes, dict[str, str]]:
         image, *rest = line.split("\t")
         if not image or not rest or not rest[0]:
             raise InputError(
-                f"{readable(path)}, line {number}: expected are the names of an image and of its "
+                f"{readable(path)}, line {number}: expected the names of an image and of its "
                 "class, separated by a tab"
             )
         if image in found:

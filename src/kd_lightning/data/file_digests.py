@@ -20,8 +20,8 @@ SIZE = 16
 """Bytes of a digest: the first half of SHA-256."""
 
 RECENT = 2 * 10**9
-"""Nanoseconds: a file that has changed so recently may change again without a change of its times,
-whose resolution is limited. Git calls such files racily clean."""
+"""Nanoseconds: a file modified so recently could change again with the same timestamp, whose
+resolution is limited. Git calls such files racily clean."""
 
 CHUNK = 256  # files per task
 

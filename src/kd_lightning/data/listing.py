@@ -218,7 +218,7 @@ class FolderListing:
     def _missing(self, part: str) -> InputError:
         root = readable(self.root)
         return InputError(
-            f"data.root={root} has no folder '{part}'; expected are {root}/train/<class>/*.png "
+            f"data.root={root} has no folder '{part}'; expected {root}/train/<class>/*.png "
             f"and {root}/test/<class>/*.png{self._hint() if part == 'train' else ''}"
         )
 
@@ -248,7 +248,7 @@ class FolderListing:
             if not part.names:
                 folder = readable(self.folders[role])
                 raise InputError(
-                    f"{folder} has no class folders; expected is {folder}/<class>/*.png, with the "
+                    f"{folder} has no class folders; expected {folder}/<class>/*.png, with the "
                     "classes of train"
                 )
             if different := sorted(part.names.keys() ^ train):

@@ -12,8 +12,8 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import PLAIN, check_seed, counter_random
+from kd_lightning.transfer import to_device
 
 LEVELS = 128
 """Ratios of mixup are multiples of 1/128: the largest for which products fit into 16 bits."""

@@ -15,9 +15,9 @@ from kd_lightning.data.loading import Batch, Shown, ViewLoader, ViewSampler
 from kd_lightning.data.mixing import Mixing, Mixture, blend
 from kd_lightning.data.sources import Fetched, InMemoryImages, PixelSource
 from kd_lightning.data.splits import evaluation_order, stratified_split
-from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import PLAIN, Augmentation, Views, check_seed
 from kd_lightning.errors import InputError
+from kd_lightning.transfer import to_device
 
 
 class Images(NamedTuple):

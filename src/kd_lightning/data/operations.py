@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import (
     GREY,
     PLAIN,
@@ -23,6 +22,7 @@ from kd_lightning.data.views import (
     counter_random,
     erase,
 )
+from kd_lightning.transfer import to_device
 
 BITS = 10
 """Fractional bits of factors of colour operations."""

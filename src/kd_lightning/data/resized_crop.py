@@ -6,8 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import PLAIN, check_seed, counter_random
+from kd_lightning.transfer import to_device
 
 _BITS = 8  # fractional bits of positions
 

@@ -23,9 +23,9 @@ from kd_lightning.data.decoding import decode, read_image
 from kd_lightning.data.file_digests import digest_of, file_digests
 from kd_lightning.data.machine import available_cores
 from kd_lightning.data.sources import Fetched
-from kd_lightning.data.transfer import copies_in_background
 from kd_lightning.errors import InputError
 from kd_lightning.files import readable
+from kd_lightning.transfer import copies_in_background
 
 GROUP = 2**23
 """Bytes that are fetched at once: large enough for small images, whose batches are grouped."""

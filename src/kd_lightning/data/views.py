@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from kd_lightning.data.transfer import to_device
+from kd_lightning.transfer import to_device
 
 PLAIN = -1
 """View number of the original image: neither cropped nor flipped."""

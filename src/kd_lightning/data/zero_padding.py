@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kd_lightning.data.transfer import to_device
 from kd_lightning.data.views import Augmentation
+from kd_lightning.transfer import to_device
 
 
 @dataclass(frozen=True)

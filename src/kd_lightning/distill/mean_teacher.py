@@ -37,8 +37,8 @@ class MeanTeacher(FrozenTeacher):
     def follow(self, student: nn.Module, steps: int) -> None:
         """Update the average after an optimizer step.
 
-        As in the authors' code, the mean of all steps so far until that has a longer memory than
-        the moving average; the student's weights after the first step.
+        As in the authors' code, first the mean over all steps so far, and the moving average once
+        its window is shorter than that. After the first step these are the student's weights.
 
         Args:
             student: the network in training.

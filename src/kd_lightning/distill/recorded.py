@@ -1,4 +1,4 @@
-"""A teacher whose outputs were recorded and packed; its network does not exist here.
+"""A teacher whose outputs were recorded and packed; its network is not available.
 
 Its outputs are in the teacher-output caches of the file, which are verified and unpacked to
 

@@ -106,5 +106,5 @@ class TeacherTargets:
 
 
 def _accepts_top_k(term: Term) -> bool:
-    """Whether a term can do with the largest of the teacher's logits."""
+    """Whether a term needs only the largest of the teacher's logits."""
     return isinstance(term, LogitTerm) and term.accepts_top_k and remembers_logits(term)

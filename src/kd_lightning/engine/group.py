@@ -131,7 +131,7 @@ class Leader:
 
     def _watch(self) -> None:
         """Stop what this process does alone, such as training a teacher, if a follower is lost or
-        has received a signal: it has nothing else to say at that time.
+        has received a signal. Followers send nothing else at that time.
         """
         while not self._over:
             time.sleep(0.5)

@@ -10,7 +10,7 @@ def explained(error: BaseException) -> BaseException:
     """A `RunError` that says what to do, if a device has too little memory; else the error."""
     if not isinstance(error, RuntimeError) or not any(sign in str(error) for sign in _SIGNS):
         return error
-    # What was requested and what there is; advice on settings of torch's allocator follows.
+    # Requested and available memory, without the advice on torch's allocator that follows.
     parts = str(error).splitlines()[0].split(". ")[:3]
     return RunError(
         f"the device has too little memory ({'; '.join(parts).rstrip('.')}): reduce "

@@ -13,6 +13,7 @@ from kd_lightning.losses.memory_bank import MemoryBank
 from kd_lightning.losses.term import Context, Reads, TermBatch
 from kd_lightning.losses.vectors import VectorTerm, unit
 from kd_lightning.models.features import Output
+from kd_lightning.transfer import to_device
 
 EPSILON = 1e-7
 """Added to probabilities, as in the authors' code."""
@@ -145,7 +146,7 @@ class CRD(VectorTerm):
             wanted = unit(self.teacher_embedding(remembered))
             if self.bank is None:
                 return info_nce_loss(given, wanted, labels, self.temperature)
-            index = batch.index.to(labels.device)
+            index = to_device(batch.index, labels.device)
             return self.against_bank(self.bank, given, wanted, index, labels)
 
     def against_bank(

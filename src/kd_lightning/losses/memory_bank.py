@@ -9,8 +9,7 @@ from kd_lightning.losses.vectors import unit
 class MemoryBank(nn.Module):
     """Embeddings of every image by student and teacher, and the choice of negatives among them.
 
-    All of its state consists of buffers, which are saved with the checkpoints. It changes in
-    training mode only.
+    All of its state is saved with the checkpoints. It changes in training mode only.
 
     Args:
         images: M, number of images.
@@ -21,15 +20,15 @@ class MemoryBank(nn.Module):
         student, teacher: embeddings (M, D), float32, of length 1; at first random.
         labels: (M,), int64; -1: not seen yet.
         log_scale: logarithms of the constants Z of the scores of student and teacher, (2,).
-        steps: number of updates, int64.
+        seed: of the choice of negatives. Like `steps` not on the device, where the host would have
+            to wait for it.
+        steps: number of updates.
     """
 
     student: Tensor
     teacher: Tensor
     labels: Tensor
     log_scale: Tensor
-    steps: Tensor
-    seed: Tensor
 
     def __init__(self, images: int, size: int, momentum: float = 0.5) -> None:
         super().__init__()
@@ -38,8 +37,16 @@ class MemoryBank(nn.Module):
             self.register_buffer(name, unit(torch.randn(images, size)))
         self.register_buffer("labels", torch.full((images,), -1))
         self.register_buffer("log_scale", torch.zeros(2))
-        self.register_buffer("steps", torch.tensor(0))
-        self.register_buffer("seed", torch.randint(2**31, ()))
+        self.steps = 0
+        self.seed = int(torch.randint(2**31, ()))
+
+    def get_extra_state(self) -> Tensor:
+        """For the state dict: seed and steps, (2,), int64."""
+        return torch.tensor([self.seed, self.steps])
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """From the state dict."""
+        self.seed, self.steps = state.tolist()
 
     def draw(self, index: Tensor, labels: Tensor, count: int) -> Tensor:
         """Draw negatives for images: of other classes, each with the same probability.
@@ -58,7 +65,7 @@ class MemoryBank(nn.Module):
             (B, M), bool: which images are drawn for each.
         """
         device = self.labels.device
-        generator = torch.Generator(device).manual_seed(int(self.seed + self.steps))
+        generator = torch.Generator(device).manual_seed(self.seed + self.steps)
         random = torch.rand(len(index), len(self.labels), generator=generator, device=device)
         random = random[index.argsort().argsort()]
         other = self.labels != labels[:, None]
@@ -69,7 +76,7 @@ class MemoryBank(nn.Module):
 
     def scale(self, fresh: Tensor) -> Tensor:
         """The constants log Z (2,), which those of the first batch, `fresh`, remain."""
-        return torch.where(self.steps == 0, fresh, self.log_scale)
+        return self.log_scale if self.steps else fresh
 
     @torch.no_grad()
     def update(

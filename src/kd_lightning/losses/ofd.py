@@ -16,6 +16,7 @@ from kd_lightning.losses.projectors import convolution_norm
 from kd_lightning.losses.term import Context, Reads, TermBatch
 from kd_lightning.models.features import LayerShapes, Output
 from kd_lightning.models.shapes import Shapes
+from kd_lightning.transfer import to_device
 
 RARELY = 0.001
 """Probability of negative values below which their mean is not used as the margin."""
@@ -110,7 +111,7 @@ class OFD(MapTerm):
         found = {}
         for number, (pair, norm) in enumerate(zip(self.layers.chosen, self._norms, strict=True)):
             whole = at_least_float32(pair.teacher.of(teacher))
-            margin = image_margin(whole) if norm is None else _margin(norm).to(whole)
+            margin = image_margin(whole) if norm is None else _margin(norm, whole)
             found[str(number)] = pool(torch.maximum(whole, margin), pair.size)
         return found
 
@@ -152,10 +153,10 @@ def _batch_norm(shapes: Shapes, layer: str) -> _BatchNorm | None:
     return cast(_BatchNorm, module) if plain else None
 
 
-def _margin(norm: _BatchNorm) -> Tensor:
-    """The margins (1, C, 1, 1) of a BatchNorm."""
+def _margin(norm: _BatchNorm, like: Tensor) -> Tensor:
+    """The margins (1, C, 1, 1) of a BatchNorm, on the device and of the type of a map."""
     if norm.affine:
         margin = normal_margin(norm.weight, norm.bias)
     else:
         margin = normal_margin(torch.ones(norm.num_features), torch.zeros(norm.num_features))
-    return margin.view(1, -1, 1, 1)
+    return to_device(margin.view(1, -1, 1, 1), like.device).to(like)

@@ -37,7 +37,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 
 class SP(Term):
-    """Images that are similar to the teacher shall be similar to the student.
+    """Images that are similar for the teacher should be similar for the student.
 
     Remembers the whole feature map of the teacher, because all of its elements enter the
     similarities: a cache holds C * H * W values per view.

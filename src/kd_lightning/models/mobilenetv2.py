@@ -1,7 +1,7 @@
 """MobileNetV2 (Sandler et al. 2018, section 4) for small images.
 
-It has less strides than for ImageNet; with images of 32x32 pixels the last map is 2x2. Sizes and
-parameter names are those of RepDistiller (Tian et al. 2020), ``models/mobilenetv2.py``.
+It has fewer strided layers than for ImageNet; with images of 32x32 pixels the last map is 2x2.
+Sizes and parameter names are those of RepDistiller (Tian et al. 2020), ``models/mobilenetv2.py``.
 """
 
 from typing import NamedTuple

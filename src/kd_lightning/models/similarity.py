@@ -36,8 +36,3 @@ def cka(gram: Tensor, other: Tensor) -> float:
     unrelated representations are well above 0.
     """
     return float((gram * other).sum() / (gram.norm() * other.norm()))
-
-
-def linear_cka(features: Tensor, other: Tensor) -> float:
-    """Linear CKA of two sets of features (N, ...) of the same images; see `cka`."""
-    return cka(centered_gram(features), centered_gram(other))

@@ -94,7 +94,7 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
             own = {key: value for key, value in own.items() if key != "teacher.checkpoint"}
         rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
         settings.append(own)
-    # A run that is read twice would pass for two, with a deviation and an interval too small.
+    # A run that is read twice would be counted twice: deviation and interval would be too small.
     read = {_place(row) for row in rows}
     for path in paths:
         if path.is_file():
@@ -197,7 +197,7 @@ def _runs_without_teacher(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Added]
 
 
 def _without_teacher(metrics: Mapping[str, Any]) -> tuple[Any, Any]:
-    """Equal in runs that differ only in an unused teacher; (None, None): the teacher is used."""
+    """A key that runs share if they differ only in an unused teacher; (None, None): it is used."""
     if metrics.get("method") == "none":
         return "none", metrics.get("baseline_key")
     return metrics.get("key_without_teacher"), None

@@ -17,9 +17,9 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from kd_lightning.data.transfer import ToHost, to_device
 from kd_lightning.data.views import PLAIN, counter_random
 from kd_lightning.files import write_json
+from kd_lightning.transfer import ToHost, to_device
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ODD = 0x9E3779B97F4A7C15 - 2**64  # multiplication by an odd number modulo 2^64 is invertible

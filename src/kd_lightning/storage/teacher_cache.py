@@ -26,16 +26,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from kd_lightning.data.transfer import ToHost, to_device
 from kd_lightning.data.views import PLAIN
 from kd_lightning.files import read_json
 from kd_lightning.storage.rows import DTYPES, LoadedView, Rows
+from kd_lightning.transfer import ToHost, to_device
 
 log = logging.getLogger(__name__)
 
 GIGABYTE = 10**9
 LARGEST_VIEW = GIGABYTE
-"""Size of the rows of one view number up to which they are loaded as a whole, in bytes."""
+"""Largest size of the rows of a view number that are loaded as a whole, in bytes."""
 
 NO_VIEW = PLAIN - 1
 

@@ -26,7 +26,7 @@ def build_data(node: Node) -> ImageDataModule:
 def build_teacher(plan: TeacherPlan, data: DataPlan) -> FrozenTeacher:
     """Build the teacher's network; loads the weights that it uses or starts from, if any.
 
-    For a packed teacher, whose network does not exist here, that which reads its outputs.
+    A packed teacher, whose network is not available, reads its recorded outputs instead.
     """
     model = build(plan.model, "teacher.model")
     if isinstance(model, RecordedNetwork):

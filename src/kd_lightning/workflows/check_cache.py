@@ -24,7 +24,8 @@ from kd_lightning.storage.teacher_store import TeacherStore, teacher_key
 from kd_lightning.workflows.jobs import Job, prepare_again
 
 TOLERANCE = {torch.float16: 2e-3, torch.bfloat16: 1e-2, torch.float32: 1e-3}
-"""Largest accepted difference, relative to the largest value: storage and other batches round."""
+"""Largest accepted difference, relative to the largest value: rounding by the stored data type and
+by another batch size."""
 
 
 class Checked(NamedTuple):

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 
-from kd_lightning.data.transfer import ToHost
+from kd_lightning.transfer import ToHost
 
 
 class Curves(Callback):

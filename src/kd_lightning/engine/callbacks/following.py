@@ -29,7 +29,8 @@ class FollowStudent(Callback):
             self._steps = trainer.global_step
             student = cast(DistillationModule, module).student
             if trainer.world_size > 1:
-                # Otherwise those of each process's own batch; the checkpoint has rank 0's average.
+                # Each process has BatchNorm statistics of its own batches; the checkpoint contains
+                # rank 0's average.
                 broadcast_buffers(student)
             self._teacher.follow(student, self._steps)
 

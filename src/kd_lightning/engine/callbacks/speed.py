@@ -5,7 +5,7 @@ from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from kd_lightning.data.transfer import synchronize
+from kd_lightning.transfer import synchronize
 
 
 class Speed(Callback):
