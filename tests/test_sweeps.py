@@ -1,5 +1,6 @@
 """The configuration of every run of a grid is the one that Hydra composes."""
 
+import copy
 import os
 import pickle
 import shutil
@@ -11,12 +12,13 @@ from conftest import TINY
 from hydra import initialize_config_dir
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import ConfigRepository
+from hydra.core import hydra_config
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.errors import MissingConfigException
 from hydra.types import RunMode
 from omegaconf import Container, DictConfig, OmegaConf
-from omegaconf.errors import ReadonlyConfigError
+from omegaconf.errors import InterpolationKeyError
 
 from kd_lightning.config import naming, overrides, sweeps
 from kd_lightning.config.tree import tree_folder
@@ -106,6 +108,9 @@ def everything(node):
               "+callbacks.x={_target_: a.B, list: [1, {y: 2}]}", "name='${seed}-${now:%s}'"]),
         ([], ["scheduler@teacher.scheduler=cosine", "optimizer@teacher.optimizer=adamw"]),
         (["hydra.sweep.dir='~/y'", "hydra/job_logging=none"], ["method=none", "seed=2"]),
+        (["hydra.sweep.dir='${output_dir}/x/${method.name}'", "hydra.sweep.subdir='s${seed}'"],
+         ["method=none", "seed=2"]),
+        (["hydra.sweep.subdir='${hydra.job.num}'", "+hydra.job.env_set.A='${name}'"], ["seed=2"]),
         (["hydra.job.config.override_dirname.exclude_keys=[seed]", "hydra.job.env_copy=[HOME]",
           "+hydra.job.env_set.A=b"], ["seed=2", "data.flip=false"]),
     ],
@@ -174,8 +179,10 @@ def test_a_file_is_read_once_for_all_groups(loader, grids, monkeypatch):
     original = ConfigRepository.load_config
 
     def counted(self, config_path):
-        read.append(config_path)
-        return original(self, config_path)
+        result = original(self, config_path)
+        if result is not None and not result.path.startswith("structured:"):
+            read.append(config_path)
+        return result
 
     monkeypatch.setattr(ConfigRepository, "load_config", counted)
     for method in ("none", "logit"):
@@ -184,25 +191,44 @@ def test_a_file_is_read_once_for_all_groups(loader, grids, monkeypatch):
     assert len(read) == len(set(read))
 
 
-def test_a_value_that_cannot_be_pickled_is_copied():
-    local = type("Local", (), {})
-    config = OmegaConf.create({"a": {"b": local}, "c": "${a}"}, flags={"allow_objects": True})
-    assert everything(sweeps.copied(config)) == everything(config)
-    assert sweeps.copied(config) is not config
+class OnlyCopied:
+    """An object that can be copied, but not pickled."""
+
+    def __reduce__(self):
+        raise NotImplementedError
+
+    def __deepcopy__(self, _):
+        return self
 
 
-def test_hydras_own_settings_are_available_in_a_run(shared, grids, monkeypatch):
+@pytest.mark.parametrize("value", [OnlyCopied(), type("Local", (), {})])
+def test_a_value_that_cannot_be_pickled_is_copied(value):
+    config = OmegaConf.create({"a": {"b": value}, "c": "${a}"}, flags={"allow_objects": True})
+    copied = sweeps.copied(config)
+    assert copied is not config
+    assert everything(copied) == everything(config)
+
+
+def test_hydras_own_settings_are_copied_as_by_hydra(shared, grids, monkeypatch):
     config = grids(shared)
     monkeypatch.setattr(HydraConfig.instance(), "cfg", None)
-    expected = OmegaConf.masked_copy(config, "hydra").hydra
+    monkeypatch.setattr(hydra_config, "OmegaConf", OmegaConf)
     HydraConfig.instance().set_config(config)
-    own = HydraConfig.get()
-    assert own.sweep.dir == f"{config.output_dir}/runs/{config.setting}"
-    OmegaConf.set_readonly(expected, True)
-    assert everything(own) == everything(expected)
-    assert list(HydraConfig.instance().cfg) == ["hydra"]
-    with pytest.raises(ReadonlyConfigError):
-        own.job.name = "x"
+    expected = HydraConfig.instance().cfg
+    monkeypatch.setattr(hydra_config, "OmegaConf", sweeps.FastOmegaConf)
+    HydraConfig.instance().set_config(config)
+    found = HydraConfig.instance().cfg
+    assert everything(found) == everything(expected)
+    assert found.hydra._get_parent() is expected.hydra._get_parent() is config
+    assert found.hydra.sweep.dir == f"{config.output_dir}/runs/{config.setting}"
+    config.hydra._set_flag("readonly", False)
+    config.hydra.job.name = "x"
+    assert found.hydra.job.name == "train"
+    # As `run_job` copies it: without the rest of the configuration.
+    for copied in (copy.deepcopy(found), sweeps.copied(found)):
+        assert copied.hydra._get_parent() is copied
+        with pytest.raises(InterpolationKeyError):
+            copied.hydra.sweep.dir  # noqa: B018
 
 
 @pytest.mark.parametrize("change", ["edited", "added", "removed", "environment", "folder"])
