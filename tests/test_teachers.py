@@ -242,6 +242,8 @@ def changed(path, value):
         ("teacher.mean", [0.1, 0.1, 0.1]),
         ("data.batch_size", 16),
         ("data.split_seed", 1),
+        ("data.mean", [0.1, 0.1, 0.1]),  # without a mean of its own the teacher uses it
+        ("data.std", [0.1, 0.1, 0.1]),
     ],
 )
 def test_teacher_key_depends_on_everything_relevant(data, path, value):
