@@ -113,6 +113,8 @@ def flatten(settings: Mapping[Any, Any]) -> Settings:
                     found[path] = word(str(value).rpartition(".")[2])
             elif isinstance(value, Mapping):
                 walk(value, key)
+            elif key == "teacher.members" and isinstance(value, list):
+                walk({str(number): member for number, member in enumerate(value)}, key)
             elif not (
                 (name == "name" and path in NAMED)
                 or (name in ("num_classes", "image_size") and path and path != "data"

@@ -8,6 +8,7 @@ runs of one setting with different images, teacher weights or user code.
 import glob
 import logging
 import os
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -34,6 +35,9 @@ log = logging.getLogger(__name__)
 
 P = ParamSpec("P")
 T = TypeVar("T")
+
+_TRAINED_FIRST = re.compile(r"(teacher|teacher\.members\.\d+)\.run\.")
+"""Settings of a run that `teacher.run={...}` trains before, for a teacher or a member."""
 
 METHODS = ("none", "logit", "attention", "combined")  # display order; other methods follow by name
 
@@ -88,10 +92,11 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
         if wrong_figure(metrics):
             metrics = {"status": "unreadable", "name": folder.name}
         own = reader.read(folder)
-        if any(key.startswith("teacher.run.") for key in own):
-            # The setting says how the teacher was trained, with the seed of the run.
+        if trained := {found[1] for key in own if (found := _TRAINED_FIRST.match(key))}:
+            # The setting says how these teachers were trained, with the seed of the run.
             metrics = {**metrics, "teacher_sha256": None}
-            own = {key: value for key, value in own.items() if key != "teacher.checkpoint"}
+            files = {f"{teacher}.checkpoint" for teacher in trained}
+            own = {key: value for key, value in own.items() if key not in files}
         rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
         settings.append(own)
     # A run that is read twice would be counted twice: deviation and interval would be too small.
