@@ -3,6 +3,7 @@
 import gc
 import json
 import os
+import runpy
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from kd_lightning import cli
 # process that runs no test.
 if TYPE_CHECKING:
     from kd_lightning.config.plan import TrainerPlan
+    from kd_lightning.storage.run_directory import RunDirectory
+    from kd_lightning.workflows.export import Exported
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     gc.disable()  # while the tests are imported
@@ -116,6 +119,102 @@ def original_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(tmp_path: Path, original_folder: Path) -> Path:
     """A folder of 36 training and 12 test images in three classes."""
     return shutil.copytree(original_folder, tmp_path / "images", copy_function=shutil.copyfile)
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> "RunDirectory":
+    """A run directory that does not exist yet."""
+    from kd_lightning.storage.run_directory import RunDirectory
+
+    return RunDirectory(tmp_path / "setting" / "run")
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for user modules, on Python's path."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    monkeypatch.syspath_prepend(folder)
+    yield folder
+    for name in ("mine", "helpers"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are made, but not rendered."""
+    monkeypatch.setattr("kd_lightning.reports.documents.plots.png", lambda figure: b"\x89PNG")
+
+
+@pytest.fixture(scope="session")
+def shipping(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for photographs, and for a student that is distilled from a checkpoint."""
+    return tmp_path_factory.mktemp("shipping")
+
+
+@pytest.fixture(scope="session")
+def photographs(shipping: Path) -> Path:
+    """Images of three classes, in files of many kinds."""
+    from photograph_folder import write_photographs
+
+    return write_photographs(shipping / "photographs")
+
+
+@pytest.fixture(scope="session")
+def distilled(shipping: Path, photographs: Path) -> Path:
+    """The folder of a student distilled from the checkpoint."""
+    from photograph_folder import teacher_checkpoint
+
+    from kd_lightning import api
+
+    with pytest.MonkeyPatch.context() as patch:  # this may come before `fast_composition`
+        composition.install(patch)
+        composition.skip_waits(patch)
+        metrics = api.run(
+            *TINY, "method=logit", "data=folder", f"data.root={photographs}", "data.image_size=16",
+            "data.padding=2", "data.batch_size=16", "trainer.max_epochs=10", "optimizer.lr=0.02",
+            "student.model.channels=[8,16]", "student.model.hidden=16",
+            f"teacher.checkpoint={teacher_checkpoint(photographs, shipping / 'teacher.pt')}",
+            f"output_dir={shipping / 'outputs'}", f"data_dir={shipping / 'data'}",
+        )  # fmt: skip
+    assert metrics["teacher_test_accuracy"] > 0.95
+    assert metrics["test_accuracy"] > 0.95
+    return Path(metrics["folder"])
+
+
+@pytest.fixture(scope="session")
+def exported(distilled: Path) -> "Exported":
+    """The student of the run as ONNX."""
+    from kd_lightning import api
+
+    return api.export(distilled, "onnx")
+
+
+@pytest.fixture(scope="session")
+def exported_pt2(distilled: Path) -> "Exported":
+    """The student of the run as a program of torch."""
+    from kd_lightning import api
+
+    return api.export(distilled, "pt2")
+
+
+@pytest.fixture
+def script(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[Any, str, str]]:
+    """Run one of the scripts in this process; return its exit code and its output."""
+
+    def call(name: str, *arguments: Any) -> tuple[Any, str, str]:
+        monkeypatch.setattr(sys, "argv", [name, *map(str, arguments)])
+        code: Any = 0
+        try:
+            runpy.run_path(str(REPOSITORY / "scripts" / name), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return call
 
 
 @pytest.fixture

@@ -1,27 +1,20 @@
 """Content hashes: changed inputs invalidate everything computed from them."""
 
-import importlib
 import json
-import logging
 import os
-import pkgutil
 import shutil
-import sys
-import textwrap
 
 import pytest
 import torch
 from conftest import FOLDER, TINY
-from lightning.fabric.utilities import rank_zero
-from processes import start
+from user_modules import write_module
 
 from kd_lightning import api
 from kd_lightning.config import naming
 from kd_lightning.config.nodes import build
 from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import open_caches
-from kd_lightning.models import ConvNet, count_parameters
-from kd_lightning.storage import identity as contents
+from kd_lightning.models import ConvNet
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as training
 from kd_lightning.workflows.evaluate import evaluate
@@ -43,25 +36,6 @@ def superseded(tmp_path):
 def write_checkpoint(path, seed):
     torch.manual_seed(seed)
     torch.save(ConvNet([4, 8], 8, num_classes=3, image_size=16).state_dict(), path)
-
-
-def write_module(path, text):
-    path.write_text(textwrap.dedent(text))
-    # As in a new process: otherwise Python would use the imported version.
-    for name in ("mine", "helpers"):
-        sys.modules.pop(name, None)
-    shutil.rmtree(path.parent / "__pycache__", ignore_errors=True)
-
-
-@pytest.fixture
-def own(tmp_path, monkeypatch):
-    """A folder for user modules, on Python's path."""
-    folder = tmp_path / "own"
-    folder.mkdir()
-    monkeypatch.syspath_prepend(folder)
-    yield folder
-    for name in ("mine", "helpers"):
-        sys.modules.pop(name, None)
 
 
 @pytest.fixture
@@ -93,7 +67,6 @@ NET = """
         def forward(self, images):
             return {} super().forward(images)
 """
-
 
 # --- runs --------------------------------------------------------------------------------------
 
@@ -271,121 +244,6 @@ def test_baseline_on_other_images_is_not_reused(train, folder):
     assert train("method=none", *other).runs  # no run is shown instead
 
 
-# --- code --------------------------------------------------------------------------------------
-
-
-def digest(own, text, helper="VALUE = 1\n"):
-    write_module(own / "helpers.py", helper)
-    write_module(own / "mine.py", text)
-    return contents.source_sha256({"student": {"_target_": "mine.Net", "width": 4}})
-
-
-NET_TEXT = """
-    import helpers
-    class Net:
-        def forward(self, x):
-            return x * helpers.VALUE
-"""
-
-
-def test_comments_and_formatting_do_not_change_the_code_hash(own):
-    first = digest(own, NET_TEXT)
-    commented = NET_TEXT.replace("return x", "'''Doc.'''  # why\n            return  x")
-    assert digest(own, commented) == first
-    assert digest(own, NET_TEXT.replace("x *", "x +")) != first
-    assert digest(own, NET_TEXT, helper="VALUE = 2\n") != first  # imports are included
-
-
-def test_code_hash_is_of_the_imported_version(own):
-    write_module(own / "helpers.py", "VALUE = 1\n")
-    write_module(own / "mine.py", textwrap.dedent(NET_TEXT))
-    first = contents.source_sha256({"_target_": "mine.Net"})
-    # The remaining runs of a grid use the imported version.
-    (own / "mine.py").write_text(textwrap.dedent(NET_TEXT.replace("x *", "x +")))
-    assert contents.source_sha256({"_target_": "mine.Net"}) == first
-    importlib.reload(sys.modules["mine"])
-    assert contents.source_sha256({"_target_": "mine.Net"}) != first
-
-
-@pytest.mark.parametrize("file", ["__init__.py", "patches.py", "late.py"])
-def test_code_hash_includes_package_init_and_late_imports(own, file):
-    package = own / "helpers"
-    package.mkdir()
-    texts = {
-        "__init__.py": "from . import patches\nSCALE = 1\n",
-        "patches.py": "VALUE = 1\n",
-        "late.py": "VALUE = 1\n",  # imported by a later function call
-        "net.py": "class Net:\n    def forward(self, x):\n        from . import late\n",
-    }
-    for name, text in texts.items():
-        (package / name).write_text(text)
-    node = {"_target_": "helpers.net.Net"}
-    first = contents.source_sha256(node)
-    assert "helpers.late" not in sys.modules
-    pkgutil.resolve_name("helpers.late")
-    assert contents.source_sha256(node) == first
-    for name in [name for name in sys.modules if name.split(".")[0] == "helpers"]:
-        del sys.modules[name]
-    (package / file).write_text(texts[file].replace("1", "2"))
-    shutil.rmtree(package / "__pycache__", ignore_errors=True)
-    assert contents.source_sha256(node) != first
-
-
-def test_third_party_packages_are_identified_by_name():
-    node = {"a": {"_target_": "torchvision.models.resnet18"}, "b": [{"_target_": "torch.nn.ReLU"}]}
-    assert contents.source_sha256(node, {"_target_": "kd_lightning.models.ConvNet"}) is None
-
-
-def test_code_hash_covers_an_installed_package_only_if_it_is_named(own, tmp_path, monkeypatch):
-    site = tmp_path / "site"
-    site.mkdir()
-    monkeypatch.syspath_prepend(site)
-    monkeypatch.setattr(contents, "_installed", lambda: (site.resolve(),))
-    imported, named = set(), set()
-    for value in (1, 2):
-        (site / "installed_before.py").write_text(f"class Net:\n    value = {value}\n")
-        sys.modules.pop("installed_before", None)
-        imported.add(digest(own, "from installed_before import Net\nclass Net(Net): pass\n"))
-        named.add(contents.source_sha256({"_target_": "installed_before.Net"}))
-    assert (len(imported), len(named)) == (1, 2)
-    sys.modules.pop("installed_before")
-
-
-def test_code_hash_includes_hydra_get_class(own):
-    write_module(own / "mine.py", "class Norm: pass\n")
-    node = {"norm_layer": {"_target_": "hydra.utils.get_class", "path": "mine.Norm"}}
-    first = contents.source_sha256(node)
-    write_module(own / "mine.py", "class Norm: eps = 1\n")
-    assert first is not None
-    assert contents.source_sha256(node) != first
-
-
-def test_files_passed_to_a_model_are_hashed_by_content(tmp_path):
-    weights = tmp_path / "backbone.bin"
-    weights.write_bytes(b"one")
-    node = {"_target_": "torchvision.models.resnet18", "weights": str(weights)}
-    first = contents.source_sha256(node)
-    weights.write_bytes(b"two")
-    assert contents.source_sha256(node) != first
-    moved = tmp_path / "elsewhere" / "backbone.bin"
-    moved.parent.mkdir()
-    shutil.copy(weights, moved)
-    assert contents.source_sha256({**node, "weights": str(moved)}) == contents.source_sha256(node)
-
-
-def test_copy_with_preserved_mtime_is_detected(tmp_path):
-    checkpoint, other = tmp_path / "a.pt", tmp_path / "b.pt"
-    checkpoint.write_bytes(b"one")
-    other.write_bytes(b"two")
-    for path in (checkpoint, other):
-        os.utime(path, (1e9, 1e9))
-    config = {"data_dir": "data", "teacher": {"checkpoint": str(checkpoint)}}
-    first = contents.stamps(config)
-    assert contents.stamps(config) == first
-    other.rename(checkpoint)
-    assert contents.stamps(config) != first
-
-
 # --- where it is stored ------------------------------------------------------------------------
 
 
@@ -448,72 +306,6 @@ def test_recorded_device_is_the_training_device(train, monkeypatch):
     monkeypatch.setattr(training, "build_trainer", build)
     assert train("method=none").metrics["device"] == "it"
     assert named == [torch.device("cpu", 0)]
-
-
-# --- runs start only after all checks ------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "wrong", ["method.terms.logit.temperature=-3", "trainer.max_time=never", "data.batch_size=999"]
-)
-def test_rejected_run_leaves_no_folder(train, tmp_path, wrong):
-    plus = "+" if "max_time" in wrong else ""
-    done = train("method=logit", plus + wrong)
-    assert done.code == 2
-    assert not list(tmp_path.glob("outputs/*"))
-    logging.getLogger("anything").warning("no log file is left that this would be written to")
-
-
-def import_anew():
-    """As in a new interpreter, in which importing Lightning sets the rank from the environment."""
-    rank_zero.rank_zero_only.rank = rank_zero._get_rank()
-    for name in [name for name in sys.modules if name.partition(".")[0] == "kd_lightning"]:
-        del sys.modules[name]
-
-
-def test_single_process_ignores_cluster_variables(folder, tmp_path):
-    variables = {
-        "SLURM_PROCID": "1", "SLURM_NTASKS": "4", "SLURM_JOB_NAME": "grid", "RANK": "1",
-        "LOCAL_RANK": "1", "WORLD_SIZE": "2", "NODE_RANK": "1", "MASTER_PORT": "1",
-    }  # fmt: skip
-    command = (
-        "train.py", "method=none", "data=folder", f"data.root={folder}", "data.image_size=16",
-        "data.batch_size=16", "student.model.channels=[4,8]", "trainer.max_epochs=1",
-        "trainer.accelerator=cpu", f"output_dir={tmp_path / 'outputs'}", "pictures=false",
-        f"data_dir={tmp_path / 'data'}",
-    )  # fmt: skip
-    trained = start(*command, prepare=import_anew, **variables)
-    out, err = trained.communicate()
-    assert trained.returncode == 0, err
-    # The table, and a line of progress.
-    assert len(err.splitlines()) == 1
-    assert ": epoch 1/1, val " in err
-    (run,) = (tmp_path / "outputs" / "runs").glob("*/*")
-    left = {path.name.partition(".out")[0] for path in run.iterdir()}
-    assert {"config.yaml", "metrics.json", "student.safetensors", "checkpoints", "events"} <= left
-    metrics = RunDirectory(run).read_metrics()
-    assert metrics["status"] == "finished"
-    accuracy = f"{100 * metrics['test_accuracy']:.2f} %"
-    assert accuracy in out
-    evaluated = start("scripts/evaluate.py", str(run), prepare=import_anew, **variables)
-    out, err = evaluated.communicate()
-    assert evaluated.returncode == 0, err
-    assert f"test accuracy {accuracy}" in out
-    assert out.count(accuracy) == 2
-
-
-def test_parameters_of_a_teacher_not_buildable_on_meta_device(train):
-    from torchvision.models import regnet_y_400mf
-
-    model = "teacher.model._target_=torchvision.models.regnet_y_400mf"
-    less = [f"~teacher.model.{key}" for key in ("channels", "hidden", "image_size")]
-    done = train(
-        "method=none", model, *less, "student.model.channels=[4,8]", "trainer.max_epochs=1",
-        "trainer.accelerator=cpu", tiny=False,
-    )  # fmt: skip
-    assert done.code == 0, done.err
-    expected = regnet_y_400mf(num_classes=3)
-    assert done.metrics["teacher_parameters"] == count_parameters(expected)
 
 
 AUGMENTATION = """

@@ -1,4 +1,4 @@
-"""Layouts of image folders: class folders, ImageNet and Tiny ImageNet; see also test_images.py."""
+"""Layouts of image folders: classes, ImageNet, Tiny ImageNet; see also test_image_folders.py."""
 
 import os
 import tarfile

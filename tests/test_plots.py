@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
-from test_report import write_run
+from reported_runs import write_run
 
 from kd_lightning import api
 from kd_lightning.config.naming import config_key

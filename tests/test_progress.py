@@ -198,7 +198,7 @@ def test_final_table_of_a_grid_fits_the_terminal(tmp_path):
 
 
 def test_wide_table_has_one_row_per_cell(tmp_path, monkeypatch, capsys):
-    from test_report import PARAMETERS, write_run
+    from reported_runs import PARAMETERS, write_run
 
     for number in range(12):
         student = f"a-student-with-a-long-name-{number}"

@@ -3,7 +3,7 @@
 import csv
 import json
 import os
-import subprocess
+import subprocess  # noqa: F401 (named by test_user_packages_can_be_trusted)
 import sys
 import threading
 import time
@@ -20,9 +20,8 @@ from kd_lightning.config.trust import TRUSTED, check_trusted
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import replacing
 from kd_lightning.models import ConvNet
-from kd_lightning.storage import provenance, weights
-from kd_lightning.storage.provenance import device_name, versions
-from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
+from kd_lightning.storage import weights
+from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.weights import fit_state, load_weights
 
 MODEL = {
@@ -39,11 +38,6 @@ CONFIG = {
 
 def model():
     return ConvNet(channels=[4], hidden=4, num_classes=3, image_size=8)
-
-
-@pytest.fixture
-def run(tmp_path):
-    return RunDirectory(tmp_path / "setting" / "run")
 
 
 # --- configuration and metrics ---------------------------------------------------------------
@@ -181,91 +175,6 @@ def test_every_superseded_run_is_kept(run, tmp_path):
         ]  # fmt: skip
 
 
-# --- checkpoints -------------------------------------------------------------------------------
-
-
-def lightnings(epochs, steps, batches, begun):
-    current = {"ready": epochs + begun, "started": epochs + begun, "processed": epochs}
-    loops = {
-        "epoch_progress": {"current": current, "total": {"ready": 90, "processed": 80}},
-        "epoch_loop.batch_progress": {
-            "current": {"ready": 70, "processed": batches},
-            "total": {"ready": 60, "processed": 50},
-        },
-    }
-    return {"global_step": steps, "epoch": 40, "loops": {"fit_loop": loops}}
-
-
-def test_checkpoint_position(run):
-    assert run.checkpoint() is None
-    path = run.path / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    torch.save(lightnings(3, 21, 7, begun=0), path)
-    assert run.checkpoint() == Checkpoint(path, epochs=3, steps=21, batches=0)
-    assert run.checkpoint().place == "epoch 3"
-    torch.save(lightnings(3, 26, 5, begun=1), path)
-    assert run.checkpoint() == Checkpoint(path, epochs=3, steps=26, batches=5)
-    assert run.checkpoint().place == "step 26 (batch 5 of epoch 4)"
-    assert Checkpoint(path, 2, 14).batches == 0
-
-
-def test_damaged_checkpoint_is_reported_and_ignored(run, caplog):
-    path = run.path / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"half of it")
-    assert run.checkpoint() is None
-    (message,) = caplog.messages
-    assert message.startswith(f"{path} is damaged")
-
-
-@pytest.mark.parametrize("error", [PermissionError(13, "Permission denied"), MemoryError()])
-def test_checkpoint_that_cannot_be_read_is_not_taken_for_damaged(run, monkeypatch, error):
-    path = run.path / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    path.write_bytes(b"intact")
-
-    def read(path):
-        raise error
-
-    monkeypatch.setattr(Path, "read_bytes", read)
-    with pytest.raises(InputError, match="cannot be read"):
-        run.checkpoint()
-    monkeypatch.undo()
-    assert path.read_bytes() == b"intact"
-
-
-class Bomb:
-    def __init__(self, path):
-        self.path = path
-
-    def __reduce__(self):
-        return (self.path.touch, ())
-
-
-def test_checkpoint_cannot_run_code(run):
-    path = run.path / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    torch.save({**lightnings(1, 7, 0, begun=0), "bomb": Bomb(run.path / "exploded")}, path)
-    assert run.checkpoint() is None
-    assert not (run.path / "exploded").exists()
-
-
-def test_checkpoint_of_another_device_is_loaded(run, monkeypatch):
-    path = run.path / "checkpoints" / "last.ckpt"
-    path.parent.mkdir(parents=True)
-    torch.save(lightnings(1, 7, 0, begun=0), path)
-    asked = []
-    original = torch.load
-
-    def load(*args, **kwargs):
-        asked.append(kwargs)
-        return original(*args, **kwargs)
-
-    monkeypatch.setattr(torch, "load", load)
-    run.checkpoint()
-    assert asked == [{"map_location": "cpu", "weights_only": True}]
-
-
 # --- weights -----------------------------------------------------------------------------------
 
 
@@ -282,6 +191,11 @@ def test_student_is_loaded_from_its_folder(run):
         assert torch.equal(rebuilt.state_dict()[key], value)
     run.save_weights(student, "teacher")
     assert (run.path / "teacher.safetensors").exists()
+
+
+def test_saved_weights_are_plain_safetensors(run):
+    run.save_weights(model())
+    assert set(load_file(run.path / "student.safetensors")) == set(model().state_dict())
 
 
 def test_weights_write_is_atomic(run, monkeypatch):
@@ -425,82 +339,3 @@ def test_invalid_student_node_is_reported(run):
         run.write_config({**CONFIG, "student": {"model": node}})
         with pytest.raises(InputError, match=r"^student\.model"):
             run.load_student()
-
-
-# --- provenance --------------------------------------------------------------------------------
-
-
-def test_versions_name_the_commit(monkeypatch):
-    found = versions()
-    assert found["torch"] == torch.__version__
-    assert found["lightning"][0].isdigit()
-    assert found["python"].startswith("3.")
-    root = Path(provenance.__file__).resolve().parents[3]
-    if (root / ".git").exists():
-        command = ["git", "-C", str(root), "rev-parse", "HEAD"]
-        head = subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
-        commit, _, dirty = found["git_commit"].partition("-")
-        assert len(commit) == 12
-        assert head.startswith(commit)
-        assert dirty in ("", "dirty")
-
-
-@pytest.mark.parametrize("error", [OSError("no git"), subprocess.TimeoutExpired("git", 10)])
-def test_without_git_there_is_no_commit(monkeypatch, error, tmp_path):
-    (tmp_path / ".git").mkdir()
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "a" / "b" / "c" / "x.py"))
-
-    def fails(*_, timeout, **__):
-        assert 1 <= timeout <= 60  # with a timeout
-        raise error
-
-    with monkeypatch.context() as patch:
-        patch.setattr(subprocess, "run", fails)
-        assert versions()["git_commit"] == ""
-    assert versions()["git_commit"] == ""  # looks like a repository, but is not
-    (tmp_path / ".git").rmdir()
-    assert versions()["git_commit"] == ""
-
-
-def test_modified_checkout_is_dirty(monkeypatch, tmp_path):
-    def git(*arguments):
-        identity = ["-c", "user.name=x", "-c", "user.email=x@x"]
-        subprocess.run(["git", "-C", str(tmp_path), *identity, *arguments], check=True)
-
-    (tmp_path / "file").write_text("1")
-    git("init", "--quiet")
-    git("add", "file")
-    git("commit", "--quiet", "--message", "first")
-    monkeypatch.setattr(provenance, "__file__", str(tmp_path / "a" / "b" / "c" / "x.py"))
-    clean = versions()["git_commit"]
-    assert len(clean) == 12
-    (tmp_path / "file").write_text("2")
-    assert versions()["git_commit"] == f"{clean}-dirty"
-
-
-def test_device_has_a_human_readable_name(monkeypatch):
-    name = device_name(torch.device("cpu"))
-    assert f", {torch.get_num_threads()} thread" in name
-    info = Path("/proc/cpuinfo")
-    if info.exists() and "model name" in info.read_text():
-        models = [line for line in info.read_text().splitlines() if line.startswith("model name")]
-        assert name.rpartition(",")[0] == models[0].split(":")[1].strip()
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"a GPU at {device}")
-    assert device_name(torch.device("cuda:1")) == "a GPU at cuda:1"
-    assert device_name(torch.device("mps")) == "mps"
-
-
-def test_device_name_without_proc(monkeypatch):
-    def absent(self, *_, **__):
-        raise FileNotFoundError
-
-    monkeypatch.setattr(Path, "open", absent)
-    for processor, machine, expected in (("chip", "arch", "chip"), ("", "arch", "arch")):
-        monkeypatch.setattr(provenance.platform, "processor", lambda p=processor: p)
-        monkeypatch.setattr(provenance.platform, "machine", lambda m=machine: m)
-        assert device_name(torch.device("cpu")).startswith(f"{expected}, ")
-
-
-def test_saved_weights_are_plain_safetensors(run):
-    run.save_weights(model())
-    assert set(load_file(run.path / "student.safetensors")) == set(model().state_dict())
