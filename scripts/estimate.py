@@ -118,7 +118,7 @@ def speed(config: Node, part: str, seconds: float, train: bool) -> float:
     # Of the run: a teacher computes in the precision of its student.
     plan = resolve_trainer(of_one_process(config["trainer"]), config["student"]["model"])
     layout = torch.channels_last if plan.channels_last else torch.contiguous_format
-    model.to(device, memory_format=layout).train(train)  # type: ignore[call-overload]
+    model.to(device, memory_format=layout).train(train)
     images = torch.randn(config["data"]["batch_size"], 3, size, size, device=device)
     images = images.contiguous(memory_format=layout)
     dtype = AUTOCAST.get(plan.precision)

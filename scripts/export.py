@@ -66,7 +66,7 @@ def main() -> None:
         f"compared with the student on {result.images:,} {images}: largest difference of a logit "
         f"{result.difference:.2g}, same class {percent(result.agreement)}"
     )
-    if result.accuracy is None:
+    if result.accuracy is None or result.student_accuracy is None:
         print("the accuracy is not known, because the test images are not available")
     else:
         print(

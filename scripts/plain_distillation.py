@@ -59,9 +59,10 @@ def plain_loop(plan: Plan, steps: int) -> float:
     device = torch.device(device_type(plan.student.trainer.arguments["accelerator"]))
     terms, batch_size = plan.student.terms, plan.data.node["batch_size"]
     student: nn.Module = build(plan.student.model, "student.model").to(device)
-    teacher: nn.Module = build(plan.teacher_model, "teacher.model").to(device).eval()
+    teacher: nn.Module = build(plan.teacher_models[0], "teacher.model").to(device).eval()
     features: dict[str, Tensor] = {}
-    for name, layer in (("student", student.stage2), ("teacher", teacher.stage3)):
+    layers = student.get_submodule("stage2"), teacher.get_submodule("stage3")
+    for name, layer in zip(("student", "teacher"), layers, strict=True):
         layer.register_forward_hook(lambda _m, _i, output, n=name: features.update({n: output}))
     optimizer = build_partial(plan.student.optimizer, "optimizer")(student.parameters())
     loader = DataLoader(

@@ -9,6 +9,7 @@ precisions alternate; shown are medians in milliseconds, and the median of the r
 import argparse
 import statistics
 import time
+from typing import Any
 
 import torch
 import torchvision
@@ -17,7 +18,7 @@ from kd_lightning.config.hardware import choose_precision, has_groups, keep_free
 from kd_lightning.config.nodes import build
 from kd_lightning.terminal import positive
 
-OURS = {
+OURS: dict[str, dict[str, Any]] = {
     "ConvNet": {"channels": [16, 32], "hidden": 64},
     "ResNet9": {"width": 32},
     "CifarResNet": {"depth": 20},

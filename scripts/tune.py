@@ -56,6 +56,7 @@ def main() -> None:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(1)
+    assert best.value is not None  # a completed trial
     chosen = " ".join(f"{key}={value:.4g}" for key, value in best.params.items())
     print(
         f"{len(study.trials)} trials; best on validation {percent(best.value)}, trial {best.number}"

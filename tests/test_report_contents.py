@@ -11,7 +11,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.reports import documents
 from kd_lightning.reports.documents import write_report
 from kd_lightning.reports.runs import read_runs, setting_columns
-from kd_lightning.reports.statistics import summarise
+from kd_lightning.reports.statistics import groups, summarise
 
 
 def contents(folder, method, seed, test, images, teacher=None, code=None, **more):
@@ -160,3 +160,18 @@ def test_old_runs_without_hashes_join_a_unique_group(tmp_path):
     contents(tmp_path / "4", "logit", 1, 0.9, images="a", teacher="d")
     cells = summarise(read_runs([tmp_path]))
     assert sorted(cells[cells["method"] == "logit"]["test"]) == [0.6, 0.8, 0.9]
+
+
+def test_ensembles_of_students_that_depend_on_the_seed_share_a_cell(tmp_path):
+    for seed in range(2):
+        for method, test in (("none", 0.7), ("logit", 0.8)):
+            run = contents(
+                tmp_path / method, "logit", seed, test, images="a", teacher=f"{method}{seed}",
+                setting=method,
+            )  # fmt: skip
+            file = f"outputs/{seed}/student.safetensors"
+            member = {"run": {"method": method}, "checkpoint": file}
+            write_config(run, seed, teacher__members=[{"checkpoint": "fixed.pt"}, member])
+    found = groups(read_runs([tmp_path]))
+    assert [len(group.runs) for group in found] == [2, 2]
+    assert all("teacher.members.1.run.method" in group.words for group in found)

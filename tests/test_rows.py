@@ -24,6 +24,9 @@ def filled(folder, view=0, **settings):
     return rows, values
 
 
+WORDS = 2 + 2  # of a row: the checksum, and three float16 numbers with their padding
+
+
 def read_again(rows, view=0):
     """Rows as read after reopening the files."""
     again = Rows(rows.folder, rows.key, rows.images, rows.shape, rows.dtype)
@@ -148,3 +151,28 @@ def test_row_of_zeros_is_invalid(tmp_path):
         content = file.read_bytes()
         file.write_bytes(content[16:] + content[:16])
         assert not Rows(tmp_path, {}, 300, (3,), torch.float16).read(index, view)[1].any()
+
+
+def test_a_changed_bit_anywhere_in_a_row_is_detected(tmp_path):
+    rows = Rows(tmp_path, {"for": "a test"}, 3, (3,), torch.float16)
+    rows.reserve(5)
+    index, view = torch.arange(3), torch.full((3,), 5)
+    rows.write(index, view, torch.randn(3, 3).half())
+    content = torch.from_file(str(rows.path(5)), size=3 * WORDS, dtype=torch.int32).view(3, WORDS)
+    assert rows.valid(content, index, view).all()
+    for word in range(WORDS):
+        for bit in range(32):
+            changed = content.clone()
+            changed[:, word] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+            assert not rows.valid(changed, index, view).any(), (word, bit)
+
+
+def test_a_row_of_another_image_or_view_is_not_valid(tmp_path):
+    rows = Rows(tmp_path, {"for": "a test"}, 3, (3,), torch.float16)
+    rows.reserve(5)
+    index, view = torch.arange(3), torch.full((3,), 5)
+    rows.write(index, view, torch.ones(3, 3).half())
+    content = torch.from_file(str(rows.path(5)), size=3 * WORDS, dtype=torch.int32).view(3, WORDS)
+    assert not rows.valid(content, index.roll(1), view).any()
+    assert not rows.valid(content, index, view + 1).any()
+    assert not rows.valid(torch.zeros_like(content), index, view).any()
