@@ -125,16 +125,15 @@ def test_training_on_a_device_gives_the_cpu_student(tmp_path, images, on_cpu, de
         assert len(between) <= BETWEEN, "between the epochs' steps:\n" + "\n".join(between)
 
 
-def test_margins_of_a_teacher_do_not_wait(tmp_path, images, on_cpu, device):
+def test_margins_of_a_teacher_do_not_wait(tmp_path, images, device):
     job = (
         "method=ofd", "+method.terms.ofd.student_layers=[stage1]",
         "+method.terms.ofd.teacher_layers=[layer1.0.bn2]",
         "teacher.model={_target_: kd_lightning.models.CifarResNet, depth: 8, num_classes: 3}",
     )  # fmt: skip
-    found = run(tmp_path, images, "emulated", *job, callbacks=[CountSteps(device)])
+    run(tmp_path, images, "emulated", *job, "pictures=false", callbacks=[CountSteps(device)])
     assert device.background["to host"] >= STEPS  # the teacher has computed
     assert not (places := needless_waits(device)), f"the host waits for the device:\n{places}"
-    assert found == on_cpu(*job)
 
 
 @pytest.mark.skipif(COPIES_CONSTANTS, reason="the emulated device is not of the type mps")
