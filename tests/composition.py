@@ -5,7 +5,6 @@ the composed groups (`kd_lightning.config.sweeps`). tests/test_sweeps.py compare
 Test processes and the commands that they start share what is composed, as files in `STORE`.
 """
 
-import copy
 import functools
 import hashlib
 import os
@@ -16,7 +15,6 @@ from typing import Any
 
 import pytest
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
@@ -30,16 +28,13 @@ MODE = "hydra.mode=RUN"
 """Override that Hydra adds to those of a command."""
 
 _load_as_hydra = ConfigLoaderImpl.load_configuration
-_parse_as_hydra = OverridesParser.parse_rule
 _composed: dict[str, bytes] = {}
-_parsed: dict[str, Any] = {}
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
     """Compose single runs, and the runs of a grid, from what earlier tests have composed."""
     patch.setattr(ConfigLoaderImpl, "load_configuration", _load)
     patch.setattr(sweeps, "_composed", _compose)
-    patch.setattr(OverridesParser, "parse_rule", _parse)
 
 
 def skip_waits(patch: pytest.MonkeyPatch) -> None:
@@ -106,11 +101,3 @@ def _compose(
         config.hydra.overrides.hydra.append(MODE)
         _composed[with_mode] = pickle.dumps(config)
     return _composed[with_mode]
-
-
-def _parse(self: OverridesParser, text: str, rule: str) -> Any:
-    if rule != "override":
-        return _parse_as_hydra(self, text, rule)
-    if text not in _parsed:
-        _parsed[text] = _parse_as_hydra(self, text, rule)
-    return copy.copy(_parsed[text])  # some are changed later

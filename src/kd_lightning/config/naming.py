@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import Container, DictConfig, OmegaConf
 
 from kd_lightning.config.nodes import Node
 
@@ -73,9 +73,13 @@ def setting(*, _root_: DictConfig) -> str:
     Interpolations are hashed unresolved, so that a value derived from an axis, such as the seed of
     the image order, does not change the setting.
     """
-    written = OmegaConf.to_container(_root_)
-    assert isinstance(written, dict)
-    parts = _what_counts(written, *AXES)
+    # Not `to_container(_root_)`: most of it would be Hydra's own settings.
+    nodes = {key: _root_._get_node(key) for key in _root_ if key not in (*ELSEWHERE, *AXES)}
+    written = {
+        key: OmegaConf.to_container(node) if isinstance(node, Container) else node._value()  # type: ignore[union-attr]
+        for key, node in nodes.items()
+    }
+    parts = _what_counts(written)
     readable = f"{_root_.data.name}-{_root_.teacher.name}-{_root_.trainer.max_epochs}e"
     return f"{tidy(readable)}-{_hash(parts)[:8]}"
 

@@ -6,16 +6,20 @@
 - An unknown key is rejected, with the closest known one as a suggestion.
 
 Hydra has no hook between composing the groups and applying the overrides, so `install` patches two
-methods of its configuration loader. This covers single runs, sweeps and `hydra.compose`.
+methods of its configuration loader, and its parser, to parse each override once. This covers single
+runs, sweeps and `hydra.compose`.
 """
 
+import copy
 import difflib
+import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.object_type import ObjectType
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
 from omegaconf import DictConfig, ListConfig, OmegaConf, ValueNode, open_dict
 
@@ -27,6 +31,7 @@ REPLACED = ("rename_keys",)
 """Dictionaries that an override replaces instead of merging into."""
 
 _parse = ConfigLoaderImpl._parse_overrides_and_create_caching_repo
+_parse_rule_as_hydra = OverridesParser.parse_rule
 _apply_as_hydra = ConfigLoaderImpl._apply_overrides_to_config
 
 
@@ -47,8 +52,20 @@ def install() -> None:
         unset = [o for o in parsed if o.is_delete() and o.key_or_group == "experiment"]
         return [override for override in parsed if override not in unset], repository
 
+    def parse_rule(self: OverridesParser, s: str, rule_name: str) -> Any:
+        if rule_name != "override":
+            return _parse_rule_as_hydra(self, s, rule_name)
+        return copy.copy(_parsed(s))  # some are changed later
+
+    OverridesParser.parse_rule = parse_rule  # type: ignore[method-assign]
     ConfigLoaderImpl._parse_overrides_and_create_caching_repo = parse  # type: ignore[method-assign]
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)  # type: ignore[method-assign, assignment]
+
+
+@functools.lru_cache(maxsize=4096)
+def _parsed(text: str) -> Override:
+    """Hydra parses each override several times, and in a grid for every run."""
+    return _parse_rule_as_hydra(OverridesParser.create(), text, "override")
 
 
 def _check_choice(override: Override, repository: IConfigRepository) -> None:

@@ -70,7 +70,7 @@ def compose_run(
     state = _state(loader)
     if state is None:
         return None
-    parsed = [_parsed(override) for override in overrides]
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     values = [override for override in parsed if _is_value(loader, override)]
     lines = {override.input_line for override in values}
     # Not resolved: `hydra.sweep.subdir=${name}` is another folder for every run.
@@ -94,11 +94,24 @@ def compose_run(
 def copied(config: DictConfig) -> DictConfig:
     """A deep copy, five times as fast as `copy.deepcopy`, of a configuration without a parent."""
     try:
-        result = cast(DictConfig, pickle.loads(pickle.dumps(config)))
+        with _only(config):
+            return cast(DictConfig, pickle.loads(pickle.dumps(config)))
     except Exception:  # a value that cannot be pickled, but perhaps copied
         return copy.deepcopy(config)
-    result._re_parent()  # as in a deep copy
-    return result
+
+
+@contextlib.contextmanager
+def _only(config: DictConfig) -> Iterator[None]:
+    """Detach a configuration from others: `HydraConfig` has nodes with another parent."""
+    nodes = [node for node in vars(config)["_content"].values() if node._get_parent() is not config]
+    parents = [node._get_parent() for node in nodes]
+    for node in nodes:
+        node._set_parent(config)
+    try:
+        yield
+    finally:
+        for node, parent in zip(nodes, parents, strict=True):
+            node._set_parent(parent)
 
 
 class FastOmegaConf(OmegaConf):
@@ -109,9 +122,8 @@ class FastOmegaConf(OmegaConf):
         """A copy with some of the keys."""
         masked = OmegaConf.create()
         for key in [keys] if isinstance(keys, str) else keys:
-            vars(masked)["_content"][key] = copied(conf._get_node(key))  # type: ignore[arg-type]
-        masked._re_parent()
-        return masked
+            vars(masked)["_content"][key] = conf._get_node(key)
+        return copied(masked)
 
 
 class FilesReadOnce(ConfigRepository):
@@ -168,12 +180,6 @@ def _composed(
     with files_read_once(loader, state):
         config = loader.load_configuration(config_name, list(overrides), RunMode.RUN)
     return pickle.dumps(config)
-
-
-@functools.lru_cache(maxsize=4096)
-def _parsed(override: str) -> Override:
-    (parsed,) = OverridesParser.create().parse_overrides([override])
-    return parsed
 
 
 def _is_value(loader: ConfigLoaderImpl, override: Override) -> bool:
