@@ -85,7 +85,7 @@ def write_folder(root: Path, classes: int = 3, per_class: int = 12, size: int = 
 
 
 @pytest.fixture(scope="session", autouse=True)
-def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A folder that all processes of the session share."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "composed"
@@ -95,7 +95,6 @@ def composed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         processes.serve()
         gc.freeze()  # a full collection would visit everything that is imported
         gc.enable()
-    yield
 
 
 @pytest.hookimpl(trylast=True)

@@ -162,6 +162,18 @@ def test_old_runs_without_hashes_join_a_unique_group(tmp_path):
     assert sorted(cells[cells["method"] == "logit"]["test"]) == [0.6, 0.8, 0.9]
 
 
+@pytest.mark.parametrize("fixed", [False, True])
+def test_name_of_a_teacher_that_depends_on_the_seed(tmp_path, fixed):
+    for seed in (1, 10):
+        name = f"none-small-s{1 if fixed else seed}"
+        run = write_run(
+            tmp_path, "logit", "small", seed, 0.8, teacher=name, teacher_test_accuracy=0.7
+        )
+        write_config(run, seed, teacher__run={"method": "none", **({"seed": 1} if fixed else {})})
+    runs = read_runs([tmp_path])
+    assert set(runs["teacher"]) == {"none-small-s1" if fixed else "none-small"}
+
+
 def test_ensembles_of_students_that_depend_on_the_seed_share_a_cell(tmp_path):
     for seed in range(2):
         for method, test in (("none", 0.7), ("logit", 0.8)):

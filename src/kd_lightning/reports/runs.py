@@ -95,6 +95,9 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
         if trained := {found[1] for key in own if (found := _TRAINED_FIRST.match(key))}:
             # The setting says how these teachers were trained, with the seed of the run.
             metrics = {**metrics, "teacher_sha256": None}
+            if "teacher.run.seed" not in own and isinstance(metrics.get("teacher"), str):
+                suffix = rf"-s{metrics.get('seed')}(?!\d)"
+                metrics["teacher"] = re.sub(suffix, "", metrics["teacher"])
             files = {f"{teacher}.checkpoint" for teacher in trained}
             own = {key: value for key, value in own.items() if key not in files}
         rows.append({**metrics, "variant": _suffix(metrics), "folder": str(folder)})
