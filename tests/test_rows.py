@@ -153,12 +153,18 @@ def test_row_of_zeros_is_invalid(tmp_path):
         assert not Rows(tmp_path, {}, 300, (3,), torch.float16).read(index, view)[1].any()
 
 
-def test_a_changed_bit_anywhere_in_a_row_is_detected(tmp_path):
-    rows = Rows(tmp_path, {"for": "a test"}, 3, (3,), torch.float16)
+def written_rows(folder):
+    """Rows of three images, their indices and view numbers, and the content of the file."""
+    rows = make_rows(folder, images=3)
     rows.reserve(5)
     index, view = torch.arange(3), torch.full((3,), 5)
     rows.write(index, view, torch.randn(3, 3).half())
-    content = torch.from_file(str(rows.path(5)), size=3 * WORDS, dtype=torch.int32).view(3, WORDS)
+    content = torch.from_file(str(rows.path(5)), size=3 * WORDS, dtype=torch.int32)
+    return rows, index, view, content.view(3, WORDS)
+
+
+def test_a_changed_bit_anywhere_in_a_row_is_detected(tmp_path):
+    rows, index, view, content = written_rows(tmp_path)
     assert rows.valid(content, index, view).all()
     for word in range(WORDS):
         for bit in range(32):
@@ -168,11 +174,7 @@ def test_a_changed_bit_anywhere_in_a_row_is_detected(tmp_path):
 
 
 def test_a_row_of_another_image_or_view_is_not_valid(tmp_path):
-    rows = Rows(tmp_path, {"for": "a test"}, 3, (3,), torch.float16)
-    rows.reserve(5)
-    index, view = torch.arange(3), torch.full((3,), 5)
-    rows.write(index, view, torch.ones(3, 3).half())
-    content = torch.from_file(str(rows.path(5)), size=3 * WORDS, dtype=torch.int32).view(3, WORDS)
+    rows, index, view, content = written_rows(tmp_path)
     assert not rows.valid(content, index.roll(1), view).any()
     assert not rows.valid(content, index, view + 1).any()
     assert not rows.valid(torch.zeros_like(content), index, view).any()
