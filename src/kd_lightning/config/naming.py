@@ -74,9 +74,11 @@ def setting(*, _root_: DictConfig) -> str:
     the image order, does not change the setting.
     """
     # Not `to_container(_root_)`: most of it would be Hydra's own settings.
-    nodes = {key: _root_._get_node(key) for key in _root_ if key not in (*ELSEWHERE, *AXES)}
+    nodes: dict[Any, Any] = {
+        key: _root_._get_node(key) for key in _root_ if key not in (*ELSEWHERE, *AXES)
+    }
     written = {
-        key: OmegaConf.to_container(node) if isinstance(node, Container) else node._value()  # type: ignore[union-attr]
+        key: OmegaConf.to_container(node) if isinstance(node, Container) else node._value()
         for key, node in nodes.items()
     }
     parts = _what_counts(written)
