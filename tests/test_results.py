@@ -180,3 +180,22 @@ def test_grids_are_complete():
 def test_small_ratios_are_shown():
     shown = [FIGURE["compression_ratio"].show(value) for value in (64.01, 1.25, 0.51, 0.0062)]
     assert shown == ["64.0", "1.2", "0.5", "0.0062"]
+
+
+def test_self_distillation_follows_from_the_runs():
+    runs = pd.read_csv(RUNS.with_name("self-distillation.csv"))
+    runs = runs[runs["student"] == "small"].set_index(["method", "teacher", "seed"])
+    found = 100 * runs["test_accuracy"]
+    rows = {
+        "`method=none`": ("none", "resnet20"), "`method=byot`": ("byot", "resnet20"),
+        "`method=tfkd`": ("tfkd", "resnet20"), "`method=logit teacher=mean`": ("logit", "mean"),
+        "born-again: ": ("logit", "none-small"), "assistant: ": ("logit", "logit-medium-s0"),
+        "without it: ": ("logit", "resnet20"),
+    }  # fmt: skip
+    lines = (REPOSITORY / "docs" / "self-distillation.md").read_text().splitlines()
+    for words, cell in rows.items():
+        (line,) = [line for line in lines if line.startswith(f"| {words}")]
+        shown = [part.strip() for part in line.split("|")[2:4]]
+        assert shown == [
+            f"{found[(*cell, seed)]:.2f}" if (*cell, seed) in found.index else "" for seed in (0, 1)
+        ]
