@@ -33,9 +33,8 @@ def plain(config: DictConfig, overrides: Sequence[str] = ()) -> Node:
         reason = str(error).splitlines()[0]
         if "Missing mandatory value" in reason:
             if isinstance(error, InterpolationToMissingValueError):
-                key = reason.rpartition("Missing mandatory value: ")[
-                    2
-                ]  # the missing key, not the one that refers to it
+                # The missing key, not the one that refers to it.
+                key = reason.rpartition("Missing mandatory value: ")[2]
             raise InputError(f"{key} must be given: add {key}=VALUE to the command") from error
         raise InputError(f"{key}: {reason}") from error
     return cast(Node, _expand_home(resolved))
