@@ -20,9 +20,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kd_lightning.errors import InputError
+from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import find_own_packages, home
-from kd_lightning.startup import importing, run_process
+from kd_lightning.startup import importing, run_script
 
 if TYPE_CHECKING:
     from kd_lightning.storage.teacher_cache import Stored
@@ -59,13 +59,7 @@ def main() -> None:
     arguments = parser.parse_args()
     find_own_packages()
     root = Path(getattr(arguments, "output_dir", "outputs")) / "teachers" / "remembered"
-    try:
-        run(arguments, root)
-    except InputError as error:
-        _fail(str(error), 2)
-    except OSError as error:
-        where = error.filename or ("output_dir" if arguments.command == "fill" else root)
-        _fail(f"{where}: {error.strerror or error}", 1)
+    run(arguments, root)
 
 
 def run(arguments: argparse.Namespace, root: Path) -> None:
@@ -107,7 +101,7 @@ def fill(overrides: Sequence[str]) -> None:
     for part in found:
         print(f"{part.name}: {part.views} of {part.wanted} views")
     if any(part.views < part.wanted for part in found):
-        _fail("some outputs could not be stored, see the warnings above", 1)
+        raise RunError("some outputs could not be stored, see the warnings above")
 
 
 def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
@@ -179,10 +173,5 @@ def check(run: str, rows: int) -> None:
         sys.exit(1)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

@@ -4,12 +4,10 @@ python scripts/card.py outputs/runs/cifar10-convnet-15e-3ff7b752/combined-small-
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import home
-from kd_lightning.startup import importing, run_process
+from kd_lightning.startup import importing, run_script
 
 
 def main() -> None:
@@ -41,24 +39,14 @@ def main() -> None:
         from kd_lightning.workflows.publish import publish
 
     out = Path(arguments.out or Path(arguments.run) / "README.md")
-    try:
-        files = tuple(Path(file).name for file in arguments.file)
-        options = CardOptions(arguments.license, arguments.dataset, arguments.push, files)
-        write_card(out, model_card(arguments.run, options), arguments.overwrite)
-        print(out)
-        if arguments.push:
-            where = arguments.push, options, arguments.file, arguments.private
-            print(publish(arguments.run, *where))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
-    except OSError as error:
-        print(f"error: {out} cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+    files = tuple(Path(file).name for file in arguments.file)
+    options = CardOptions(arguments.license, arguments.dataset, arguments.push, files)
+    write_card(out, model_card(arguments.run, options), arguments.overwrite)
+    print(out)
+    if arguments.push:
+        where = arguments.push, options, arguments.file, arguments.private
+        print(publish(arguments.run, *where))
 
 
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

@@ -10,7 +10,6 @@ methods that read features store more, or compute them live. Members of an ensem
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -31,7 +30,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages
 from kd_lightning.models.preparing import materialize
 from kd_lightning.reports.summary import about
-from kd_lightning.startup import run_process
+from kd_lightning.startup import run_script
 from kd_lightning.storage.rows import Rows
 from kd_lightning.terminal import positive
 
@@ -41,17 +40,8 @@ PER_IMAGE = 250  # bytes of paths, labels, splits, order and digests
 
 
 def main() -> None:
-    """Read the command line and print the estimate."""
+    """Read the command line, measure both networks, and print the estimate."""
     find_own_packages()
-    try:
-        estimate()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-
-
-def estimate() -> None:
-    """Measure both networks and print the estimate."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -165,4 +155,4 @@ def bytes_per_view(config: Node, images: int) -> int:
 
 
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

@@ -4,11 +4,9 @@ python scripts/evaluate.py outputs/runs/cifar10-convnet-15e-3ff7b752/combined-sm
 """
 
 import argparse
-import sys
 
-from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
-from kd_lightning.startup import importing, run_process
+from kd_lightning.startup import importing, run_script
 
 
 def main() -> None:
@@ -30,13 +28,9 @@ def main() -> None:
         from kd_lightning import api
         from kd_lightning.reports.summary import percent
 
-    try:
-        result = api.evaluate(arguments.run, arguments.data_root, arguments.trust)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    result = api.evaluate(arguments.run, arguments.data_root, arguments.trust)
     print(f"test accuracy {percent(result['accuracy'])} (reported: {percent(result['recorded'])})")
 
 
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

@@ -7,11 +7,10 @@ the folder `explanation` of the run and to TensorBoard.
 """
 
 import argparse
-import sys
 
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
-from kd_lightning.startup import importing, run_process
+from kd_lightning.startup import importing, run_script
 
 
 def main() -> None:
@@ -31,21 +30,13 @@ def main() -> None:
     arguments = parser.parse_args()
     find_own_packages()
     if arguments.images < 2:
-        print("error: --images must be at least 2", file=sys.stderr)
-        sys.exit(2)
+        raise InputError("--images must be at least 2")
 
     with importing():
         from kd_lightning.workflows.explain import explain
 
     given = (arguments.data_root, arguments.images, arguments.device, arguments.trust)
-    try:
-        result = explain(arguments.run, *given)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+    result = explain(arguments.run, *given)
     print(
         f"student and teacher classify {result['different']} of {result['images']} test images "
         f"differently; see {result['folder']}"
@@ -53,4 +44,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

@@ -9,11 +9,9 @@ the student on all test images before it is written.
 """
 
 import argparse
-import sys
 
-from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import find_own_packages, home
-from kd_lightning.startup import importing, run_process
+from kd_lightning.startup import importing, run_script
 
 MEGABYTE = 10**6
 
@@ -45,22 +43,15 @@ def main() -> None:
         from kd_lightning import api
         from kd_lightning.reports.summary import percent
 
-    try:
-        result = api.export(
-            arguments.run,
-            arguments.to,
-            int8=arguments.int8,
-            out=arguments.out,
-            data_root=arguments.data_root,
-            trust=arguments.trust,
-            max_loss=arguments.max_loss / 100,
-        )
-    except InputError as error:
-        _fail(str(error), 2)
-    except RunError as error:
-        _fail(str(error), 1)
-    except OSError as error:
-        _fail(f"{error.filename or arguments.out}: {error.strerror or error}", 1)
+    result = api.export(
+        arguments.run,
+        arguments.to,
+        int8=arguments.int8,
+        out=arguments.out,
+        data_root=arguments.data_root,
+        trust=arguments.trust,
+        max_loss=arguments.max_loss / 100,
+    )
     images = "random images" if result.random else "test images"
     print(
         f"compared with the student on {result.images:,} {images}: largest difference of a logit "
@@ -76,10 +67,5 @@ def main() -> None:
     print(f"{result.path}: {result.path.stat().st_size / MEGABYTE:.3f} MB")
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
-
-
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

@@ -10,7 +10,6 @@ standard error.
 """
 
 import argparse
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +20,7 @@ import torch
 from kd_lightning import api
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
-from kd_lightning.startup import run_process
+from kd_lightning.startup import run_script
 from kd_lightning.terminal import positive, say
 
 
@@ -38,15 +37,11 @@ def main() -> None:
     parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE")
     arguments = parser.parse_args()
     find_own_packages()
-    try:
-        for place in arguments.images:
-            if not Path(place).exists():
-                raise InputError(f"{place} does not exist")
-        student = api.load_student(arguments.student, arguments.trust)
-        files = api.find_images(arguments.images) if arguments.images else []
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    for place in arguments.images:
+        if not Path(place).exists():
+            raise InputError(f"{place} does not exist")
+    student = api.load_student(arguments.student, arguments.trust)
+    files = api.find_images(arguments.images) if arguments.images else []
     size, batch = student.image_size, arguments.batch_size
     shape = (arguments.count, size, size, 3)
     pixels = np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8)
@@ -89,4 +84,4 @@ def best_rates(
 
 
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

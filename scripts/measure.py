@@ -6,12 +6,11 @@ The figures are added to the metrics.json of each run; write the report again to
 """
 
 import argparse
-import sys
 from pathlib import Path
 
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home
-from kd_lightning.startup import importing, run_process
+from kd_lightning.startup import importing, run_script
 
 
 def main() -> None:
@@ -35,8 +34,7 @@ def main() -> None:
     # A glob of a setting's folder also matches its tables and pictures.
     runs = [run for run in arguments.runs if Path(run).is_dir()] or arguments.runs
     if arguments.seconds <= 0 or (arguments.threads is not None and arguments.threads < 1):
-        print("error: --seconds and --threads must be positive", file=sys.stderr)
-        sys.exit(2)
+        raise InputError("--seconds and --threads must be positive")
 
     with importing():
         from kd_lightning.reports.tables import cost_table
@@ -44,17 +42,10 @@ def main() -> None:
         from kd_lightning.workflows.measure import measure
 
     given = (arguments.device, arguments.threads, arguments.seconds, arguments.trust)
-    try:
-        for folder, figures in measure(runs, *given):
-            say(f"{folder} on {figures['measured_on']}")
-            say(table_of(cost_table(figures)))
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {error.filename} cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+    for folder, figures in measure(runs, *given):
+        say(f"{folder} on {figures['measured_on']}")
+        say(table_of(cost_table(figures)))
 
 
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

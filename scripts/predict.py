@@ -20,7 +20,7 @@ from typing import Any, TextIO
 
 from kd_lightning.errors import InputError
 from kd_lightning.files import find_own_packages, home, readable, replacing
-from kd_lightning.startup import importing, run_process
+from kd_lightning.startup import importing, run_script
 
 SKIPPED = 3
 
@@ -45,16 +45,7 @@ def main() -> None:
     )  # fmt: skip
     arguments = parser.parse_args()
     find_own_packages()
-    try:
-        skipped = run(arguments)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        where = error.filename or arguments.out
-        print(f"error: {where} cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
-    if skipped:
+    if run(arguments):
         sys.exit(SKIPPED)
 
 
@@ -116,4 +107,4 @@ def _opened(out: Path | None) -> Iterator[TextIO]:
 
 
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

@@ -6,11 +6,11 @@ A results.csv can be used instead of its runs, but without curves and confusion 
 """
 
 import argparse
-import sys
 from pathlib import Path
 
+from kd_lightning.errors import InputError
 from kd_lightning.files import home
-from kd_lightning.startup import importing, run_process
+from kd_lightning.startup import importing, run_script
 
 
 def main() -> None:
@@ -26,38 +26,25 @@ def main() -> None:
     )
     arguments = parser.parse_args()
     if arguments.baseline is not None and not Path(arguments.baseline).is_dir():
-        print(
-            f"error: --baseline must be a folder of runs of the method none, not "
-            f"{arguments.baseline}", file=sys.stderr,
-        )  # fmt: skip
-        sys.exit(2)
+        raise InputError(
+            f"--baseline must be a folder of runs of the method none, not {arguments.baseline}"
+        )
     for source in arguments.sources:
         if not Path(source).exists():
-            print(f"error: {source} does not exist", file=sys.stderr)
-            sys.exit(2)
+            raise InputError(f"{source} does not exist")
     if arguments.out is None and not Path(arguments.sources[0]).is_dir():
-        print("error: an output folder is required: --out OUT", file=sys.stderr)
-        sys.exit(2)
+        raise InputError("an output folder is required: --out OUT")
 
     with importing():
-        from kd_lightning.errors import InputError
         from kd_lightning.reports.documents import write_report
 
     out = Path(arguments.out or arguments.sources[0])
-    try:
-        runs = write_report(arguments.sources, out, page=True, baseline=arguments.baseline)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        print(f"error: {out} cannot be written: {error.strerror}", file=sys.stderr)
-        sys.exit(1)
+    runs = write_report(arguments.sources, out, page=True, baseline=arguments.baseline)
     if runs.empty:
-        print(f"error: there is no run in {', '.join(arguments.sources)}", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(f"there is no run in {', '.join(arguments.sources)}")
     count = "1 run" if len(runs) == 1 else f"{len(runs)} runs"
     print(f"{count}: {out / 'results.md'}, {out / 'report.html'}")
 
 
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

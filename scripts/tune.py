@@ -6,10 +6,10 @@ Started again it goes on; started several times at once, the workers share the s
 """
 
 import argparse
-import sys
 
+from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import find_own_packages
-from kd_lightning.startup import importing, run_process
+from kd_lightning.startup import importing, run_script
 from kd_lightning.terminal import positive
 
 
@@ -31,13 +31,11 @@ def main() -> None:
         with importing():
             from kd_lightning.workflows.tune import parse_range, tune
     except ModuleNotFoundError as error:
-        print(f"error: {error.name} is missing: pip install -e '.[tune]'", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(f"{error.name} is missing: pip install -e '.[tune]'") from error
     from hydra.errors import HydraException
 
     from kd_lightning.config.commandline import composition_error
     from kd_lightning.engine.quiet import quiet_lightning
-    from kd_lightning.errors import InputError
     from kd_lightning.reports.summary import percent
 
     quiet_lightning()
@@ -47,15 +45,10 @@ def main() -> None:
             arguments.overrides, arguments.trials, arguments.storage, space, arguments.study
         )
         best = study.best_trial
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except HydraException as error:
-        print(f"error: {composition_error(error)}", file=sys.stderr)
-        sys.exit(2)
+        raise InputError(composition_error(error)) from error
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        raise RunError(str(error)) from error
     assert best.value is not None  # a completed trial
     chosen = " ".join(f"{key}={value:.4g}" for key, value in best.params.items())
     print(
@@ -65,4 +58,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    run_process(main)
+    run_script(main)

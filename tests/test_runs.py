@@ -1,6 +1,7 @@
 """Run directories: files of a run, and loading of the student."""
 
 import csv
+import errno
 import json
 import os
 import subprocess  # noqa: F401 (named by test_user_packages_can_be_trusted)
@@ -227,6 +228,22 @@ def test_written_file_is_on_the_disk_before_it_replaces_another(tmp_path, monkey
         partial.write_text("new")
     assert flushed == [(len("new"), "previous")]
     assert path.read_text() == "new"
+
+
+@pytest.mark.parametrize("name", [None, "partial", "another"])
+def test_failed_write_names_the_file(tmp_path, name):
+    path = tmp_path / "file"
+    path.write_text("previous")
+
+    def write(partial):
+        partial.write_text("ne")
+        where = {None: (), "partial": (partial,), "another": ("another",)}[name]
+        raise OSError(errno.ENOSPC, "full", *where)
+
+    with pytest.raises(OSError, match="full") as failed, replacing(path) as partial:
+        write(partial)
+    assert str(failed.value.filename) == ("another" if name == "another" else str(path))
+    assert path.read_text() == "previous"
 
 
 def test_missing_or_damaged_weights_are_reported(tmp_path):

@@ -133,9 +133,9 @@ def estimated(estimate, monkeypatch, capsys, *arguments, rates=None):
     if rates:
         speeds = iter(rates)
         monkeypatch.setitem(
-            estimate["estimate"].__globals__, "speed", lambda *_, **__: next(speeds)
+            estimate["main"].__globals__, "speed", lambda *_, **__: next(speeds)
         )
-    estimate["estimate"]()
+    estimate["main"]()
     return capsys.readouterr().out
 
 

@@ -1,5 +1,6 @@
 """Start and end of a process: nothing that the interpreter does at its end is left out."""
 
+import errno
 import gc
 import os
 import subprocess
@@ -11,6 +12,7 @@ import pytest
 from conftest import FOLDER, TINY, in_a_new_process
 
 from kd_lightning import startup
+from kd_lightning.errors import InputError, RunError
 from kd_lightning.startup import importing
 
 END = """
@@ -69,6 +71,26 @@ def test_interruption_ends_with_a_sentence(tmp_path, end, code, said):
     assert done.err.startswith(said)
     assert done.err.count("\n") == bool(said)
     assert done.out.endswith("atexit\n")
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (InputError("no such run"), 2, "error: no such run\n"),
+        (RunError("diverged"), 1, "error: diverged\n"),
+        (OSError(errno.ENOSPC, "full", "a/b"), 1, "error: a/b: full\n"),
+        (OSError(errno.ENOSPC, "full"), 1, "error: full\n"),
+        (OSError("no driver"), 1, "error: no driver\n"),
+    ],
+)
+def test_errors_of_scripts_are_one_sentence(capsys, error, code, said):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as end:
+        startup.run_script(main)
+    assert end.value.code == code
+    assert capsys.readouterr().err == said
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="Linux has /dev/full")

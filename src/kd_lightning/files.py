@@ -47,6 +47,10 @@ def replacing(path: Path) -> Iterator[Path]:
         os.umask(umask)
         partial.chmod(0o666 & ~umask)
         partial.replace(path)
+    except OSError as error:
+        if str(error.filename) in ("None", str(partial)):  # None: of a failed write
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

@@ -15,8 +15,9 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import NoReturn
 
-from kd_lightning.errors import Stopped
+from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.streams import robust_streams
 
 _leaves_memory = False
@@ -75,6 +76,32 @@ def run_process(main: Callable[[], None]) -> None:
     atexit._run_exitfuncs()
     _flush_all()
     os._exit(code & 0xFF)
+
+
+def run_script(main: Callable[[], None]) -> None:
+    """`run_process` for a script, with errors reported in one sentence.
+
+    Exit code 2 for an `InputError`; 1 for a `RunError`, and for an error of the operating system,
+    such as a full disk.
+    """
+
+    def reporting() -> None:
+        try:
+            main()
+        except InputError as error:
+            _fail(str(error), 2)
+        except RunError as error:
+            _fail(str(error), 1)
+        except OSError as error:
+            where = f"{error.filename}: " if error.filename else ""
+            _fail(f"{where}{error.strerror or error}", 1)
+
+    run_process(reporting)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
 
 
 def _flush_all() -> None:
