@@ -4,21 +4,17 @@ import pytest
 import torch
 from test_map_losses import batch, images
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kd_lightning.data.views import Normalization
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import FrozenTeacher
-from kd_lightning.losses import NST, OFD, VID, Context, FitNet, ReviewKD
+from kd_lightning.losses import NST, OFD, VID, Attention, Context, FitNet, ReviewKD
 from kd_lightning.models import CifarResNet, ConvNet, layer_shapes
 from kd_lightning.models.features import FeatureReader
 
-TERMS = {
-    "fitnet": FitNet,
-    "vid": VID,
-    "nst": NST,
-    "ofd": OFD,
-    "reviewkd": lambda: ReviewKD(warmup=0),
-}
+CLASSES = {"fitnet": FitNet, "vid": VID, "nst": NST, "ofd": OFD, "reviewkd": ReviewKD}
+TERMS = {**CLASSES, "reviewkd": lambda: ReviewKD(warmup=0)}
 
 
 class Tokens(nn.Module):
@@ -69,6 +65,34 @@ def test_unlike_architectures(name, student, teacher):
     count = len([*learner.parameters()])
     assert any(g is not None and g.any() for g in gradients[:count])
     assert all(g is not None and g.any() and g.isfinite().all() for g in gradients[count:])
+
+
+class Recorded(TorchDispatchMode):
+    """Names of all operations, of the backward pass too."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", [*TERMS, "attention"])
+def test_maps_are_reduced_by_operations_with_a_deterministic_gradient(name):
+    """On CUDA the gradient of adaptive pooling has none."""
+    pairs = [["layer1", "stage1"]]  # 16x16 and 8x8
+    networks = NETWORKS["resnet"](), NETWORKS["convnet"]().eval().requires_grad_(False)
+    options = {"warmup": 0} if name == "reviewkd" else {}
+    term = {**CLASSES, "attention": Attention}[name](pairs=pairs, **options)
+    reads = term.setup(Context(*(layer_shapes(network, 16) for network in networks), 3))
+    kept = term.remember(FeatureReader(networks[1], reads.teacher)(images(16)))
+    with Recorded() as recorded:
+        output = FeatureReader(networks[0], reads.student)(images(16))
+        term(output, kept, batch()).backward()
+    assert "avg_pool2d_backward" in recorded.names
+    assert not any("adaptive" in name for name in recorded.names)
 
 
 @pytest.mark.parametrize("name", ["FitNet", "VID", "OFD", "ReviewKD"])

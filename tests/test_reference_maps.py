@@ -9,10 +9,10 @@ from torch.nn.functional import relu
 from kd_lightning.losses.fitnet import hint_loss
 from kd_lightning.losses.nst import nst_loss
 from kd_lightning.losses.ofd import normal_margin, partial_loss, stage_sum
-from kd_lightning.losses.pairs import pool
 from kd_lightning.losses.projectors import convolution_norm
 from kd_lightning.losses.reviewkd import AttentionFusion, hierarchical_loss
 from kd_lightning.losses.vid import gaussian_loss, initial_scale, regressor
+from kd_lightning.models.pooling import pool
 
 ZOO = "AberHu/Knowledge-Distillation-Zoo"  # VID with another epsilon
 

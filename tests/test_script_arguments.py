@@ -132,9 +132,7 @@ def estimated(estimate, monkeypatch, capsys, *arguments, rates=None):
     monkeypatch.setattr(sys, "argv", [path, "--images", "1000000", *GIVEN, *arguments])
     if rates:
         speeds = iter(rates)
-        monkeypatch.setitem(
-            estimate["main"].__globals__, "speed", lambda *_, **__: next(speeds)
-        )
+        monkeypatch.setitem(estimate["main"].__globals__, "speed", lambda *_, **__: next(speeds))
     estimate["main"]()
     return capsys.readouterr().out
 

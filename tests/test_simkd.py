@@ -10,9 +10,9 @@ from kd_lightning import api
 from kd_lightning.errors import InputError
 from kd_lightning.losses import Context, SimKD, TermBatch
 from kd_lightning.losses.fitnet import hint_loss
-from kd_lightning.losses.pairs import pool
 from kd_lightning.models import CifarResNet, ConvNet, FeatureReader, ResNet9, layer_shapes
 from kd_lightning.models.features import Output
+from kd_lightning.models.pooling import pool
 from kd_lightning.models.preparing import materialize
 from kd_lightning.models.reused_classifier import ReusedClassifier
 

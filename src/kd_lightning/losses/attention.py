@@ -12,6 +12,7 @@ from torch import Tensor
 from kd_lightning.losses.map_term import MapTerm
 from kd_lightning.losses.term import TermBatch
 from kd_lightning.models.features import Output
+from kd_lightning.models.pooling import pool
 
 
 class _MeanSquare(torch.autograd.Function):
@@ -52,8 +53,8 @@ def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> T
         (B, h * w), float32.
     """
     energy = _MeanSquare.apply(feature_map)
-    if size is not None and size != tuple(energy.shape[1:]):
-        energy = F.adaptive_avg_pool2d(energy.unsqueeze(1), size)
+    if size is not None:
+        energy = pool(energy.unsqueeze(1), size)
     return F.normalize(energy.flatten(1), dim=1)
 
 

@@ -5,10 +5,11 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_lightning.losses.pairs import LayerPairs, pool
+from kd_lightning.losses.pairs import LayerPairs
 from kd_lightning.losses.precision import at_least_float32
 from kd_lightning.losses.term import Context, Reads, Targets, Term
 from kd_lightning.models.features import Output
+from kd_lightning.models.pooling import pool
 
 
 class MapTerm(Term):

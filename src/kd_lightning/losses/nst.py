@@ -7,10 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.map_term import MapTerm
-from kd_lightning.losses.pairs import Pair, pool
+from kd_lightning.losses.pairs import Pair
 from kd_lightning.losses.precision import at_least_float32
 from kd_lightning.losses.term import TermBatch
 from kd_lightning.models.features import Output
+from kd_lightning.models.pooling import pool
 
 
 def selectivity(feature_map: Tensor) -> Tensor:

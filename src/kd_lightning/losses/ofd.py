@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from kd_lightning.losses.map_term import MapTerm
-from kd_lightning.losses.pairs import pool
 from kd_lightning.losses.precision import at_least_float32
 from kd_lightning.losses.projectors import convolution_norm
 from kd_lightning.losses.term import Context, Reads, TermBatch
 from kd_lightning.models.features import LayerShapes, Output
+from kd_lightning.models.pooling import pool
 from kd_lightning.models.shapes import Shapes
 from kd_lightning.transfer import to_device
 

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.term import Context, Reads
@@ -181,10 +180,3 @@ def pair_by_resolution(
     if shared:
         return [(deepest_student[size], deepest_teacher[size]) for size in shared]
     return [(student[-1], teacher[-1])]
-
-
-def pool(feature_map: Tensor, size: tuple[int, int]) -> Tensor:
-    """Average-pool a map (B, C, H, W) to (B, C, *size); unchanged if it has that size."""
-    if tuple(feature_map.shape[2:]) == size:
-        return feature_map
-    return F.adaptive_avg_pool2d(feature_map, size)

@@ -7,12 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kd_lightning.losses.map_term import MapTerm
-from kd_lightning.losses.pairs import FeatureMap, Pair, pool
+from kd_lightning.losses.pairs import FeatureMap, Pair
 from kd_lightning.losses.precision import at_least_float32
 from kd_lightning.losses.projectors import convolution_norm
 from kd_lightning.losses.term import Context, Reads, TermBatch
 from kd_lightning.models.features import LayerShapes, Output
 from kd_lightning.models.layouts import Layout
+from kd_lightning.models.pooling import pool
 from kd_lightning.models.roles import select
 from kd_lightning.models.shapes import Shapes
 
@@ -29,7 +30,7 @@ def hierarchical_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """
     difference = at_least_float32(student) - at_least_float32(teacher)
     levels = [level for level in LEVELS if level < min(difference.shape[2:])]
-    parts = [difference, *(F.adaptive_avg_pool2d(difference, level) for level in levels)]
+    parts = [difference, *(pool(difference, (level, level)) for level in levels)]
     weights = [0.5**number for number in range(len(parts))]
     losses = [weight * part.square().mean() for weight, part in zip(weights, parts, strict=True)]
     return torch.stack(losses).sum() / sum(weights)

@@ -7,6 +7,8 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kd_lightning.models.pooling import pool
+
 POOLING: dict[str, Callable[[Tensor, int], Tensor]] = {
     "average": F.adaptive_avg_pool2d,
     "max": F.adaptive_max_pool2d,
@@ -63,7 +65,7 @@ class ReusedClassifier(nn.Module):
         """Images (B, 3, H, W) to logits (B, num_classes)."""
         x: Tensor = self.encoder.forward_features(images)  # type: ignore[operator]
         if x.shape[2] > self.size:
-            x = F.adaptive_avg_pool2d(x, self.size)
+            x = pool(x, (self.size, self.size))
         x = self.projector(x)
         return self.classifier(POOLING[self.pooling](x, 1).flatten(1))
 

@@ -23,8 +23,9 @@ from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.errors import InputError
 from kd_lightning.files import replacing
 from kd_lightning.losses import Context
-from kd_lightning.losses.pairs import LayerPairs, Pair, pool
+from kd_lightning.losses.pairs import LayerPairs, Pair
 from kd_lightning.models.features import FeatureReader, Output, layer_shapes
+from kd_lightning.models.pooling import pool
 from kd_lightning.models.preparing import materialize
 from kd_lightning.models.roles import find_roles
 from kd_lightning.models.shapes import LayerShapes
