@@ -124,6 +124,18 @@ def test_training_with_reduced_rows(train, tmp_path, members):
     assert dense.metrics["teacher_test_accuracy"] == first.metrics["teacher_test_accuracy"]
 
 
+def test_logits_are_reduced_without_a_cache_too(train):
+    command = ("method=logit", "trainer.max_epochs=1", "remember.top_k=1")
+    exact = ("remember.dtype=float32", "teacher.trainer.max_epochs=1")
+    runs = [train(*command, *exact, f"remember.disk_gb={size}", f"name=x{size}") for size in (1, 0)]
+    assert [done.code for done in runs] == [0, 0], runs[1].err
+    cached, live = [done.metrics for done in runs]
+    assert cached["config_key"] == live["config_key"]
+    weights = [(done.runs[0].parent / name / "student.safetensors").read_bytes()
+               for done, name in zip(runs, ("x1", "x0"), strict=True)]  # fmt: skip
+    assert weights[0] == weights[1]
+
+
 class Negated(Logit):
     """Other targets than the logits."""
 

@@ -180,13 +180,11 @@ class CachePlan:
         root: its folder.
         limit: maximum size, in bytes.
         dtype: storage dtype of outputs on training views.
-        top_k: number of logits that are stored; None: all; ``auto``: by the number of classes.
     """
 
     root: Path
     limit: float
     dtype: str
-    top_k: int | str | None = "auto"
 
 
 @dataclass(frozen=True)
@@ -206,6 +204,8 @@ class Plan:
         teacher_models: its `_target_` node, or those of the members.
         data: the data set.
         cache: None if nothing is cached.
+        top_k: number of the teacher's logits that terms on logits read, cached or not; None: all;
+            ``auto``: by the number of classes.
         key: hash of the parts of the configuration that determine the result.
         key_without_teacher: the same, excluding the teacher.
         baseline_key: the same, excluding teacher and method; runs with equal keys share a baseline.
@@ -224,6 +224,7 @@ class Plan:
     teacher_models: tuple[Node, ...]
     data: DataPlan
     cache: CachePlan | None
+    top_k: int | str | None
     key: str
     key_without_teacher: str
     baseline_key: str

@@ -114,6 +114,7 @@ def resolve(config: Node, data: ImageDataModule) -> Plan:
         teacher_models=tuple(part["teacher"]["model"] for part in single_teachers(config)),
         data=data_plan,
         cache=_resolve_cache(config),
+        top_k=config["remember"].get("top_k", "auto"),
         # Hash the configuration as written: filling in the classes must not rename a run.
         key=config_key(written),
         key_without_teacher=config_key(written, "teacher"),
@@ -219,8 +220,7 @@ def _resolve_cache(config: Node) -> CachePlan | None:
     if not settings["disk_gb"]:
         return None
     root = Path(config["output_dir"]) / "teachers" / "remembered"
-    limit, top_k = settings["disk_gb"] * GIGABYTE, settings.get("top_k", "auto")
-    return CachePlan(root, limit, settings["dtype"], top_k)
+    return CachePlan(root, settings["disk_gb"] * GIGABYTE, settings["dtype"])
 
 
 def needs_teacher(config: Node) -> bool:

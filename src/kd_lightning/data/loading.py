@@ -88,7 +88,7 @@ class ViewSampler(Sampler[Batch]):
     def __len__(self) -> int:
         """Number of batches per epoch."""
         whole, rest = divmod(len(self.images), self.batch_size)
-        return whole + (rest >= self.smallest)
+        return max(1, whole + (rest >= self.smallest))
 
     def __iter__(self) -> Iterator[Batch]:
         """The batches of the current epoch."""

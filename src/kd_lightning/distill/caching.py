@@ -76,6 +76,8 @@ def open_caches(
         InputError: the outputs of a packed teacher do not fit, or the file is damaged.
     """
     recorded = module.teacher if isinstance(module.teacher, RecordedTeacher) else None
+    # Whether they are cached or not: the result must not depend on that.
+    module.reduce_logits(chosen_k(plan.top_k, plan.data.num_classes))
     if plan.cache is None:
         if recorded is not None:
             raise InputError("teacher=packed reads a cache: remember.disk_gb must be above 0")
@@ -100,7 +102,6 @@ def open_caches(
     if recorded is not None:
         recorded.check({"evaluation": logits["0"]}, [PLAIN])
 
-    module.reduce_logits(chosen_k(plan.cache.top_k, plan.data.num_classes))
     if why := _why_not_training(module, data):
         if recorded is not None:
             raise InputError(f"teacher=packed cannot be used for this run: {why}")
@@ -186,7 +187,7 @@ def _training_rows(
         key = _term_key(term)
         assert key is not None
         if module.is_reduced(name):
-            key = {**key, "top_k": chosen_k(plan.cache.top_k, plan.data.num_classes)}
+            key = {**key, "top_k": chosen_k(plan.top_k, plan.data.num_classes)}
         what = key["class"].rpartition(".")[2].lower()
         part = name.removeprefix(owner).removeprefix("/")
         whole = {**views, "term": _part_key(key, part)}

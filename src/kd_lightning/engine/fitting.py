@@ -1,5 +1,6 @@
 """Fit, validate and test a module, and collect the results."""
 
+import copy
 import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -122,7 +123,7 @@ def test(
     """
     results = {}
     if _best_is_earlier(trainer, fitted["val_accuracy"]):
-        last = {key: value.clone() for key, value in module.state_dict().items()}
+        last = copy.deepcopy(module.state_dict())  # of a user's module, it may have any values
         module.load_state_dict(_load(_best(trainer))["state_dict"])
         if update_bn and trained_batchnorms(module.student):
             reestimate(trainer, module, data, fitted["best_epoch"])
