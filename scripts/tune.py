@@ -6,6 +6,7 @@ Started again it goes on; started several times at once, the workers share the s
 """
 
 import argparse
+import shlex
 
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import find_own_packages
@@ -24,12 +25,12 @@ def main() -> None:
     )
     parser.add_argument("--space", action="append", default=[], metavar="KEY=LOW:HIGH[:log]")
     parser.add_argument("--storage", help="URL of a database; by default SQLite in output_dir")
-    parser.add_argument("--study", help="name; by default from method, student and setting")
+    parser.add_argument("--study", help="name; by default from the configuration")
     arguments = parser.parse_intermixed_args()
     find_own_packages()
     try:
         with importing():
-            from kd_lightning.workflows.tune import parse_range, tune
+            from kd_lightning.workflows.tune import override, parse_range, tune
     except ModuleNotFoundError as error:
         raise InputError(f"{error.name} is missing: pip install -e '.[tune]'") from error
     from hydra.errors import HydraException
@@ -50,11 +51,11 @@ def main() -> None:
     except ValueError as error:
         raise RunError(str(error)) from error
     assert best.value is not None  # a completed trial
-    chosen = " ".join(f"{key}={value:.4g}" for key, value in best.params.items())
+    chosen = [override(key, value) for key, value in best.params.items()]
     print(
         f"{len(study.trials)} trials; best on validation {percent(best.value)}, trial {best.number}"
     )
-    print(" ".join([*arguments.overrides, chosen]))
+    print(shlex.join([*arguments.overrides, *chosen]))
 
 
 if __name__ == "__main__":

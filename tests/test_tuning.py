@@ -1,12 +1,13 @@
 """Hyper-parameter search: on validation, resumable, with clear errors."""
 
 import json
+import shlex
 
 import pytest
 from conftest import TINY, write_folder
 
 from kd_lightning import api
-from kd_lightning.errors import InputError
+from kd_lightning.errors import InputError, RunError
 
 tuning = pytest.importorskip("kd_lightning.workflows.tune")
 
@@ -48,6 +49,81 @@ def test_study_uses_the_method_space_and_resumes(overrides, tmp_path):
         assert not (path.parent / "confusion.csv").exists()
     # All trials share one teacher.
     assert len(list((tmp_path / "outputs").rglob("teacher.safetensors"))) == 1
+
+
+@pytest.fixture
+def trained(monkeypatch):
+    """The trials' configurations and folders, which are recorded instead of trained."""
+    seen = []
+
+    def run(config, place, **_):
+        seen.append((config, place))
+        return {"val_accuracy": len(seen) / 10}
+
+    monkeypatch.setattr(tuning, "run", run)
+    return seen
+
+
+def test_every_configuration_has_a_study_of_its_own(overrides, trained):
+    tuning.tune(overrides, trials=1)
+    other = tuning.tune([*overrides, "student.model.hidden=2", "seed=5"], trials=1)
+    assert [config["seed"] for config, _ in trained] == [0, 5]
+    assert [config["student"]["model"]["hidden"] for config, _ in trained] == [8, 2]
+    assert other.best_value == 0.2
+    tuning.tune([*overrides, "pictures=true"], trials=1)  # does not change the result
+    assert len(trained) == 2
+
+
+def test_study_of_another_configuration_is_refused(overrides, trained):
+    for _ in range(2):
+        tuning.tune(overrides, trials=1, name="mine")
+    assert len(trained) == 1
+    with pytest.raises(InputError, match="the study mine is of another configuration"):
+        tuning.tune([*overrides, "student.model.hidden=2"], trials=1, name="mine")
+
+
+def test_folders_may_outlast_the_study(overrides, tmp_path):
+    first = tuning.tune(overrides, trials=2)
+    (tmp_path / "outputs" / "tuning" / "studies.db").unlink()
+    again = tuning.tune(overrides, trials=2)
+    assert again.trials[0].value == first.trials[0].value
+    assert len(again.trials) == 2
+    # The first trial is the same, and not repeated.
+    assert len(list((tmp_path / "outputs").glob("tuning/**/metrics.json"))) == 3
+
+
+def test_search_ends_if_all_trials_fail(overrides, monkeypatch):
+    outcomes = iter([False, False, True, *[False] * 5])
+    count = []
+
+    def run(*_, **__):
+        count.append(None)
+        if next(outcomes):
+            return {"val_accuracy": 0.5}
+        raise RunError(f"the loss is infinite ({len(count)})")
+
+    monkeypatch.setattr(tuning, "run", run)
+    with pytest.raises(RunError, match=r"3 trials in a row .* the loss is infinite \(6\)"):
+        tuning.tune(overrides, trials=3)
+    assert len(count) == 6
+
+
+def test_printed_command_can_be_pasted_into_a_shell(script, monkeypatch):
+    import optuna
+
+    study = optuna.create_study()
+    study.add_trial(
+        optuna.trial.create_trial(
+            params={"optimizer.lr": 0.0123456789},
+            distributions={"optimizer.lr": optuna.distributions.FloatDistribution(0, 1)},
+            value=0.5,
+        )
+    )
+    monkeypatch.setattr(tuning, "tune", lambda *_: study)
+    overrides = ["student.model.channels=[4,8]", "data.root=/my images"]
+    code, out, _ = script("tune.py", *overrides)
+    assert code == 0
+    assert shlex.split(out.splitlines()[-1]) == [*overrides, "optimizer.lr=0.0123457"]
 
 
 def test_unpromising_trial_is_pruned(overrides):

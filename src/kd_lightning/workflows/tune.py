@@ -14,11 +14,16 @@ from kd_lightning.config import overrides as rules
 from kd_lightning.config.checks import check_sections
 from kd_lightning.config.commandline import check_overrides
 from kd_lightning.config.complete import plain
-from kd_lightning.config.naming import register
+from kd_lightning.config.naming import config_key, register
 from kd_lightning.config.nodes import Node, select
 from kd_lightning.config.tree import tree_folder
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.workflows.student import run
+
+FAILURES = 3
+"""How many trials may fail in a row before a search ends."""
+
+DONE = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
 
 
 class Range(NamedTuple):
@@ -93,6 +98,31 @@ class Pruning(Callback):
                 raise optuna.TrialPruned
 
 
+class GiveUp:
+    """Ends a search in which all trials fail: failed trials do not count."""
+
+    def __init__(self) -> None:
+        self._failed = 0  # in a row
+
+    def __call__(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> None:
+        """Count the trial.
+
+        Raises:
+            RunError: `FAILURES` trials in a row have failed.
+        """
+        self._failed = 0 if trial.state in DONE else self._failed + 1
+        if self._failed == FAILURES:
+            raise RunError(
+                f"{FAILURES} trials in a row have failed, the last one with: "
+                f"{trial.user_attrs.get('error', 'no accuracy')}"
+            )
+
+
+def override(key: str, value: float) -> str:
+    """`KEY=VALUE` for the command line, with the digits that a trial is trained with."""
+    return f"{key}={value:.6g}"
+
+
 def tune(
     overrides: Sequence[str],
     trials: int,
@@ -109,7 +139,12 @@ def tune(
         trials: number of finished or pruned trials, including those of earlier and other workers.
         storage: any Optuna storage URL; by default an SQLite file below `output_dir`.
         space: key to range; by default the applicable part of `SPACE`.
-        name: name of the study; by default from method, student and setting.
+        name: name of the study; by default from method, student, setting and a hash of the
+            configuration.
+
+    Raises:
+        InputError: the configuration is invalid, or not that of the existing study.
+        RunError: several trials in a row have failed.
     """
     register()
     rules.install()
@@ -124,39 +159,65 @@ def tune(
 
     config = composed()
     space = dict(space or default_space(config))
-    name = name or f"{config['method']['name']}-{config['student']['name']}-{config['setting']}"
+    key = config_key(config)
+    start = f"{config['method']['name']}-{config['student']['name']}-{config['setting']}"
+    name = name or f"{start}-{key[:8]}"
     folder = Path(config["output_dir"]) / "tuning"
     folder.mkdir(parents=True, exist_ok=True)
+    storage = storage or f"sqlite:///{folder / 'studies.db'}"
+    study = _open_study(storage, name, key, config["trainer"]["max_epochs"])
+
+    if not study.trials:  # start from the unmodified configuration
+        given = {key: float(select(config, key)) for key in space}
+        study.enqueue_trial({key: min(max(given[key], r.low), r.high) for key, r in space.items()})
+
+    def objective(trial: optuna.Trial) -> float:
+        config = composed(
+            [
+                override(key, trial.suggest_float(key, r.low, r.high, log=r.log))
+                for key, r in space.items()
+            ]
+        )
+        # With the hash, because the folders may outlast the study, whose numbers then start again.
+        place = folder / name / f"trial-{trial.number:04d}-{config_key(config)[:8]}"
+        try:
+            metrics = run(config, place, callbacks=[Pruning(trial)], test=False)
+        except RunError as error:
+            trial.set_user_attr("error", str(error))
+            raise
+        return float(metrics["val_accuracy"])
+
+    stop = optuna.study.MaxTrialsCallback(trials, states=DONE)
+    if sum(trial.state in DONE for trial in study.trials) < trials:
+        study.optimize(objective, callbacks=[stop, GiveUp()], catch=(RunError,))
+    return study
+
+
+def _open_study(storage: str, name: str, key: str, epochs: int) -> optuna.Study:
+    """Create or load a study.
+
+    Args:
+        storage: URL.
+        name: of the study.
+        key: hash of the configuration, stored with the study.
+        epochs: of every trial.
+
+    Raises:
+        InputError: the existing study is of another configuration.
+    """
     study = optuna.create_study(
-        storage=storage or f"sqlite:///{folder / 'studies.db'}",
+        storage=storage,
         study_name=name,
         direction="maximize",
         load_if_exists=True,
         # High learning rates lag behind in the first half of the epochs, but may win in the end.
-        pruner=optuna.pruners.MedianPruner(
-            n_startup_trials=5, n_warmup_steps=config["trainer"]["max_epochs"] // 2
-        ),
+        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=epochs // 2),
     )
-
-    if not study.trials:  # start from the unmodified configuration
-        start = {key: float(select(config, key)) for key in space}
-        study.enqueue_trial({key: min(max(start[key], r.low), r.high) for key, r in space.items()})
-
-    def objective(trial: optuna.Trial) -> float:
-        chosen = [
-            f"{key}={trial.suggest_float(key, r.low, r.high, log=r.log):.6g}"
-            for key, r in space.items()
-        ]
-        metrics = run(
-            composed(chosen),
-            folder / name / f"trial-{trial.number:04d}",
-            callbacks=[Pruning(trial)],
-            test=False,
+    known = study.user_attrs.get("config_key")
+    if known is None and not study.trials:
+        study.set_user_attr("config_key", key)
+    elif known != key:
+        raise InputError(
+            f"the study {name} is of another configuration; choose another name by --study"
         )
-        return float(metrics["val_accuracy"])
-
-    done = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
-    stop = optuna.study.MaxTrialsCallback(trials, states=done)
-    if sum(trial.state in done for trial in study.trials) < trials:
-        study.optimize(objective, callbacks=[stop], catch=(RunError,))
     return study
