@@ -136,6 +136,28 @@ def check_whole(rows):
     return int(known.sum())
 
 
+@pytest.mark.parametrize(
+    ("shape", "images", "limit", "most"),
+    [((2**20,), 9, 2**22, 7), ((3,), 9000, 2**22, 8192), ((99,), 2, 9, 1)],
+)
+def test_wide_rows_are_checked_in_small_parts(tmp_path, monkeypatch, shape, images, limit, most):
+    """The checksums need several temporary tensors of 8 bytes per word."""
+    rows, check, sizes = make_rows(tmp_path, shape, images=images), Rows.valid, []
+    rows.reserve(0)
+    index = torch.arange(images)
+    values = torch.rand(images, *shape).half()
+    rows.write(index[1:], torch.zeros_like(index[1:]), values[1:])
+    monkeypatch.setattr("kd_lightning.storage.rows.MOST_WORDS", limit)
+    monkeypatch.setattr(
+        Rows, "valid", lambda self, part, *of: sizes.append(len(part)) or check(self, part, *of)
+    )
+    loaded = rows.load(0, torch.device("cpu"))
+    assert max(sizes) == most
+    assert sum(sizes) == images
+    assert loaded.known.wait().tolist() == [False, *[True] * (images - 1)]
+    assert torch.equal(loaded.values(index)[1:], values[1:])
+
+
 def test_row_of_zeros_is_invalid(tmp_path):
     """A new file is all zeros, and targets may be zero."""
     rows = Rows(tmp_path, {}, images=300, shape=(3,), dtype=torch.float16)

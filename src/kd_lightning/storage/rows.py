@@ -23,7 +23,8 @@ from kd_lightning.transfer import ToHost, to_device
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
 ODD = 0x9E3779B97F4A7C15 - 2**64  # multiplication by an odd number modulo 2^64 is invertible
-CHUNK = 8192  # rows that are checked at once
+# What is checked at once: temporary tensors have 8 bytes per word.
+MOST_ROWS, MOST_WORDS = 8192, 2**22
 
 Words = npt.NDArray[np.int32]
 
@@ -113,7 +114,8 @@ class Rows:
         rows = to_device(torch.from_numpy(np.array(file)), device)
         index = torch.arange(self.images, device=device)
         views = torch.full_like(index, view)
-        parts = zip(*(part.split(CHUNK) for part in (rows, index, views)), strict=True)
+        size = max(1, min(MOST_ROWS, MOST_WORDS // rows.shape[1]))
+        parts = zip(*(part.split(size) for part in (rows, index, views)), strict=True)
         known = torch.cat([self.valid(*part) for part in parts])
         return LoadedView(self, rows, ToHost(known))
 
