@@ -2,14 +2,17 @@
 
 import copy
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
 from lightning.pytorch import Callback
+from lightning.pytorch.trainer.states import TrainerFn
 from test_resume import Ask, configuration, left
 from test_schedules import PLATEAU, STEP_LR, TORCH
 from test_tensorboard import scalars
 
+from kd_lightning.engine.callbacks.plateau import StepOnPlateau
 from kd_lightning.engine.callbacks.users import build_callbacks
 from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.storage.run_directory import RunDirectory
@@ -111,6 +114,25 @@ def test_resume_with_any_scheduler_is_bit_identical(root, tmp_path, scheduler):
             training.run(copy.deepcopy(config), tmp_path / "run", callbacks=[Ask(step)])
     training.run(copy.deepcopy(config), tmp_path / "run")
     assert left(tmp_path / "run") == left(tmp_path / "whole")
+
+
+def test_scheduler_is_not_stepped_with_a_validation_before_the_training():
+    """A teacher of the user's own is validated first; epoch 0 may have no validation."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    scheduler = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=5)
+    results = {"val/loss": torch.tensor(9.0), "val/accuracy": torch.tensor(0.1)}
+    module = SimpleNamespace(
+        val_metrics=SimpleNamespace(compute=lambda: results), lr_schedulers=lambda: scheduler
+    )
+    trainer = SimpleNamespace(current_epoch=0, state=SimpleNamespace(fn=TrainerFn.VALIDATING))
+    callback = StepOnPlateau()
+    callback.on_validation_epoch_end(trainer, module)
+    trainer.state.fn = TrainerFn.FITTING
+    callback.on_train_epoch_end(trainer, module)
+    assert scheduler.last_epoch == 0
+    callback.on_validation_epoch_end(trainer, module)
+    callback.on_train_epoch_end(trainer, module)
+    assert (scheduler.last_epoch, scheduler.best) == (1, 9)
 
 
 def test_user_callbacks_do_not_collide_with_ours(root, tmp_path):

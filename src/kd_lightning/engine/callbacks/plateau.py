@@ -3,6 +3,7 @@
 from typing import Any, cast
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kd_lightning.distill.module import DistillationModule
@@ -18,7 +19,9 @@ class StepOnPlateau(Callback):
         self._results: dict[str, float] = {}  # of the last validation, and its epoch
 
     def on_validation_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Record the validation results."""
+        """Record the results of a validation that is part of the training."""
+        if trainer.state.fn is not TrainerFn.FITTING:
+            return
         results = cast(DistillationModule, module).val_metrics.compute()
         self._results = {name: float(value) for name, value in results.items()}
         self._results["epoch"] = trainer.current_epoch
