@@ -32,7 +32,7 @@ def main() -> None:
     arguments = parser.parse_args()
     find_own_packages()
     # A glob of a setting's folder also matches its tables and pictures.
-    runs = [run for run in arguments.runs if Path(run).is_dir()] or arguments.runs
+    runs = [run for run in arguments.runs if not Path(run).is_file()] or arguments.runs
     if arguments.seconds <= 0 or (arguments.threads is not None and arguments.threads < 1):
         raise InputError("--seconds and --threads must be positive")
 

@@ -219,6 +219,30 @@ def test_measure_adds_figures_and_keeps_the_rest(run, tmp_path, monkeypatch):
     assert "2 threads" in after["measured_on"]
 
 
+def test_figures_of_another_device_do_not_remain(run, monkeypatch):
+    old = ("latency_1_one_thread_p50", "memory_64", "teacher_latency_64_one_thread_p95")
+    metrics = {**read(run), **dict.fromkeys(old, 7.0), "measured_on": "a CPU"}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    monkeypatch.setattr(workflow, "_figures", lambda *_: {"latency_1_all_threads_p50": 2.0})
+    list(measure([run]))
+    after = read(run)
+    assert not set(old) & set(after)
+    assert after["teacher_latency_1_all_threads_p50"] == 2
+    assert set(metrics) - set(after) == set(old)
+
+
+def test_files_among_the_runs_are_ignored_but_a_misspelt_run_is_not(run, script, monkeypatch):
+    (run.parent / "table.md").write_text("")
+    monkeypatch.setattr(workflow, "_figures", lambda *_: {})
+    code, out, _ = script("measure.py", run, run.parent / "table.md")
+    assert code == 0
+    assert str(run) in out
+    code, out, err = script("measure.py", run, run.parent / "logti")
+    assert code == 2
+    assert f"{run.parent / 'logti'} is not a run directory" in err
+    assert not out
+
+
 def test_a_teacher_is_measured_on_images_of_its_own_size(run):
     directory = RunDirectory(run)
     config = directory.read_config()

@@ -20,6 +20,7 @@ from kd_lightning.config.trust import check_trusted
 from kd_lightning.errors import InputError
 from kd_lightning.models.cost import measure_latency, peak_memory
 from kd_lightning.models.preparing import materialize, resize, to_memory_format
+from kd_lightning.reports.card_results import MEASURED
 from kd_lightning.results import BATCHES
 from kd_lightning.storage.provenance import device_name
 from kd_lightning.storage.run_directory import RunDirectory
@@ -52,6 +53,8 @@ def measure(
     trust: Iterable[str] = (),
 ) -> Iterator[tuple[Path, dict[str, Any]]]:
     """Measure runs one after the other and add the figures to their `metrics.json`.
+
+    They replace all of an earlier measurement, which may have been on another device.
 
     Equal networks are measured only once: latency does not depend on the weights. The networks run
     in float32 and in the memory format of `trainer.memory_format` on this device.
@@ -98,7 +101,9 @@ def measure(
             found |= {f"{prefix}{name}": value for name, value in known[key].items()}
         found["measured_on"] = _measured_on(place, threads)
         with directory.lock():
-            directory.write_metrics({**directory.read_metrics(), **found})
+            metrics = directory.read_metrics()
+            kept = {key: metrics[key] for key in metrics if not key.startswith(MEASURED)}
+            directory.write_metrics({**kept, **found})
         yield directory.path, found
 
 
