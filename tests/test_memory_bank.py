@@ -46,6 +46,51 @@ def test_images_that_are_not_seen_serve_until_there_are_enough_others():
     assert not drawn[1, 7]
 
 
+def test_images_that_are_not_seen_only_make_up_for_missing_others():
+    memory = bank(images=400)
+    labels = torch.arange(400) % 2
+    fill(memory, torch.arange(100), labels[:100])
+    index = torch.arange(100, 200)
+    drawn = memory.draw(index, labels[index], 80)
+    other = labels[index, None] != labels
+    assert torch.equal(drawn[:, :100], other[:, :100])  # all 50
+    assert float(drawn[:, 100:].sum()) == pytest.approx(30 * 100, rel=0.1)
+
+
+def test_images_that_are_never_seen_are_not_drawn_after_the_first_epoch():
+    """Such as those for validation, here the last 40."""
+    memory = bank(images=100)
+    labels = torch.arange(100) % 2
+    for index in torch.arange(60).split(20):
+        assert memory.draw(index, labels[index], 50)[:, 60:].any()
+        fill(memory, index, labels[index])
+    assert not memory.complete
+    index = torch.arange(10, 30)
+    expected = labels[index, None] != labels
+    expected[:, 60:] = False
+    assert torch.equal(memory.draw(index, labels[index], 50), expected)
+    fill(memory, index, labels[index])
+    # Also for images that the first epoch has left out.
+    index = torch.arange(60, 70)
+    assert not memory.draw(index, labels[index], 50)[:, 60:].any()
+
+
+def test_state_of_earlier_versions_is_loaded():
+    memory = bank()
+    index, labels = torch.arange(9), torch.arange(9) % 3
+    for _ in range(2):
+        fill(memory, index, labels)
+    state = memory.state_dict()
+    assert state["_extra_state"].tolist() == [memory.seed, 2, 1]
+    other = bank()
+    other.load_state_dict(state)
+    assert other.complete
+    assert torch.equal(other.draw(index, labels, 30), memory.draw(index, labels, 30))
+    other.load_state_dict({**state, "_extra_state": state["_extra_state"][:2]})
+    assert (other.seed, other.steps, bool(other.complete)) == (memory.seed, 2, False)
+    assert torch.equal(other.draw(index, labels, 30), memory.draw(index, labels, 30))
+
+
 def test_negatives_do_not_depend_on_the_order_of_the_batch():
     memory, index = bank(), torch.tensor([9, 2, 30, 4])
     labels = index % 3

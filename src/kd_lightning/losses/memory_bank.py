@@ -20,6 +20,8 @@ class MemoryBank(nn.Module):
         student, teacher: embeddings (M, D), float32, of length 1; at first random.
         labels: (M,), int64; -1: not seen yet.
         log_scale: logarithms of the constants Z of the scores of student and teacher, (2,).
+        complete: whether an image has been seen twice, so that a first epoch is over; scalar, bool.
+            Part of the extra state, which earlier checkpoints have, too.
         seed: of the choice of negatives. Like `steps` not on the device, where the host would have
             to wait for it.
         steps: number of updates.
@@ -29,6 +31,7 @@ class MemoryBank(nn.Module):
     teacher: Tensor
     labels: Tensor
     log_scale: Tensor
+    complete: Tensor
 
     def __init__(self, images: int, size: int, momentum: float = 0.5) -> None:
         super().__init__()
@@ -37,24 +40,29 @@ class MemoryBank(nn.Module):
             self.register_buffer(name, unit(torch.randn(images, size)))
         self.register_buffer("labels", torch.full((images,), -1))
         self.register_buffer("log_scale", torch.zeros(2))
+        self.register_buffer("complete", torch.tensor(False), persistent=False)
         self.steps = 0
         self.seed = int(torch.randint(2**31, ()))
 
     def get_extra_state(self) -> Tensor:
-        """For the state dict: seed and steps, (2,), int64."""
-        return torch.tensor([self.seed, self.steps])
+        """For the state dict: seed, steps, and whether the first epoch is over, (3,), int64."""
+        return torch.tensor([self.seed, self.steps, int(self.complete)])
 
     def set_extra_state(self, state: Tensor) -> None:
-        """From the state dict."""
-        self.seed, self.steps = state.tolist()
+        """From the state dict; of earlier versions without the last value, which the next batch
+        shows again.
+        """
+        self.seed, self.steps, *complete = state.tolist()
+        self.complete.fill_(any(complete))
 
     def draw(self, index: Tensor, labels: Tensor, count: int) -> Tensor:
         """Draw negatives for images: of other classes, each with the same probability.
 
         A function of the seed, the number of updates and the images, whatever their order in the
         batch, so that it does not depend on interruptions and on the number of processes. Images
-        that have not been seen, whose embeddings are random, are drawn only while there are not
-        enough others.
+        that have not been seen, whose embeddings are random, only make up for missing others in the
+        first epoch. Later there may be fewer than `count`: some images, such as those for
+        validation, are never seen.
 
         Args:
             index: image indices (B,).
@@ -71,8 +79,14 @@ class MemoryBank(nn.Module):
         other = self.labels != labels[:, None]
         other[torch.arange(len(index), device=device), index] = False
         seen = other & (self.labels >= 0)
-        possible = torch.where(seen.sum(dim=1, keepdim=True) >= count, seen, other)
-        return possible & (random * possible.sum(dim=1, keepdim=True) < count)
+        new = other & (self.labels < 0) & ~self._complete_with(index)
+        seen_count, new_count = (part.sum(dim=1, keepdim=True) for part in (seen, new))
+        missing = count - seen_count
+        return (seen & (random * seen_count < count)) | (new & (random * new_count < missing))
+
+    def _complete_with(self, index: Tensor) -> Tensor:
+        """`complete` once these images have been seen."""
+        return self.complete | (self.labels[index] >= 0).any()
 
     def scale(self, fresh: Tensor) -> Tensor:
         """The constants log Z (2,), which those of the first batch, `fresh`, remain."""
@@ -98,6 +112,7 @@ class MemoryBank(nn.Module):
             bank = getattr(self, name)
             mixed = unit(torch.lerp(rows.to(bank.dtype), bank[index], self.momentum))
             setattr(self, name, bank.index_copy(0, index, mixed))
+        self.complete = self._complete_with(index)
         self.labels = self.labels.index_copy(0, index, labels)
         self.log_scale = log_scale
         self.steps = self.steps + 1
