@@ -1,11 +1,14 @@
 """The teacher store: one training per key, under all circumstances."""
 
 import copy
+import errno
 import hashlib
 import json
 import multiprocessing
+import os
 import threading
 import time
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -91,6 +94,32 @@ def test_damaged_teacher_is_moved_aside_and_retrained(tmp_path, damage, caplog):
     (message,) = caplog.messages
     assert message.startswith(f"the stored teacher {place} is damaged")
     assert f"{place.name}.damaged-1" in message
+
+
+@pytest.mark.parametrize("name", ["teacher.json", "teacher.safetensors"])
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_intact_teacher_that_cannot_be_read_now_is_kept(tmp_path, monkeypatch, name, number):
+    calls = []
+    store = TeacherStore(tmp_path)
+    stored = store.obtain("tiny", KEY, trainer(calls))
+    once = Path.open
+
+    def fail(path, *given, **named):
+        if path.name == name:
+            raise OSError(number, os.strerror(number))
+        return once(path, *given, **named)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "open", fail)
+        with pytest.raises(InputError) as refused:
+            store.obtain("tiny", KEY, trainer(calls))
+    assert str(refused.value) == (
+        f"the stored teacher {stored.path / name} cannot be read ({os.strerror(number)}); "
+        "run the same command again once it can"
+    )
+    assert store.obtain("tiny", KEY, trainer(calls)) == stored
+    assert len(calls) == 1
+    assert not list(tmp_path.glob("*.damaged-*"))
 
 
 def test_every_damaged_teacher_is_kept(tmp_path):

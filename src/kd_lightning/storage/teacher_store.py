@@ -15,7 +15,7 @@ from typing import Any
 
 from kd_lightning.config.plan import TeacherPlan
 from kd_lightning.errors import InputError
-from kd_lightning.files import hold, read_json, write_json
+from kd_lightning.files import hold, write_json
 from kd_lightning.storage.identity import file_sha256, source_sha256
 
 log = logging.getLogger(__name__)
@@ -77,6 +77,9 @@ class TeacherStore:
             key: from `teacher_key`.
             train: trains a teacher in a folder, which is empty or contains an interrupted training
                 to resume; writes `teacher.safetensors` and returns the facts.
+
+        Raises:
+            InputError: the store cannot be written, or a file of the teacher cannot be read.
         """
         place = self.root / f"{name}-{key[:16]}"
         busy = f"another process is training the teacher {place.name}"
@@ -124,19 +127,24 @@ class TeacherStore:
 
 
 def _read(place: Path, key: str) -> StoredTeacher | None:
-    """The teacher in a folder, if it is complete and has this key."""
-    manifest = read_json(place / "teacher.json")
-    stored = StoredTeacher(place, key, manifest.get("facts", {}))
-    whole = manifest.get("key") == key and _is_whole(stored, manifest.get("sha256"))
-    return stored if whole else None
+    """The teacher in a folder; None if it is not complete or has not this key.
 
-
-def _is_whole(teacher: StoredTeacher, sha256: Any) -> bool:
-    facts = teacher.facts
-    known = isinstance(facts, dict) and all(
-        isinstance(facts.get(fact), float) for fact in ("val_accuracy", "test_accuracy")
-    )
+    Raises:
+        InputError: a file cannot be read now, though it may be intact.
+    """
+    path = place / "teacher.json"
     try:
-        return known and file_sha256(teacher.weights) == sha256
-    except OSError:
-        return False
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        facts = manifest["facts"]
+        known = all(isinstance(facts[fact], float) for fact in ("val_accuracy", "test_accuracy"))
+        stored = StoredTeacher(place, key, facts)
+        path = stored.weights
+        whole = known and manifest["key"] == key and file_sha256(path) == manifest["sha256"]
+    except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
+        return None  # the last: too deeply nested
+    except OSError as error:
+        raise InputError(
+            f"the stored teacher {path} cannot be read ({error.strerror or error}); "
+            "run the same command again once it can"
+        ) from error
+    return stored if whole else None
