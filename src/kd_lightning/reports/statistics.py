@@ -1,5 +1,6 @@
 """Statistics over runs: comparable groups, cells over seeds, paired gains."""
 
+import re
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -117,7 +118,7 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
                     **place,
                     **dict(zip(("method", "student", "variant"), key, strict=True)),
                     "label": cell["label"].iloc[0],
-                    **_cell(cell, _baseline(part, *key), seeds),
+                    **_cell(cell, _baseline(part, cell), seeds),
                 }
             )
         # Add rows for combinations of method and student without any run yet.
@@ -148,13 +149,51 @@ _CELL_COLUMNS = (
 )  # fmt: skip
 
 
-def _baseline(part: pd.DataFrame, method: str, student: str, variant: str) -> pd.DataFrame:
-    """The finished `none` runs of the same student, the baseline of a cell."""
+def _baseline(part: pd.DataFrame, cell: pd.DataFrame) -> pd.DataFrame:
+    """The finished `none` runs that a cell's gain refers to; empty if there are none.
+
+    They have the same student, and no override that the cell does not have: those with the same
+    variant or, if there are none, those with the fewest overrides.
+
+    Args:
+        part: runs of the cell's group.
+        cell: runs of the cell.
+    """
+    finished = part["status"] == "finished"
     none = part[
-        (part["method"] == "none") & (part["student"] == student) & (part["status"] == "finished")
+        (part["method"] == "none") & finished & (part["student"] == cell["student"].iloc[0])
     ]
-    same = none[none["variant"] == variant]
-    return none.iloc[:0] if method == "none" else same if len(same) else none[none["variant"] == ""]
+    done = cell[cell["status"] == "finished"]
+    if done.empty or cell["method"].iloc[0] == "none":
+        return none.iloc[:0]
+    run, keys = done.iloc[0], setting_columns(part)
+    own = run["variant"]
+    suited = {
+        variant: rows
+        for variant, rows in none.groupby("variant")
+        if _overrides(variant) <= _overrides(own) and _same_student(run, rows.iloc[0], keys)
+    }
+    best = min(suited, key=lambda variant: (variant != own, len(variant)), default=None)
+    return none.iloc[:0] if best is None else suited[best]
+
+
+def _overrides(variant: str) -> set[str]:
+    return set(re.split(", |-", variant)) - {""}
+
+
+def _same_student(run: "pd.Series[Any]", other: "pd.Series[Any]", keys: list[str]) -> bool:
+    """Whether two runs with the same name of the student have the same student.
+
+    Their settings decide, because a method may add parameters to the student; the number of
+    parameters decides where settings are missing, as in runs of older versions.
+    """
+    known = [row[keys].dropna().to_dict() for row in (run, other)]
+    own, its = ({k: v for k, v in row.items() if k.startswith("student.")} for row in known)
+    if all(known) and own == its:
+        return True
+    if all(known) and any(differences([own, its])):
+        return False
+    return bool(run["parameters"] == other["parameters"])
 
 
 def _cell(cell: pd.DataFrame, none: pd.DataFrame, seeds: set[int]) -> dict[str, float]:

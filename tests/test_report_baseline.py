@@ -1,0 +1,73 @@
+"""Reports: which runs of `none` a gain refers to."""
+
+import pytest
+from reported_runs import write_config, write_run
+
+from kd_lightning.reports.runs import read_runs
+from kd_lightning.reports.statistics import summarise
+
+
+def gains(*sources, **options):
+    """The gain of each cell by its label, rounded; None if it has none."""
+    cells = summarise(read_runs(sources, **options))
+    shown = [None if gain != gain else round(gain, 6) for gain in cells["gain"]]
+    return dict(zip(cells["label"], shown, strict=True))
+
+
+def write(folder, method, test, variant="", hidden=64, seed=0, configured=True, **metrics):
+    """A run whose student has some hidden channels."""
+    name = "-".join(part for part in (f"{method}-small-s{seed}", variant) if part)
+    place = folder / (variant or "plain")
+    metrics = {"parameters": 1_000 * hidden, **metrics}
+    run = write_run(place, method, "small", seed, test, name=name, **metrics)
+    if configured:
+        write_config(run, seed, student={"name": "small", "model": {"hidden": hidden}})
+
+
+@pytest.mark.parametrize("configured", [True, False])
+def test_baseline_has_the_same_student(tmp_path, configured):
+    def add(*args, **options):
+        write(tmp_path, *args, configured=configured, **options)
+
+    add("none", 0.80)
+    add("logit", 0.81)
+    add("logit", 0.82, "logit.temperature_2")
+    add("logit", 0.50, "model.hidden_8", hidden=8)
+    add("none", 0.70, "model.hidden_16", hidden=16)
+    add("logit", 0.71, "model.hidden_16", hidden=16)
+    add("logit", 0.73, "logit.temperature_2-model.hidden_16", hidden=16)
+    expected = {
+        "none": None, "none model.hidden_16": None,
+        "logit": 0.01, "logit logit.temperature_2": 0.02,
+        "logit model.hidden_8": None,  # not against a student of another size
+        "logit model.hidden_16": 0.01, "logit logit.temperature_2-model.hidden_16": 0.03,
+    }  # fmt: skip
+    assert gains(tmp_path) == expected
+    read_runs([tmp_path]).to_csv(tmp_path / "results.csv", index=False)
+    assert gains(tmp_path / "results.csv") == expected
+
+
+def test_student_of_equal_size_may_be_another(tmp_path):
+    write(tmp_path, "none", 0.8, hidden=8, parameters=5)
+    write(tmp_path, "logit", 0.9, "model.hidden_9", hidden=9, parameters=5)
+    assert gains(tmp_path) == {"none": None, "logit model.hidden_9": None}
+
+
+def test_method_may_add_parameters_to_the_student(tmp_path):
+    write(tmp_path, "none", 0.8)
+    write(tmp_path, "simkd", 0.9, parameters=123)
+    assert gains(tmp_path) == {"none": None, "simkd": 0.1}
+
+
+def test_baseline_with_overrides_of_the_method(tmp_path):
+    smooth = "cross_entropy.label_smoothing_0.1"
+    write(tmp_path / "a", "none", 0.82, smooth)
+    write(tmp_path / "b", "logit", 0.9)
+    write(tmp_path / "c", "logit", 0.9, smooth)
+    label = f"logit {smooth}"
+    assert gains(tmp_path) == {f"none {smooth}": None, "logit": None, label: 0.08}
+    write(tmp_path / "d", "none", 0.8)
+    write(tmp_path / "e", "logit", 0.9, f"{smooth}-logit.temperature_2")
+    found = gains(tmp_path)
+    assert (found["logit"], found[label]) == (0.1, 0.08)
+    assert found[f"{label}-logit.temperature_2"] == 0.1
