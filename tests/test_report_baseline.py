@@ -1,7 +1,10 @@
 """Reports: which runs of `none` a gain refers to."""
 
+import shutil
+
+import pandas as pd
 import pytest
-from reported_runs import write_config, write_run
+from reported_runs import cell, write_config, write_run
 
 from kd_lightning.reports.runs import read_runs
 from kd_lightning.reports.statistics import summarise
@@ -71,3 +74,23 @@ def test_baseline_with_overrides_of_the_method(tmp_path):
     found = gains(tmp_path)
     assert (found["logit"], found[label]) == (0.1, 0.08)
     assert found[f"{label}-logit.temperature_2"] == 0.1
+
+
+def test_runs_with_equal_seeds_count_once(tmp_path, caplog):
+    for seed, test in enumerate([0.80, 0.82, 0.81]):
+        write(tmp_path / "runs", "none", 0.7, seed=seed)
+        write(tmp_path / "runs", "logit", test, seed=seed)
+    once = summarise(read_runs([tmp_path / "runs"]))
+    assert not caplog.records
+    shutil.copytree(tmp_path / "runs", tmp_path / "copies")
+    pd.testing.assert_frame_equal(summarise(read_runs([tmp_path])), once)
+    (warning,) = caplog.messages
+    assert "6 of 12 finished runs repeat the seed of another run of their cell" in warning
+    assert "copies/plain/" in warning
+    # Another run with the seed is averaged, not paired once more.
+    shutil.rmtree(tmp_path / "copies")
+    write(tmp_path / "again", "logit", 0.84, seed=0)
+    row = cell(summarise(read_runs([tmp_path])), "logit", "small")
+    assert (row.n, row.pairs, row.missing) == (3, 3, 0)
+    assert row.test == pytest.approx((0.82 + 0.82 + 0.81) / 3)
+    assert row.gain == pytest.approx((0.12 + 0.12 + 0.11) / 3)

@@ -39,6 +39,9 @@ T = TypeVar("T")
 _TRAINED_FIRST = re.compile(r"(teacher|teacher\.members\.\d+)\.run\.")
 """Settings of a run that `teacher.run={...}` trains before, for a teacher or a member."""
 
+_CELL = ("setting", "method", "student", "variant", "teacher_sha256", "images_sha256")
+"""Columns that are equal within a cell."""
+
 METHODS = ("none", "logit", "attention", "combined")  # display order; other methods follow by name
 
 
@@ -159,7 +162,21 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
     runs["label"] = methods.where(
         ~several | methods.isna(), (methods.map(str) + " " + runs["variant"]).str.strip()
     )
+    _warn_of_equal_seeds(runs)
     return runs
+
+
+def _warn_of_equal_seeds(runs: pd.DataFrame) -> None:
+    finished = runs[runs["status"] == "finished"]
+    again = finished.duplicated([*_CELL, "seed"])
+    if again.any():
+        cells = finished.groupby([*_CELL, "seed"], dropna=False)["folder"]
+        first, second = next(own.iloc[:2] for _, own in cells if len(own) > 1)
+        log.warning(
+            "%d of %d finished runs repeat the seed of another run of their cell, such as %s and "
+            "%s: one average per seed is used",
+            again.sum(), len(finished), first, second,
+        )  # fmt: skip
 
 
 def _limits(settings: Settings) -> Settings:
@@ -286,8 +303,7 @@ def _tell_runs_of_a_cell_apart(
     cells: dict[Any, list[int]] = defaultdict(list)
     for number, row in enumerate(rows):
         if row["status"] != "unreadable":
-            keys = ("setting", "method", "student", "variant", "teacher_sha256", "images_sha256")
-            cells[tuple(row.get(key) for key in keys)].append(number)
+            cells[tuple(row.get(key) for key in _CELL)].append(number)
     for numbers in cells.values():
         known = [number for number in numbers if settings[number]]
         own = [recipe(settings[number]) for number in known]

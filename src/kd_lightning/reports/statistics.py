@@ -9,7 +9,7 @@ from scipy import special
 
 from kd_lightning.reports.differences import IMAGES, TEACHER, Settings, differences, in_words
 from kd_lightning.reports.runs import setting_columns, short_hash
-from kd_lightning.results import FIGURE
+from kd_lightning.results import FIGURE, NUMBERS
 
 CONFIDENCE = 0.95
 
@@ -99,9 +99,10 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Columns ``setting, group`` (the title of the `Group`), ``method, student, variant, label``;
-        the number ``n`` of finished runs, and of ``failed``, ``unfinished`` and ``missing`` runs
-        (seeds that another cell of the group has); ``parameters, compression_ratio``; mean ``val``,
-        ``test``, ``agreement`` and their standard deviations over seeds ``val_std``, ``test_std``;
+        the number ``n`` of seeds with a finished run, and of ``failed``, ``unfinished`` and
+        ``missing`` runs (seeds that another cell of the group has); ``parameters,
+        compression_ratio``; mean ``val``, ``test``, ``agreement`` and their standard deviations
+        over seeds ``val_std``, ``test_std``, where runs with the same seed count as their average;
         ``gain``, the mean difference of test accuracy to `none` with the same student and seed, its
         confidence interval ``gain_low, gain_high`` (Student's t over ``pairs`` of seeds, NaN for
         fewer than two); ``gap_closed``, the gain as a fraction of the teacher's lead over `none`;
@@ -197,7 +198,7 @@ def _same_student(run: "pd.Series[Any]", other: "pd.Series[Any]", keys: list[str
 
 
 def _cell(cell: pd.DataFrame, none: pd.DataFrame, seeds: set[int]) -> dict[str, float]:
-    finished = cell[cell["status"] == "finished"]
+    finished, none = _one_per_seed(cell), _one_per_seed(none)
     row: dict[str, float] = {
         "n": len(finished),
         "failed": int((cell["status"] == "failed").sum()),
@@ -224,6 +225,14 @@ def _cell(cell: pd.DataFrame, none: pd.DataFrame, seeds: set[int]) -> dict[str, 
     if len(pairs) > 1:
         row["gain_low"], row["gain_high"] = interval(difference.tolist())
     return row
+
+
+def _one_per_seed(runs: pd.DataFrame) -> pd.DataFrame:
+    """The figures of finished runs, averaged over runs with the same seed: copies and repetitions
+    must not make deviation and interval smaller.
+    """
+    figures = runs.loc[runs["status"] == "finished", list(NUMBERS)].astype(float)
+    return figures.groupby("seed", as_index=False).mean()
 
 
 def _over_seeds(runs: pd.DataFrame, name: str) -> float:
