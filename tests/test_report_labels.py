@@ -119,6 +119,23 @@ def test_user_defined_setting_name_hides_no_difference(tmp_path):
     }  # fmt: skip
 
 
+def test_settings_that_follow_the_seed_are_no_difference(tmp_path):
+    changes = ("data__view_seed", "data__split_seed", "teacher__seed")
+    for seed in range(3):
+        run = write_run(tmp_path, "none", "small", seed, 0.7 + seed / 100)
+        member = {"name": "convnet", "seed": seed}
+        write_config(run, seed, **dict.fromkeys(changes, seed), teacher__members=[member])
+    runs = read_runs([tmp_path])
+    runs.to_csv(tmp_path / "results.csv", index=False)
+    for table in (runs, read_runs([tmp_path / "results.csv"])):
+        assert summarise(table)["n"].tolist() == [3]
+    # The same numbers in another order are other settings.
+    for seed in range(3):
+        run = write_run(tmp_path / "other", "logit", "small", seed, 0.8)
+        write_config(run, seed, data__view_seed=(seed + 1) % 3)
+    assert summarise(read_runs([tmp_path / "other"]))["n"].tolist() == [1, 1, 1]
+
+
 @pytest.mark.parametrize(
     "content",
     ["", "[1", "[" * 100_000, "a: &a [1]\nb: *a", "- 1", "optimizer: 3", "teacher: [{}, [1]]",

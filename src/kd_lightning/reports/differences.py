@@ -193,6 +193,16 @@ def recipe(settings: Mapping[str, str]) -> Settings:
     return {key: value for key, value in settings.items() if key not in _MACHINE}
 
 
+def follow_the_seed(rows: Sequence[Mapping[str, str]], seeds: Sequence[str]) -> set[str]:
+    """The keys of further seeds that have the seed of the run in every row: `data.view_seed`."""
+    return {
+        key
+        for key in union(rows)
+        if key.endswith("seed")
+        and all(row.get(key) == seed for row, seed in zip(rows, seeds, strict=True))
+    }
+
+
 def in_words(settings: Mapping[str, str], most: int = 8) -> str:
     """`optimizer.lr 0.1, data.batch_size 64`, with at most `most` settings."""
     words = [f"{key} {value}" for key, value in settings.items()]

@@ -25,6 +25,7 @@ from kd_lightning.reports.differences import (
     Settings,
     SettingsReader,
     differences,
+    follow_the_seed,
     in_words,
     recipe,
     union,
@@ -307,6 +308,8 @@ def _tell_runs_of_a_cell_apart(
     for numbers in cells.values():
         known = [number for number in numbers if settings[number]]
         own = [recipe(settings[number]) for number in known]
+        follow = follow_the_seed(own, [str(int(rows[number]["seed"])) for number in known])
+        own = [{key: row[key] for key in row if key not in follow} for row in own]
         for number, differing in zip(known, differences(own), strict=True):
             _add_to_variant(rows[number], in_words(differing))
         codes = {rows[number].get("code_sha256") for number in numbers} - {None}
