@@ -6,6 +6,8 @@ import pandas as pd
 import pytest
 from reported_runs import cell, write_config, write_run
 
+from kd_lightning.errors import InputError
+from kd_lightning.reports.documents import write_report
 from kd_lightning.reports.runs import read_runs
 from kd_lightning.reports.statistics import summarise
 
@@ -20,9 +22,9 @@ def gains(*sources, **options):
 def write(folder, method, test, variant="", hidden=64, seed=0, configured=True, **metrics):
     """A run whose student has some hidden channels."""
     name = "-".join(part for part in (f"{method}-small-s{seed}", variant) if part)
-    place = folder / (variant or "plain")
     metrics = {"parameters": 1_000 * hidden, **metrics}
-    run = write_run(place, method, "small", seed, test, name=name, **metrics)
+    run = write_run(folder / "new", method, "small", seed, test, name=name, **metrics)
+    run = run.rename(folder / name)
     if configured:
         write_config(run, seed, student={"name": "small", "model": {"hidden": hidden}})
 
@@ -86,7 +88,7 @@ def test_runs_with_equal_seeds_count_once(tmp_path, caplog):
     pd.testing.assert_frame_equal(summarise(read_runs([tmp_path])), once)
     (warning,) = caplog.messages
     assert "6 of 12 finished runs repeat the seed of another run of their cell" in warning
-    assert "copies/plain/" in warning
+    assert "copies/" in warning
     # Another run with the seed is averaged, not paired once more.
     shutil.rmtree(tmp_path / "copies")
     write(tmp_path / "again", "logit", 0.84, seed=0)
@@ -94,3 +96,41 @@ def test_runs_with_equal_seeds_count_once(tmp_path, caplog):
     assert (row.n, row.pairs, row.missing) == (3, 3, 0)
     assert row.test == pytest.approx((0.82 + 0.82 + 0.81) / 3)
     assert row.gain == pytest.approx((0.12 + 0.12 + 0.11) / 3)
+
+
+def test_variant_does_not_hide_the_baseline_of_another_setting(tmp_path):
+    smooth = "cross_entropy.label_smoothing_0.1"
+    write(tmp_path / "one", "none", 0.8, setting="one", baseline_key="k")
+    write(tmp_path / "two", "none", 0.82, smooth, setting="two", baseline_key="k")
+    write(tmp_path / "two", "logit", 0.9, setting="two", baseline_key="k")
+    expected = {"none": None, f"none {smooth}": None, "logit": 0.1}
+    assert gains(tmp_path / "two") == expected
+    # In the folder of its own setting, the run is not added once more.
+    assert len(read_runs([tmp_path / "one"])) == 2
+
+
+@pytest.mark.usefixtures("unrendered")
+def test_given_baseline_may_have_overrides_of_the_method(tmp_path):
+    smooth = "cross_entropy.label_smoothing_0.1"
+    write(tmp_path / "best", "none", 0.85, smooth, setting="best")
+    write(tmp_path / "runs", "none", 0.8)
+    write(tmp_path / "runs", "logit", 0.9)
+    write(tmp_path / "runs", "logit", 0.91, "logit.temperature_2")
+    write(tmp_path / "runs", "logit", 0.5, "model.hidden_8", hidden=8)
+    expected = {
+        f"none given {smooth}": None, "logit": 0.05, "logit logit.temperature_2": 0.06,
+        "logit model.hidden_8": None,  # another student
+    }  # fmt: skip
+    assert gains(tmp_path / "runs", baseline=tmp_path / "best") == expected
+    out = tmp_path / "out"
+    write_report([tmp_path / "runs"], out, draw_figures=False, baseline=tmp_path / "best")
+    assert gains(out / "results.csv") == expected
+
+
+@pytest.mark.parametrize("other", [{"hidden": 8}, {"seed": 1}, {"images_sha256": "a" * 64}])
+def test_given_baseline_without_any_pair_is_an_error(tmp_path, other):
+    write(tmp_path / "best", "none", 0.8, **other)
+    write(tmp_path / "runs", "logit", 0.9)
+    with pytest.raises(InputError, match=r"no gain can be computed: .*best"):
+        write_report([tmp_path / "runs"], tmp_path / "out", baseline=tmp_path / "best")
+    assert not (tmp_path / "out").exists()

@@ -21,7 +21,7 @@ from kd_lightning.reports.runs import (
     read_runs,
     setting_columns,
 )
-from kd_lightning.reports.statistics import AXES, CONFIDENCE, Group, groups, summarise
+from kd_lightning.reports.statistics import AXES, CONFIDENCE, Group, check_paired, groups, summarise
 from kd_lightning.reports.tables import quality_and_cost
 from kd_lightning.results import DASH, FIGURE
 
@@ -69,6 +69,8 @@ def write_report(
     runs = read_runs(sources, baseline)
     if runs.empty:
         return runs  # an earlier report is kept
+    if baseline is not None:
+        check_paired(runs, baseline)
     named = groups(runs)
     files = _file_names(named)
     texts, pages = ["# Results\n"], []
@@ -191,10 +193,8 @@ def _confusion_of_best(finished: pd.DataFrame) -> "Figure | None":
 def markdown(title: str, runs: pd.DataFrame, cells: pd.DataFrame, pictures: dict[str, str]) -> str:
     """The Markdown section of one setting: facts, overview, details, failed runs."""
     lines = [f"## {_text(title)}\n", f"{_text(facts(runs))}\n"]
-    lines += [f"{_OVERVIEW}\n"]
-    lines += [_pipe(overview(cells, runs)), ""]
-    lines += [f"Every cell. {_GAIN}\n"]
-    lines += [_pipe(details(cells)), ""]
+    lines += [f"{_OVERVIEW}\n", _pipe(overview(cells, runs)), ""]
+    lines += [f"Every cell. {_GAIN}\n", _pipe(details(cells)), ""]
     quality = quality_and_cost(cells, runs)
     if quality is not None:
         lines += [f"{_QUALITY}\n", _pipe(quality), ""]

@@ -40,6 +40,9 @@ T = TypeVar("T")
 _TRAINED_FIRST = re.compile(r"(teacher|teacher\.members\.\d+)\.run\.")
 """Settings of a run that `teacher.run={...}` trains before, for a teacher or a member."""
 
+GIVEN = "given "
+"""Prefix of the variant of a given baseline, which counts whatever the overrides of its method."""
+
 _CELL = ("setting", "method", "student", "variant", "teacher_sha256", "images_sha256")
 """Columns that are equal within a cell."""
 
@@ -125,11 +128,12 @@ def read_runs(sources: Iterable[str | Path], baseline: str | Path | None = None)
         rows, settings = [rows[n] for n in kept], [settings[n] for n in kept]
         added = list(_given_baselines(rows, Path(baseline)))
     for metrics, folder, row in added:
+        suffix = _suffix(metrics)
         rows.append(
             {
                 **metrics,
                 **_of_teacher(row, metrics),
-                "variant": _suffix(metrics),
+                "variant": f"{GIVEN}{suffix}" if suffix and baseline is not None else suffix,
                 "folder": str(folder),
             }
         )
@@ -222,11 +226,11 @@ def _runs_without_teacher(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Added]
                 yield metrics, path.parent, row
 
 
-def _without_teacher(metrics: Mapping[str, Any]) -> tuple[Any, Any]:
-    """A key that runs share if they differ only in an unused teacher; (None, None): it is used."""
-    if metrics.get("method") == "none":
-        return "none", metrics.get("baseline_key")
-    return metrics.get("key_without_teacher"), None
+def _without_teacher(metrics: Mapping[str, Any]) -> tuple[Any, ...]:
+    """A key that runs share if they differ only in an unused teacher; (None,): it is used."""
+    if metrics.get("method") == "none":  # overrides of the method are not in `baseline_key`
+        return "none", metrics.get("baseline_key"), _suffix(metrics)
+    return (metrics.get("key_without_teacher"),)
 
 
 def _given_baselines(rows: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[_Added]:
@@ -234,6 +238,8 @@ def _given_baselines(rows: Sequence[Mapping[str, Any]], folder: Path) -> Iterato
     found: dict[Any, Any] = {}
     for path in run_folders([folder]):
         metrics = read_json(path / "metrics.json")
+        if wrong_figure(metrics):
+            continue
         if metrics.get("method") == "none" and metrics.get("status") == "finished":
             key = (metrics.get("student"), metrics.get("seed"), metrics.get("images_sha256"))
             if key in found:

@@ -2,13 +2,15 @@
 
 import re
 from numbers import Real
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pandas as pd
 from scipy import special
 
+from kd_lightning.errors import InputError
 from kd_lightning.reports.differences import IMAGES, TEACHER, Settings, differences, in_words
-from kd_lightning.reports.runs import setting_columns, short_hash
+from kd_lightning.reports.runs import GIVEN, setting_columns, short_hash
 from kd_lightning.results import FIGURE, NUMBERS
 
 CONFIDENCE = 0.95
@@ -136,6 +138,25 @@ def summarise(runs: pd.DataFrame) -> pd.DataFrame:
     return table
 
 
+def check_paired(runs: pd.DataFrame, baseline: str | Path) -> None:
+    """Check that some run can be compared with a given baseline.
+
+    Args:
+        runs: from `read_runs`, with this baseline.
+        baseline: its folder.
+
+    Raises:
+        InputError: there are runs, but none with the student, the seed and the images of one of it.
+    """
+    cells = summarise(runs)
+    compared = cells[(cells["method"] != "none") & (cells["n"] > 0)]
+    if len(compared) and not compared["pairs"].any():
+        raise InputError(
+            f"no gain can be computed: no run of the method none in {baseline} has the same "
+            "student, seed and images as one of the runs"
+        )
+
+
 SCORES = (
     "test_nll", "test_ece", "temperature", "test_ece_calibrated", "macs", "file_bytes",
     "latency_1_one_thread_p50", "latency_64_all_threads_p50",
@@ -179,6 +200,8 @@ def _baseline(part: pd.DataFrame, cell: pd.DataFrame) -> pd.DataFrame:
 
 
 def _overrides(variant: str) -> set[str]:
+    if variant.startswith(GIVEN):
+        return set()
     return set(re.split(", |-", variant)) - {""}
 
 
