@@ -276,7 +276,7 @@ def test_resume_after_the_last_epoch_only_tests(train, caplog):
 
 
 def test_checkpoint_write_is_atomic(tmp_path, monkeypatch):
-    from kd_lightning.engine.trainer import AtomicCheckpoints
+    from kd_lightning.engine.checkpointing import AtomicCheckpoints
 
     path = tmp_path / "last.ckpt"
     AtomicCheckpoints().save_checkpoint({"epoch": 1}, path)

@@ -102,6 +102,15 @@ def test_small_last_batch_is_merged_into_the_previous_one(smallest, sizes):
     assert len(sampler) == len(sizes)
 
 
+def test_split_of_less_than_an_image_for_each_process_is_one_batch():
+    """Which each of them takes part in."""
+    for rank in range(4):
+        sampler = ViewSampler(IMAGES[:3], 8, shuffle=False, rank=rank, world=4, smallest=4)
+        (batch,) = sampler
+        assert len(sampler) == len(batch["shown"].index) == 1
+        assert batch["loss_weight"] == (4 / 3 if rank < 3 else 0)
+
+
 def test_views_are_repeated_after_the_given_number():
     sampler = ViewSampler(IMAGES, 8, shuffle=True, views=3)
     found = []

@@ -64,6 +64,8 @@ def test_key_distinguishes_runs_of_one_setting():
         (["+student.model.pool_after=2"], "-model.pool_after_2"),
         (["~student.model.hidden"], "-no-model.hidden"),
         (["student.model.channels=[4,8]"], "-model.channels_4_8"),
+        (["student={model: {hidden: 8}}"], "-model_hidden_8"),
+        (["+method={terms: {logit: {temperature: 2}}}"], "-terms_logit_temperature_2"),
         (["student.name=mine"], ""),
         (["method.terms.a.b='x/../y z'"], "-a.b_x_.._y_z"),
     ],

@@ -16,6 +16,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import Container, DictConfig, OmegaConf
 
 from kd_lightning.config.nodes import Node
+from kd_lightning.config.published import FOLDERS
 
 AXES = ("method", "student", "seed")
 """The axes of a comparison: what may differ between runs of one setting."""
@@ -116,7 +117,9 @@ def variant(overrides: list[str]) -> str:
         key, _, value = override.lstrip("+~").partition("=")
         if key == "student.model.model_name" and not named:
             continue  # is the student's name
-        if key.startswith(("method.", "student.")) and not key.endswith(".name"):
+        if key in ("method", "student") and value.startswith("{"):
+            changes.append(f"-{value}")
+        elif key.startswith(("method.", "student.")) and not key.endswith(".name"):
             sign = "no-" if override.startswith("~") else ""
             changes.append(
                 f"-{sign}{key.split('.', 1)[1].removeprefix('terms.')}={value}".rstrip("=")
@@ -132,7 +135,19 @@ def config_key(config: Node, *without: str) -> str:
         config: complete, as plain dictionaries.
         without: further sections to leave out.
     """
-    return _hash(_what_counts(config, *without))
+    return _hash(_what_counts(_in_default_folder(config), *without))
+
+
+def _in_default_folder(config: Node) -> Node:
+    """The configuration as if the data were in the default `data_dir`: results do not depend on
+    where they are.
+    """
+    data = dict(config["data"])
+    if data.get("root") == config["data_dir"]:  # of a download
+        data["root"] = FOLDERS["data_dir"]
+    if "cache_dir" in data:
+        data["cache_dir"] = f"{FOLDERS['data_dir']}/decoded"
+    return {**config, "data": data}
 
 
 def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:

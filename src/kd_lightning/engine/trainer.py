@@ -2,14 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
-import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.callbacks import ProgressBar as LightningProgressBar
-from lightning.pytorch.plugins.io import TorchCheckpointIO
 
 from kd_lightning.config.hardware import keep_freed_memory
 from kd_lightning.config.nodes import Node, build_partial
@@ -25,26 +21,11 @@ from kd_lightning.engine.callbacks.progress import ProgressBar
 from kd_lightning.engine.callbacks.resuming import ExactResume
 from kd_lightning.engine.callbacks.speed import Speed
 from kd_lightning.engine.callbacks.stopping import StopWhenAsked
+from kd_lightning.engine.checkpointing import AtomicCheckpoints, MovableCheckpoints, remove_partial
 from kd_lightning.engine.loggers import TENSORBOARD, build_loggers, shows_images
 from kd_lightning.engine.worker import cluster_environment
 from kd_lightning.errors import InputError
-from kd_lightning.files import replacing
 from kd_lightning.storage.run_directory import LAST, Checkpoint
-
-
-class AtomicCheckpoints(TorchCheckpointIO):
-    """Atomic checkpoint writes: the previous checkpoint is kept until the new one is complete."""
-
-    def save_checkpoint(
-        self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None
-    ) -> None:
-        """Write to a temporary file, then replace the checkpoint atomically."""
-        # With a file opened by Python: errors of torch's writer do not give the reason.
-        with replacing(Path(path)) as partial, partial.open("wb") as file:
-            try:
-                torch.save(checkpoint, file)
-            except RuntimeError as error:  # torch's follow-up error
-                raise error.__context__ or error from None
 
 
 def build_trainer(
@@ -68,6 +49,7 @@ def build_trainer(
         loggers: name to `_target_` node.
     """
     checkpoints = folder / "checkpoints"
+    remove_partial(checkpoints)
     own_bar = any(isinstance(callback, LightningProgressBar) for callback in callbacks)
     log_to = build_loggers(loggers, folder, name, resume)
     fixed = {
@@ -76,11 +58,11 @@ def build_trainer(
         "logger": log_to,
         "plugins": [AtomicCheckpoints(), cluster_environment()],
         "callbacks": [
-            ModelCheckpoint(
+            MovableCheckpoints(
                 checkpoints, "best", monitor="val/accuracy", mode="max",
                 save_weights_only=True, enable_version_counter=False,
             ),
-            ModelCheckpoint(
+            MovableCheckpoints(
                 checkpoints, "last", save_on_train_epoch_end=True, enable_version_counter=False
             ),
             # The order matters at the end of an epoch.

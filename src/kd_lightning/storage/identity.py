@@ -93,7 +93,7 @@ def stamps(config: Node, memo: dict[Path, str] | None = None) -> str:
     if any(_package(target) not in KNOWN for target in target_paths(nodes)):
         return ""
     shared = Path(str(config["data_dir"])).expanduser()
-    paths = {path for path in _paths(nodes) if path != shared}
+    paths = {path for path in _inputs(nodes) if path != shared}
     for path in paths - memo.keys():
         memo[path] = _stamp(path)
     return _digest([*(memo[path] for path in sorted(paths)), *_library_versions(nodes)])
@@ -124,7 +124,7 @@ def source_sha256(*nodes: Any, more: Iterable[str] = ()) -> str | None:
             thing = find_target(target, "the configuration")
             for name in {getattr(thing, "__module__", None), target.rpartition(".")[0]}:
                 _collect(name, own, found)
-    for path in _paths(nodes):
+    for path in _inputs(*nodes):
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         for file in files:
             place = "" if file == path else str(file.relative_to(path))
@@ -178,11 +178,22 @@ def _digest(value: Any) -> str:
     return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
 
+def _inputs(*nodes: Any) -> Iterator[Path]:
+    """Existing files and folders that a training reads.
+
+    A folder in the section ``callbacks`` is where a callback writes.
+    """
+    for node in nodes:
+        callbacks = node.get("callbacks") if isinstance(node, dict) else None
+        yield from (path for path in _paths(callbacks) if path.is_file())
+        yield from _paths(node)
+
+
 def _paths(node: Any, key: str = "") -> Iterator[Path]:
-    """Existing files and folders that occur in a node."""
+    """Existing files and folders that occur in a node, outside the section ``callbacks``."""
     if isinstance(node, dict):
         for name, value in node.items():
-            if name not in PLACES:
+            if name not in (*PLACES, "callbacks"):
                 yield from _paths(value, name)
     elif isinstance(node, list | tuple):
         for value in node:

@@ -149,9 +149,11 @@ class RunDirectory:
             log.warning("%s is damaged; training restarts from the beginning", path)
             return None
 
-    def drop_checkpoint(self) -> None:
-        """Remove the last checkpoint, if any."""
+    def drop_checkpoint(self) -> bool:
+        """Remove the last checkpoint; returns whether there was one."""
+        exists = (self.path / "checkpoints" / LAST).exists()
         (self.path / "checkpoints" / LAST).unlink(missing_ok=True)
+        return exists
 
     @rank_zero_only
     def save_weights(self, model: nn.Module, name: str = "student") -> None:

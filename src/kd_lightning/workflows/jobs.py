@@ -124,12 +124,12 @@ def prepare(config: Node) -> Job:
     data.setup()
     if isinstance(module.teacher, RecordedTeacher):  # nothing could compute what is missing
         open_caches(module, plan, data, torch.device("cpu"))
-    own_code = [config.get(part) for part in ("student", "method", "callbacks")]
+    own_code = {part: config.get(part) for part in ("student", "method", "callbacks")}
     contents = Contents(
         images=data.fingerprint(),
         teacher=content_sha256(plan, teachers),
         code=source_sha256(
-            *own_code,
+            own_code,
             plan.student.optimizer,
             plan.student.scheduler,
             plan.data.node.get("augmentation"),

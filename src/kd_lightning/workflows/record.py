@@ -29,10 +29,12 @@ def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[
         )  # fmt: skip
         earlier = {}
     resumes = earlier.get("config_key") == plan.key
-    if not resumes:
-        # Of another configuration: interrupted before its first checkpoint, this one would resume
-        # from it.
-        directory.drop_checkpoint()
+    # Otherwise this one, interrupted before its first checkpoint, would resume from it.
+    if not resumes and directory.drop_checkpoint():
+        log.warning(
+            "the interrupted training in %s was of another configuration; starting a new one",
+            directory.path,
+        )
     record = {
         **_identity(plan),
         "config_key": plan.key,
@@ -64,9 +66,11 @@ def _identity(plan: Plan) -> dict[str, Any]:
 def record_failure(config: Node, run_dir: str | Path, error: Exception) -> None:
     """Record a run of a grid that could not start, so that the grid's table shows it as failed."""
     directory = RunDirectory(run_dir)
-    if directory.read_metrics().get("status") != "finished":
+    earlier = directory.read_metrics()
+    if earlier.get("status") != "finished":
         directory.write_metrics(
             {
+                **earlier,  # an interrupted training can still be resumed
                 "status": "failed",
                 **{part: config[part] for part in ("name", "setting")},
                 **{part: config[part]["name"] for part in ("method", "student", "teacher", "data")},

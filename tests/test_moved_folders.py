@@ -1,0 +1,83 @@
+"""Folders that are moved between two parts of a training, or that a training writes to."""
+
+import shutil
+import warnings
+
+import pytest
+from conftest import FOLDER, TINY, write_folder
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+from kd_lightning import api
+from kd_lightning.config.naming import config_key
+from kd_lightning.engine.checkpointing import MovableCheckpoints, remove_partial
+from kd_lightning.storage.identity import source_sha256, stamps
+from kd_lightning.workflows import student
+
+BEST = {"filename": "best", "monitor": "val/accuracy", "mode": "max"}
+
+
+@pytest.mark.parametrize("kind", [MovableCheckpoints, ModelCheckpoint])
+def test_best_score_is_kept_if_the_folder_is_moved(tmp_path, kind):
+    saved = kind(tmp_path / "before", **BEST)  # Lightning's: of earlier versions
+    saved.best_model_score = 0.5
+    saved.best_model_path = saved.kth_best_model_path = str(tmp_path / "before" / "best.ckpt")
+    saved.best_k_models = {saved.best_model_path: 0.5}
+    restored = MovableCheckpoints(tmp_path / "after", **BEST)
+    assert restored.state_key == saved.state_key
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        restored.load_state_dict(saved.state_dict())
+    here = str(tmp_path / "after" / "best.ckpt")
+    assert restored.best_model_score == 0.5
+    assert restored.best_model_path == restored.kth_best_model_path == here
+    assert restored.best_k_models == {here: 0.5}
+    assert restored.last_model_path == ""
+
+
+def test_interrupted_checkpoints_are_removed(tmp_path):
+    for name in (".last.ckpt.0123abcd.partial", "last.ckpt"):
+        (tmp_path / name).touch()
+    remove_partial(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
+    remove_partial(tmp_path / "missing")
+
+
+def test_folder_that_a_callback_writes_to_is_not_an_input(tmp_path):
+    written, read = tmp_path / "written", tmp_path / "weights.json"
+    read.write_text("[1]")
+    node = {"callbacks": {"x": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
+                                "dirpath": str(written), "weights": str(read)}}}  # fmt: skip
+    config = {"data_dir": str(tmp_path / "data"), **node}
+    before = source_sha256(node), stamps(config)
+    written.mkdir()
+    (written / "epoch=1.ckpt").write_text("weights")
+    assert (source_sha256(node), stamps(config)) == before
+    read.write_text("[2]")
+    assert source_sha256(node) != before[0]
+    assert stamps(config) != before[1]
+
+
+def test_moved_data_dir_is_the_same_configuration(tmp_path):
+    for data in (("data=cifar10",), ("data=folder", "data.root=images")):
+        first, second, other = (
+            api.compose(*data, f"data_dir={tmp_path / name}", *more)
+            for name, more in (("a", ()), ("b", ()), ("a", ("data.root=elsewhere",)))
+        )
+        assert config_key(first) == config_key(second) != config_key(other)
+    assert config_key(api.compose()) == config_key(api.compose("data_dir=data"))
+
+
+def test_run_resumes_with_another_data_dir(tmp_path, caplog):
+    images = write_folder(tmp_path / "images")
+
+    def run(place):
+        config = api.compose(
+            *FOLDER, *TINY, f"data.root={images}", "method=none", f"data_dir={place}",
+            f"output_dir={tmp_path / 'outputs'}",
+        )  # fmt: skip
+        return student.run(config, tmp_path / "run")
+
+    first = run(tmp_path / "a")
+    shutil.move(tmp_path / "a", tmp_path / "b")
+    assert run(tmp_path / "b")["config_key"] == first["config_key"]
+    assert "starting a new one" not in caplog.text
