@@ -4,16 +4,11 @@ import logging
 import sys
 
 import pytest
-from conftest import TINY
 from lightning.fabric.utilities import rank_zero
 from processes import start
 
-from kd_lightning import api
-from kd_lightning.errors import InputError
 from kd_lightning.models import count_parameters
-from kd_lightning.storage.run_directory import LAST, RunDirectory
-from kd_lightning.workflows.jobs import prepare
-from kd_lightning.workflows.record import begin_record, record_failure
+from kd_lightning.storage.run_directory import RunDirectory
 
 
 @pytest.mark.parametrize(
@@ -25,23 +20,6 @@ def test_rejected_run_leaves_no_folder(train, tmp_path, wrong):
     assert done.code == 2
     assert not list(tmp_path.glob("outputs/*"))
     logging.getLogger("anything").warning("no log file is left that this would be written to")
-
-
-def test_interrupted_run_of_a_grid_survives_a_failed_start(tmp_path, caplog):
-    config = api.compose(*TINY, "data=digits", "method=none", f"output_dir={tmp_path}")
-    directory = RunDirectory(tmp_path / "run")
-    begun, _ = begin_record(prepare(config), directory, "")
-    record_failure(config, directory.path, InputError("the disk is not mounted"))
-    failed = directory.read_metrics()
-    assert failed == {**begun, "status": "failed", "error": "the disk is not mounted"}
-    (directory.path / "checkpoints").mkdir()
-    (directory.path / "checkpoints" / LAST).touch()
-    assert begin_record(prepare(config), directory, "") == (begun, True)
-    assert not caplog.text
-    other = api.compose(*TINY, "data=digits", "method=none", f"output_dir={tmp_path}", "seed=1")
-    assert not begin_record(prepare(other), directory, "")[1]
-    assert "of another configuration; starting a new one" in caplog.text
-    assert not (directory.path / "checkpoints" / LAST).exists()
 
 
 def import_anew():

@@ -1,4 +1,4 @@
-"""Folders that are moved between two parts of a training, or that a training writes to."""
+"""The progress of a training is kept if folders are moved or written to, or a start fails."""
 
 import shutil
 import warnings
@@ -10,8 +10,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from kd_lightning import api
 from kd_lightning.config.naming import config_key
 from kd_lightning.engine.checkpointing import MovableCheckpoints, remove_partial
+from kd_lightning.errors import InputError
 from kd_lightning.storage.identity import source_sha256, stamps
+from kd_lightning.storage.run_directory import LAST, RunDirectory
 from kd_lightning.workflows import student
+from kd_lightning.workflows.jobs import prepare
+from kd_lightning.workflows.record import begin_record, record_failure
 
 BEST = {"filename": "best", "monitor": "val/accuracy", "mode": "max"}
 
@@ -81,3 +85,20 @@ def test_run_resumes_with_another_data_dir(tmp_path, caplog):
     shutil.move(tmp_path / "a", tmp_path / "b")
     assert run(tmp_path / "b")["config_key"] == first["config_key"]
     assert "starting a new one" not in caplog.text
+
+
+def test_interrupted_run_of_a_grid_survives_a_failed_start(tmp_path, caplog):
+    config = api.compose(*TINY, "data=digits", "method=none", f"output_dir={tmp_path}")
+    directory = RunDirectory(tmp_path / "run")
+    begun, _ = begin_record(prepare(config), directory, "")
+    record_failure(config, directory.path, InputError("the disk is not mounted"))
+    failed = directory.read_metrics()
+    assert failed == {**begun, "status": "failed", "error": "the disk is not mounted"}
+    (directory.path / "checkpoints").mkdir()
+    (directory.path / "checkpoints" / LAST).touch()
+    assert begin_record(prepare(config), directory, "") == (begun, True)
+    assert not caplog.text
+    other = api.compose(*TINY, "data=digits", "method=none", f"output_dir={tmp_path}", "seed=1")
+    assert not begin_record(prepare(other), directory, "")[1]
+    assert "of another configuration; starting a new one" in caplog.text
+    assert not (directory.path / "checkpoints" / LAST).exists()
