@@ -13,9 +13,10 @@ from kd_lightning.engine.checkpointing import MovableCheckpoints, remove_partial
 from kd_lightning.errors import InputError
 from kd_lightning.storage.identity import source_sha256, stamps
 from kd_lightning.storage.run_directory import LAST, RunDirectory
+from kd_lightning.storage.teacher_store import StoredTeacher
 from kd_lightning.workflows import student
 from kd_lightning.workflows.jobs import prepare
-from kd_lightning.workflows.record import begin_record, record_failure
+from kd_lightning.workflows.record import begin_record, record_failure, record_teachers
 
 BEST = {"filename": "best", "monitor": "val/accuracy", "mode": "max"}
 
@@ -87,6 +88,24 @@ def test_run_resumes_with_another_data_dir(tmp_path, caplog):
     assert "starting a new one" not in caplog.text
 
 
+def test_student_does_not_resume_with_other_teacher_weights(tmp_path, caplog):
+    directory = RunDirectory(tmp_path)
+    last = tmp_path / "checkpoints" / LAST
+    first, other = (StoredTeacher(tmp_path, "key", {}, sha256) for sha256 in "ab")
+    record = {}
+    assert record_teachers(record, (first, None), directory)  # before the first training
+    assert directory.read_metrics() == record
+    last.parent.mkdir()
+    last.touch()
+    assert record_teachers({}, (other, None), directory)  # of an earlier version, without hashes
+    assert record_teachers(record, (first, None), directory)
+    assert last.exists()
+    assert not record_teachers(record, (other, None), directory)
+    assert not last.exists()
+    assert "had a teacher with other weights; starting a new one" in caplog.text
+    assert record_teachers(record, (other, None), directory)
+
+
 def test_interrupted_run_of_a_grid_survives_a_failed_start(tmp_path, caplog):
     config = api.compose(*TINY, "data=digits", "method=none", f"output_dir={tmp_path}")
     directory = RunDirectory(tmp_path / "run")
@@ -97,7 +116,7 @@ def test_interrupted_run_of_a_grid_survives_a_failed_start(tmp_path, caplog):
     (directory.path / "checkpoints").mkdir()
     (directory.path / "checkpoints" / LAST).touch()
     assert begin_record(prepare(config), directory, "") == (begun, True)
-    assert not caplog.text
+    assert "starting a new one" not in caplog.text
     other = api.compose(*TINY, "data=digits", "method=none", f"output_dir={tmp_path}", "seed=1")
     assert not begin_record(prepare(other), directory, "")[1]
     assert "of another configuration; starting a new one" in caplog.text

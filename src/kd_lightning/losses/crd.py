@@ -86,7 +86,7 @@ class CRD(VectorTerm):
     latest embeddings of all training images, as in the paper; see `noise_contrastive_loss` and
     `MemoryBank`. In deviation from the authors' code, each image of another class is drawn
     independently, so that K is the expected number of negatives; and embeddings of images that have
-    not been seen are used only as long as there are not enough others.
+    not been seen are used in the first epoch only, as long as there are not enough others.
 
     Cost with memory: two banks of M * D floats, which are part of every checkpoint, about ten
     temporary tensors of B * M floats, and 2 B M D multiplications; suited for up to some 100,000

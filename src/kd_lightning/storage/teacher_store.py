@@ -29,11 +29,14 @@ class StoredTeacher:
         path: its folder.
         key: see `teacher_key`.
         facts: validation and test accuracy, parameters, epochs, seconds.
+        sha256: of the file with its weights, in hex. Teachers of one key, trained on different
+            machines, may differ in it.
     """
 
     path: Path
     key: str
     facts: dict[str, Any]
+    sha256: str
 
     @property
     def weights(self) -> Path:
@@ -123,7 +126,7 @@ class TeacherStore:
         digest = file_sha256(partial / "teacher.safetensors")
         write_json(partial / "teacher.json", {"key": key, "sha256": digest, "facts": facts})
         partial.rename(place)
-        return StoredTeacher(place, key, facts)
+        return StoredTeacher(place, key, facts, digest)
 
 
 def _read(place: Path, key: str) -> StoredTeacher | None:
@@ -137,9 +140,9 @@ def _read(place: Path, key: str) -> StoredTeacher | None:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         facts = manifest["facts"]
         known = all(isinstance(facts[fact], float) for fact in ("val_accuracy", "test_accuracy"))
-        stored = StoredTeacher(place, key, facts)
+        stored = StoredTeacher(place, key, facts, manifest["sha256"])
         path = stored.weights
-        whole = known and manifest["key"] == key and file_sha256(path) == manifest["sha256"]
+        whole = known and manifest["key"] == key and file_sha256(path) == stored.sha256
     except (FileNotFoundError, NotADirectoryError, ValueError, KeyError, TypeError, RecursionError):
         return None  # the last: too deeply nested
     except OSError as error:

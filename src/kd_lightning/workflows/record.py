@@ -1,15 +1,22 @@
 """The record of a run: `metrics.json` and `config.yaml`, from its beginning."""
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.plan import Plan
 from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.storage.teacher_store import StoredTeacher
 from kd_lightning.workflows.jobs import Job
 
 log = logging.getLogger(__name__)
+
+TEACHERS = "trained_teachers_sha256"
+"""Key of the hashes of the weights of trained teachers, which a configuration does not determine on
+every machine.
+"""
 
 
 def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[str, Any], bool]:
@@ -45,9 +52,37 @@ def begin_record(job: Job, directory: RunDirectory, stamped: str) -> tuple[dict[
     }
     if not plan.teachers:
         record["key_without_teacher"] = plan.key_without_teacher
+    if resumes and TEACHERS in earlier:
+        record[TEACHERS] = earlier[TEACHERS]
     directory.write_metrics(record)
     directory.write_config(plan.config)
     return record, resumes
+
+
+def record_teachers(
+    record: dict[str, Any], stored: Sequence[StoredTeacher | None], directory: RunDirectory
+) -> bool:
+    """Record the weights of teachers that were trained, and drop a checkpoint of other ones.
+
+    Args:
+        record: from `begin_record`; extended.
+        stored: the teachers.
+        directory: folder of the run.
+
+    Returns:
+        False if the interrupted training had teachers with other weights: they were lost and have
+        been trained again, on another machine.
+    """
+    found = [teacher.sha256 for teacher in stored if teacher is not None]
+    same = record.get(TEACHERS, found) == found
+    if not same and directory.drop_checkpoint():
+        log.warning(
+            "the interrupted training in %s had a teacher with other weights; starting a new one",
+            directory.path,
+        )
+    record[TEACHERS] = found
+    directory.write_metrics(record)
+    return same
 
 
 def _identity(plan: Plan) -> dict[str, Any]:

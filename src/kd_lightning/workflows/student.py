@@ -35,7 +35,7 @@ from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
 from kd_lightning.workflows.costs import count_costs, networks_of
 from kd_lightning.workflows.jobs import Job, prepare
 from kd_lightning.workflows.nodes import check_nodes
-from kd_lightning.workflows.record import begin_record
+from kd_lightning.workflows.record import begin_record, record_teachers
 from kd_lightning.workflows.teacher import find_teachers
 
 log = logging.getLogger(__name__)
@@ -118,6 +118,7 @@ def _train_and_record(
     try:
         check_nodes(job, directory)
         job = job.with_teachers(find_teachers(job.plan, job.data, job.teachers))
+        resumes = record_teachers(record, job.stored, directory) and resumes
         resume = directory.checkpoint() if resumes else None
         arguments = (job, directory.path, resume, callbacks, test)
         accelerator = job.plan.student.trainer.arguments["accelerator"]

@@ -85,7 +85,8 @@ def _find(
         return None
     if teacher.outputs is not None:
         packed = read_packed(teacher.outputs)
-        return StoredTeacher(packed.file, file_sha256(packed.file), packed.facts)
+        digest = file_sha256(packed.file)
+        return StoredTeacher(packed.file, digest, packed.facts, digest)
     return TeacherStore(plan.output_dir / "teachers").obtain(
         teacher.name,
         teacher_key(teacher, data.fingerprint(), initial),
