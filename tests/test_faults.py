@@ -102,7 +102,7 @@ def test_garbage_metrics_are_not_a_finished_run(tmp_path, garbage):
     from kd_lightning.config.finished import finished
     from kd_lightning.errors import InputError
 
-    config = {"remember": {"dtype": "float16"}, "seed": 0}
+    config = {"remember": {"dtype": "float16"}, "seed": 0, "data": {}, "data_dir": "data"}
     if b"finished" in garbage:  # a finished run is not overwritten
         with pytest.raises(InputError, match="another configuration"):
             finished(tmp_path, config)

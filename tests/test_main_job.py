@@ -26,7 +26,7 @@ KEYS = {
     "compression_ratio", "val_accuracy", "test_accuracy", "best_val_accuracy", "best_epoch",
     "test_accuracy_at_best", "teacher_val_accuracy", "teacher_test_accuracy", "agreement",
     "epochs", "train_seconds", "images_per_second", "teacher_key", "git_commit", "python", "torch",
-    "lightning", "images_sha256", "teacher_sha256", "code_sha256", "stamps", "device",
+    "lightning", "images_sha256", "teacher_sha256", "code_sha256", "trained_teachers_sha256", "stamps", "device",
     "processes", "precision", "class_names",
     "test_nll", "test_brier", "test_ece", "temperature", "test_nll_calibrated",
     "test_ece_calibrated", "teacher_test_nll", "teacher_test_ece", "teacher_kl",

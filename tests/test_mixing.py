@@ -199,9 +199,13 @@ def built(*overrides):
 
 
 def test_group_of_augmentations():
-    assert built("augmentation=standard").augmentation == Augmentation(padding=4, flip=True)
-    assert built("augmentation=none").augmentation == Augmentation(padding=0, flip=False)
     # Digits are never flipped, unless asked for.
+    standard = built("augmentation=standard").augmentation
+    assert standard == Augmentation(padding=3, flip=False)
+    larger = ("data.padding=8", "data.flip=true")
+    assert built("augmentation=standard", *larger).augmentation == Augmentation(8, True)
+    assert built("augmentation=cutout", *larger).augmentation == Augmentation(8, True, 8)
+    assert built("augmentation=none").augmentation == Augmentation(padding=0, flip=False)
     own = Augmentation(padding=3, flip=False, seed=5)
     for name, mixing in (("mixup", Mixup(seed=5)), ("cutmix", CutMix(seed=5))):
         data = built(f"augmentation={name}", "data.view_seed=5")
