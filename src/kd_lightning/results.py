@@ -170,6 +170,7 @@ FIGURES = (
            column=False),
     Figure("processes", "count", "that trained together", column=False),
     Figure("class_names", "list", "in the order of their labels", column=False),
+    Figure("trained_teachers_sha256", "list", "of the weights of teachers trained here", column=False),
     Figure("config_key", "text", "hash of the configuration", column=False),
     Figure("key_without_teacher", "text", "the same but for the teacher", column=False),
     Figure("baseline_key", "text", "the same but for teacher and method", column=False),
