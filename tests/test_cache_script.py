@@ -69,6 +69,9 @@ def test_check_recomputes_rows(train, tmp_path, script):
     code, said, _ = script("check", run, 50)
     assert code == 0, said
     assert said.count("as expected") == 3  # logits, attention maps, evaluation
+    moved = run.parents[2].rename(tmp_path / "moved")
+    run = moved / run.relative_to(tmp_path / "outputs")
+    assert script("check", run, 50) == (0, said, "")
     # A valid row with other numbers: the outputs of another teacher.
     (entry,) = [e for e in stored(run.parents[2] / "teachers" / "remembered") if "-logit-" in
                 e.folder.name]  # fmt: skip

@@ -82,6 +82,31 @@ def test_study_of_another_configuration_is_refused(overrides, trained):
         tuning.tune([*overrides, "student.model.hidden=2"], trials=1, name="mine")
 
 
+def test_space_belongs_to_the_study(overrides, trained):
+    space = {"optimizer.lr": tuning.Range(0.01, 0.02)}
+    studies = [tuning.tune(overrides, 1, space=given) for given in (None, space, space)]
+    assert [len(study.trials) for study in studies] == [1, 1, 1]
+    names = [study.study_name for study in studies]
+    assert names[0] != names[1] == names[2]
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [("optimizer.lrr", "did you mean optimizer.lr"), ("student.name", "no number, but small"),
+     ("data.flip", "data.flip")],
+)  # fmt: skip
+def test_space_of_keys_without_a_number_is_refused(overrides, trained, key, said):
+    with pytest.raises(InputError, match=said):
+        tuning.tune(overrides, 1, space={key: tuning.Range(0.1, 1.0)})
+
+
+@pytest.mark.parametrize("storage", ["sqlite:////proc/x/o.db", "foo"])
+def test_unusable_storage_is_one_sentence(overrides, trained, storage):
+    with pytest.raises(InputError, match=f"the studies in {storage} cannot be opened") as refused:
+        tuning.tune(overrides, 1, storage)
+    assert "\n" not in str(refused.value)
+
+
 def test_folders_may_outlast_the_study(overrides, tmp_path):
     first = tuning.tune(overrides, trials=2)
     (tmp_path / "outputs" / "tuning" / "studies.db").unlink()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -149,4 +150,9 @@ def prepare_again(directory: RunDirectory) -> Job:
         InputError: as `prepare`, or the folder is damaged.
     """
     config = directory.read_config()
-    return prepare({**config, "trainer": of_one_process(config["trainer"])})
+    place = Path(config["output_dir"])
+    here = directory.path.absolute().parent.parent.parent  # of its runs/SETTING/NAME
+    if not (place / "teachers").is_dir() and (here / "teachers").is_dir():  # it has been moved
+        place = here
+    trainer = of_one_process(config["trainer"])
+    return prepare({**config, "output_dir": str(place), "trainer": trainer})

@@ -1,6 +1,7 @@
 """Hyper-parameter search with Optuna on validation accuracy; resumable, with parallel workers."""
 
 import contextlib
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import NamedTuple
 import optuna
 from hydra import compose, initialize_config_dir
 from lightning.pytorch import Callback, LightningModule, Trainer
+from optuna.exceptions import StorageInternalError
+from sqlalchemy.exc import SQLAlchemyError
 
 from kd_lightning.config import overrides as rules
 from kd_lightning.config.checks import check_sections
@@ -158,8 +161,14 @@ def tune(
         return node
 
     config = composed()
-    space = dict(space or default_space(config))
     key = config_key(config)
+    if space:
+        key = hashlib.sha256(f"{key} {sorted(space.items())}".encode()).hexdigest()
+    space = dict(space or default_space(config))
+    given = {}  # of the unmodified configuration
+    for path in space:
+        composed([override(path, space[path].low)])  # there must be such a key
+        given[path] = _number(config, path)
     start = f"{config['method']['name']}-{config['student']['name']}-{config['setting']}"
     name = name or f"{start}-{key[:8]}"
     folder = Path(config["output_dir"]) / "tuning"
@@ -167,8 +176,7 @@ def tune(
     storage = storage or f"sqlite:///{folder / 'studies.db'}"
     study = _open_study(storage, name, key, config["trainer"]["max_epochs"])
 
-    if not study.trials:  # start from the unmodified configuration
-        given = {key: float(select(config, key)) for key in space}
+    if not study.trials:
         study.enqueue_trial({key: min(max(given[key], r.low), r.high) for key, r in space.items()})
 
     def objective(trial: optuna.Trial) -> float:
@@ -193,31 +201,44 @@ def tune(
     return study
 
 
+def _number(config: Node, key: str) -> float:
+    value = select(config, key)
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise InputError(f"--space {key}: its value is no number, but {value}")
+    return float(value)
+
+
 def _open_study(storage: str, name: str, key: str, epochs: int) -> optuna.Study:
     """Create or load a study.
 
     Args:
         storage: URL.
         name: of the study.
-        key: hash of the configuration, stored with the study.
+        key: hash of the configuration and of a given space, stored with the study.
         epochs: of every trial.
 
     Raises:
-        InputError: the existing study is of another configuration.
+        InputError: the existing study is of another configuration, or the storage cannot be used.
     """
-    study = optuna.create_study(
-        storage=storage,
-        study_name=name,
-        direction="maximize",
-        load_if_exists=True,
-        # High learning rates lag behind in the first half of the epochs, but may win in the end.
-        pruner=optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=epochs // 2),
-    )
+    # High learning rates lag behind in the first half of the epochs, but may win in the end.
+    pruner = optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=epochs // 2)
+    try:
+        study = optuna.create_study(
+            storage=storage,
+            study_name=name,
+            direction="maximize",
+            load_if_exists=True,
+            pruner=pruner,
+        )
+    except (SQLAlchemyError, StorageInternalError, ImportError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"the studies in {storage} cannot be opened: {reason}") from error
     known = study.user_attrs.get("config_key")
     if known is None and not study.trials:
         study.set_user_attr("config_key", key)
     elif known != key:
         raise InputError(
-            f"the study {name} is of another configuration; choose another name by --study"
+            f"the study {name} is of another configuration or --space; choose another name by "
+            "--study"
         )
     return study
