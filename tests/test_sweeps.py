@@ -83,6 +83,12 @@ def compositions(monkeypatch):
     return calls
 
 
+def as_hydra(loader, config, run):
+    """Composed by Hydra, from files that are parsed once for all tests."""
+    with sweeps.files_read_once(loader, sweeps._state(loader)):
+        return sweeps._load_as_hydra(loader, config, run)
+
+
 def everything(node):
     """All values of a configuration, in order, with types and flags."""
     if not isinstance(node, Container) or node._is_none() or node._is_interpolation():
@@ -120,7 +126,7 @@ def test_a_run_is_composed_as_by_hydra(shared, grids, hydra, run):
     assert sweeps.compose_run(loader, config, run) is not None
     again = [*run, "ema=0.5"]  # of the same groups
     fast = sweeps.compose_run(loader, config, again)
-    assert everything(fast) == everything(sweeps._load_as_hydra(loader, config, again))
+    assert everything(fast) == everything(as_hydra(loader, config, again))
 
 
 def test_tests_compose_as_hydra(loader):
@@ -152,7 +158,7 @@ def test_tests_compose_as_hydra(loader):
 def test_an_impossible_run_is_refused_as_by_hydra(shared, grids, run, monkeypatch):
     config = grids(shared)
     with pytest.raises(Exception) as refused:
-        sweeps._load_as_hydra(shared, config, run)
+        as_hydra(shared, config, run)
     assert str(refused.value)
     left_to_hydra = []
     monkeypatch.setattr(sweeps, "_load_as_hydra", lambda *given: left_to_hydra.append(given))

@@ -165,10 +165,8 @@ def tune(
     if space:
         key = hashlib.sha256(f"{key} {sorted(space.items())}".encode()).hexdigest()
     space = dict(space or default_space(config))
-    given = {}  # of the unmodified configuration
-    for path in space:
-        composed([override(path, space[path].low)])  # there must be such a key
-        given[path] = _number(config, path)
+    composed([override(path, space[path].low) for path in space])  # there must be such keys
+    given = {path: _number(config, path) for path in space}  # of the unmodified configuration
     start = f"{config['method']['name']}-{config['student']['name']}-{config['setting']}"
     name = name or f"{start}-{key[:8]}"
     folder = Path(config["output_dir"]) / "tuning"
