@@ -32,7 +32,7 @@ ifeq ($(TORCH),cpu)
 	$(PIP) --extra-index-url https://download.pytorch.org/whl/cpu torch torchvision
 endif
 	$(PIP) --editable '.[dev]'
-	$(RUN) -m compileall -q src # pip does it for what it copies
+	$(RUN) -m compileall -q src # pip compiles only packages that it copies
 	touch $@
 
 $(VENV)/installed-docs: $(VENV)/installed

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 from kd_lightning import api
 from kd_lightning.config.naming import config_key
-from kd_lightning.engine.checkpointing import MovableCheckpoints, remove_partial
+from kd_lightning.engine.checkpointing import MovableCheckpoints
 from kd_lightning.errors import InputError
 from kd_lightning.storage.identity import source_sha256, stamps
 from kd_lightning.storage.run_directory import LAST, RunDirectory
@@ -39,12 +39,13 @@ def test_best_score_is_kept_if_the_folder_is_moved(tmp_path, kind):
     assert restored.last_model_path == ""
 
 
-def test_interrupted_checkpoints_are_removed(tmp_path):
-    for name in (".last.ckpt.0123abcd.partial", "last.ckpt"):
-        (tmp_path / name).touch()
-    remove_partial(tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["last.ckpt"]
-    remove_partial(tmp_path / "missing")
+def test_incomplete_checkpoints_of_a_killed_training_are_removed(tmp_path):
+    folder = tmp_path / "run" / "checkpoints"
+    folder.mkdir(parents=True)
+    (folder / ".last.ckpt.0123abcd.partial").touch()
+    config = api.compose(*TINY, "data=digits", "method=none", f"output_dir={tmp_path / 'outputs'}")
+    student.run(config, tmp_path / "run")
+    assert {path.name for path in folder.iterdir()} == {"best.ckpt", "last.ckpt"}
 
 
 def test_folder_that_a_callback_writes_to_is_not_an_input(tmp_path):
@@ -69,6 +70,11 @@ def test_moved_data_dir_is_the_same_configuration(tmp_path):
             for name, more in (("a", ()), ("b", ()), ("a", ("data.root=elsewhere",)))
         )
         assert config_key(first) == config_key(second) != config_key(other)
+    images = (
+        api.compose("data=folder", f"data.root={tmp_path / name}", f"data_dir={tmp_path / name}")
+        for name in "ab"
+    )
+    assert len({config_key(config) for config in images}) == 2
     assert config_key(api.compose()) == config_key(api.compose("data_dir=data"))
 
 

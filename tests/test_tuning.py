@@ -92,7 +92,7 @@ def test_space_belongs_to_the_study(overrides, trained):
 
 @pytest.mark.parametrize(
     ("key", "said"),
-    [("optimizer.lrr", "did you mean optimizer.lr"), ("student.name", "no number, but small"),
+    [("optimizer.lrr", "did you mean optimizer.lr"), ("student.name", "not a number: small"),
      ("data.flip", "data.flip")],
 )  # fmt: skip
 def test_space_of_keys_without_a_number_is_refused(overrides, trained, key, said):

@@ -143,10 +143,10 @@ def _in_default_folder(config: Node) -> Node:
     where they are.
     """
     data = dict(config["data"])
-    if data.get("root") == config["data_dir"]:  # of a download
-        data["root"] = FOLDERS["data_dir"]
     if "cache_dir" in data:
         data["cache_dir"] = f"{FOLDERS['data_dir']}/decoded"
+    elif data.get("root") == config["data_dir"]:  # of a download, not of someone's images
+        data["root"] = FOLDERS["data_dir"]
     return {**config, "data": data}
 
 

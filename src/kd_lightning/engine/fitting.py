@@ -20,6 +20,7 @@ from kd_lightning.engine.callbacks.divergence import StopWhenDiverged
 from kd_lightning.engine.callbacks.history import History
 from kd_lightning.engine.callbacks.pictures import Pictures
 from kd_lightning.engine.callbacks.speed import Speed
+from kd_lightning.engine.checkpointing import remove_partial
 from kd_lightning.errors import RunError
 from kd_lightning.storage.run_directory import Checkpoint, RunDirectory
 
@@ -55,6 +56,8 @@ def fit(
     """
     if resume is not None:
         log.warning("resuming %s from %s", directory.path, resume.place)
+    if trainer.is_global_zero:
+        remove_partial(directory.path / "checkpoints")
     trainer.fit(module, data, ckpt_path=resume.path if resume else None, weights_only=True)
     speed, history = _callback(trainer, Speed), _callback(trainer, History)
     _callback(trainer, StopWhenDiverged).check(module)

@@ -21,7 +21,7 @@ from kd_lightning.engine.callbacks.progress import ProgressBar
 from kd_lightning.engine.callbacks.resuming import ExactResume
 from kd_lightning.engine.callbacks.speed import Speed
 from kd_lightning.engine.callbacks.stopping import StopWhenAsked
-from kd_lightning.engine.checkpointing import AtomicCheckpoints, MovableCheckpoints, remove_partial
+from kd_lightning.engine.checkpointing import AtomicCheckpoints, MovableCheckpoints
 from kd_lightning.engine.loggers import TENSORBOARD, build_loggers, shows_images
 from kd_lightning.engine.worker import cluster_environment
 from kd_lightning.errors import InputError
@@ -49,7 +49,6 @@ def build_trainer(
         loggers: name to `_target_` node.
     """
     checkpoints = folder / "checkpoints"
-    remove_partial(checkpoints)
     own_bar = any(isinstance(callback, LightningProgressBar) for callback in callbacks)
     log_to = build_loggers(loggers, folder, name, resume)
     fixed = {

@@ -202,7 +202,7 @@ def tune(
 def _number(config: Node, key: str) -> float:
     value = select(config, key)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise InputError(f"--space {key}: its value is no number, but {value}")
+        raise InputError(f"--space {key}: its value is not a number: {value}")
     return float(value)
 
 
