@@ -63,7 +63,7 @@ def main_tables(tmp_path_factory):
         name: lines_of(
             name,
             tmp_path_factory.mktemp("main"),
-            ("| none |", "| logit", "| combined |", "| dist |", "| dkd |", "| matching |"),
+            ("| none |", "| logit", "| combined |", "| dist |", "| dkd |", "| matching"),
         )
         for name in MAIN
     }
@@ -74,8 +74,65 @@ def lines_of(name, out, more=()):
     write_report([RUNS.with_name(name)], out, draw_figures=False)
     lines = (out / "results.md").read_text().splitlines()
     return [
-        line for line in lines if line.startswith(("| small |", "| medium |", "| large |", *more))
+        line
+        for line in lines
+        if line.startswith(("| small |", "| medium |", "| large |", *more))
+        and "| 0, " not in line  # a cell without runs
     ]
+
+
+ABLATIONS = {
+    "| - |": ("882be1f9", "matching", ""),
+    "| `method.terms.logit.temperature=2` |": ("882be1f9", "matching", "logit.temperature_2"),
+    "| `method=logit`": ("882be1f9", "logit", ""),
+    "| `teacher.members=": ("010ab600", "matching", ""),
+    "| `ema=0.999` |": ("1a7ffb17", "matching", ""),
+    "| `augmentation=mixup` |": ("8f3b9c54", "matching", ""),
+}
+
+
+def change(setting, method, variant):
+    """The columns of the table of changes, computed from the runs."""
+    runs = pd.read_csv(RUNS.with_name("ablations.csv"), keep_default_na=False)
+    runs = runs[runs["setting"].str.endswith(setting)].sort_values("seed")
+    cell = runs[(runs["method"] == method) & (runs["variant"] == variant)]
+    none = runs[runs["method"] == "none"]
+    assert list(cell["seed"]) == list(none["seed"]) == [0, 1, 2]
+    test, without = (100 * part["test_accuracy"].to_numpy(float) for part in (cell, none))
+    validation = 100 * cell["val_accuracy"].astype(float)
+    half = 4.302653 * (test - without).std(ddof=1) / 3**0.5  # Student's t, two degrees of freedom
+    gain = (test - without).mean()
+    return [
+        *(f"{x.mean():.2f} ± {x.std(ddof=1):.2f}" for x in (validation, test, without)),
+        f"{gain:+.2f} [{gain - half:+.2f}, {gain + half:+.2f}]",
+    ]
+
+
+@pytest.mark.parametrize("begin", ABLATIONS)
+def test_changes_one_at_a_time_follow_from_the_runs(begin):
+    section = (REPOSITORY / "RESULTS.md").read_text().partition("### Changes")[2]
+    (line,) = [x for x in section.partition("\n#")[0].splitlines() if x.startswith(begin)]
+    assert columns_of(line) == change(*ABLATIONS[begin])
+
+
+def columns_of(line):
+    """All columns but the first."""
+    return [column.strip() for column in line.split("|")[2:-1]]
+
+
+def test_searched_weights_follow_from_the_runs():
+    runs = pd.read_csv(RUNS.with_name("searched.csv"), keep_default_na=False)
+    assert set(runs["seed"]) == {0}
+    text = (REPOSITORY / "RESULTS.md").read_text().splitlines()
+    assert runs["method"].nunique() == 7
+    for method, tried in runs.groupby("method"):
+        accuracies = {
+            variant.replace("_", "="): f"{100 * value:.2f}"
+            for variant, value in zip(tried["variant"], tried["val_accuracy"], strict=True)
+        }
+        cells = [f"`{method}`", accuracies.pop("")]
+        cells += [f"`{variant}` {value}" for variant, value in accuracies.items()]
+        assert f"| {' | '.join(cells)} |" in text
 
 
 def test_half_of_the_images_follow_from_the_runs(half):
@@ -146,7 +203,7 @@ def test_comparison_with_the_original_table():
 
 @pytest.mark.parametrize(
     ("name", "columns", "number"),
-    [("cifar10.csv", 11, 8), ("methods.csv", 11, 15), ("cifar100.csv", 4, 6)],
+    [("cifar10.csv", 11, 15), ("methods.csv", 11, 27), ("cifar100.csv", 4, 6)],
 )
 def test_main_tables_follow_from_the_runs(main_tables, name, columns, number):
     """RESULTS.md has every cell of the first two sets of runs, and the overview of the third."""
@@ -164,8 +221,9 @@ def test_documents_show_no_other_figures(tables, main_tables, document):
     assert len(shown) >= 2
     known = [*tables, *itertools.chain.from_iterable(main_tables.values())]
     known += [line.replace(", 2 missing", "") for line in known]
+    changes = [change(*ablation) for ablation in ABLATIONS.values()]
     for line in shown:
-        assert line in known
+        assert line in known or columns_of(line) in changes
 
 
 def test_grids_are_complete():
@@ -183,16 +241,24 @@ def test_small_ratios_are_shown():
 
 
 def test_self_distillation_follows_from_the_runs():
-    runs = pd.read_csv(RUNS.with_name("self-distillation.csv"))
-    runs = runs[runs["student"] == "small"].set_index(["method", "teacher", "seed"])
-    found = 100 * runs["test_accuracy"]
-    rows = {
-        "`method=none`": ("none", "resnet20"), "`method=byot`": ("byot", "resnet20"),
-        "`method=tfkd`": ("tfkd", "resnet20"), "`method=logit teacher=mean`": ("logit", "mean"),
-        "born-again: ": ("logit", "none-small"), "assistant: ": ("logit", "logit-medium-s0"),
-        "without it: ": ("logit", "resnet20"),
-    }  # fmt: skip
+    runs = pd.read_csv(RUNS.with_name("self-distillation.csv"), keep_default_na=False)
     lines = (REPOSITORY / "docs" / "self-distillation.md").read_text().splitlines()
+    cells = summarise(read_runs([RUNS.with_name("self-distillation.csv")])).set_index("setting")
+    for words, setting in (("born-again: ", "b16f90b5"), ("assistant: ", "37d5a9b9")):
+        (line,) = [line for line in lines if line.startswith(f"| {words}")]
+        cell = cells[(cells.index.str.endswith(setting)) & (cells["method"] == "logit")]
+        mean, deviation, *gain = 100 * cell.iloc[0][
+            ["test", "test_std", "gain", "gain_low", "gain_high"]
+        ].astype(float)
+        assert line.endswith("| {:.2f} ± {:.2f} | {:+.2f} [{:+.2f}, {:+.2f}] |".format(
+            mean, deviation, *gain
+        ))  # fmt: skip
+    first = runs[runs["precision"] == "32-true"].set_index(["method", "teacher", "seed"])
+    found = 100 * first["test_accuracy"].astype(float)
+    rows = {
+        "`method=none` | 75.83": ("none", "resnet20"), "`method=byot`": ("byot", "resnet20"),
+        "`method=tfkd`": ("tfkd", "resnet20"), "`method=logit teacher=mean`": ("logit", "mean"),
+    }  # fmt: skip
     for words, cell in rows.items():
         (line,) = [line for line in lines if line.startswith(f"| {words}")]
         shown = [part.strip() for part in line.split("|")[2:4]]
