@@ -2,6 +2,7 @@
 
 import errno
 import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -176,3 +177,58 @@ def test_collector_runs_again_after_a_failed_import(monkeypatch):
     with pytest.raises(ImportError), importing():
         raise ImportError
     assert gc.isenabled()
+
+
+@pytest.fixture
+def marking(tmp_path, monkeypatch):
+    """A package that imports modules on demand, as SciPy does; one marks that it was imported."""
+    package = tmp_path / "marking"
+    (package / "costly").mkdir(parents=True)
+    (package / "__init__.py").write_text(
+        "import importlib\ndef __getattr__(name): return importlib.import_module(f'marking.{name}')"
+    )
+    (package / "costly" / "__init__.py").write_text(
+        "import marking; marking.done = True; of_it = 3"
+    )
+    (package / "costly" / "deeper.py").write_text("below = 4")
+    monkeypatch.syspath_prepend(tmp_path)
+    yield importlib.import_module("marking")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "marking"]:
+        del sys.modules[name]
+
+
+def test_module_that_nobody_uses_is_not_imported(marking):
+    with startup._unused("marking.costly", given=5):
+        import marking.costly
+
+        assert marking.costly.given == 5
+        assert not hasattr(marking.costly, "__file__")  # `inspect` asks all modules
+    assert "done" not in vars(marking)
+    assert "marking.costly" not in sys.modules
+    assert importlib.import_module("marking.costly").of_it == 3
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        "from marking.costly import of_it",
+        "import marking.costly.deeper; of_it = marking.costly.of_it",
+        "from marking.costly.deeper import below; of_it = below - 1",
+        "import marking.costly as it; of_it = it.of_it",
+    ],
+)
+def test_module_is_imported_when_it_is_used(marking, use):
+    found = {}
+    with startup._unused("marking.costly", given=5):
+        exec(use, found)
+    assert marking.done
+    assert found["of_it"] == 3
+    assert sys.modules["marking.costly"].of_it == 3
+
+
+def test_module_that_is_imported_already_is_left_alone(marking):
+    costly = importlib.import_module("marking.costly")
+    with startup._unused("marking.costly", given=5):
+        assert sys.modules["marking.costly"] is costly
+    assert sys.modules["marking.costly"] is costly
+    assert not hasattr(costly, "given")

@@ -2,20 +2,23 @@
 
 Importing them creates half a million objects, which last as long as the process. The garbage
 collector would search them again and again, and at the end the interpreter would free them one by
-one: a fifth of the time to the first training step, and seconds after the last.
+one: a fifth of the time to the first training step, and seconds after the last. And torchmetrics
+imports a large part of SciPy that nothing here uses.
 """
 
 import atexit
 import contextlib
 import ctypes
 import gc
+import importlib
 import io
 import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from types import FrameType
-from typing import NoReturn
+from importlib.machinery import ModuleSpec
+from types import FrameType, ModuleType
+from typing import Any, NoReturn
 
 from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.streams import robust_streams
@@ -35,11 +38,41 @@ def importing() -> Iterator[None]:
         return
     gc.disable()
     try:
-        yield
+        with _unused("scipy.signal", hamming=None):
+            yield
         if _leaves_memory:
             gc.freeze()
     finally:
         gc.enable()
+
+
+@contextlib.contextmanager
+def _unused(name: str, **given: Any) -> Iterator[None]:
+    """Do not import a module before something other than the given attributes is taken from it. Its
+    package must import its modules on demand, as SciPy does.
+
+    Importing torchmetrics imports `scipy.signal`, a sixth of all imports of a run, only to add
+    `hamming`, the old name of a function, for an audio package.
+    """
+    if name in sys.modules:
+        yield
+        return
+
+    def imported(attribute: str) -> Any:
+        if attribute.startswith("__") and attribute != "__path__":  # asked of every module
+            raise AttributeError(attribute)
+        if sys.modules.get(name) is placeholder:
+            del sys.modules[name]
+        return getattr(importlib.import_module(name), attribute)
+
+    placeholder = ModuleType(name)
+    vars(placeholder).update(given, __getattr__=imported, __spec__=ModuleSpec(name, None))
+    sys.modules[name] = placeholder
+    try:
+        yield
+    finally:
+        if sys.modules.get(name) is placeholder:
+            del sys.modules[name]
 
 
 def run_process(main: Callable[[], None]) -> None:
