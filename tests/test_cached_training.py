@@ -13,6 +13,7 @@ from conftest import FOLDER, TINY, write_folder
 
 from kd_lightning import api
 from kd_lightning.data import FolderDataModule
+from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import _term_key
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.errors import InputError
@@ -233,9 +234,33 @@ class Restless(FolderDataModule):
     reproducible = False
 
 
-def test_non_reproducible_views_are_not_cached(prepared, caplog):
+class Noise:
+    """Another view each time, which nobody declares."""
+
+    def render(self, images, index, view):
+        noise = torch.randint(0, 2, (len(index), 3, *images.shape[1:3]), dtype=torch.uint8)
+        return images[index].permute(0, 3, 1, 2) ^ (noise * (view != PLAIN)[:, None, None, None])
+
+
+class InOrder:
+    """Views that depend on their place in the batch."""
+
+    def render(self, images, index, view):
+        place = torch.arange(len(index), dtype=torch.uint8) * (view != PLAIN)
+        return images[index].permute(0, 3, 1, 2) ^ place[:, None, None, None]
+
+
+@pytest.mark.parametrize(
+    "chosen",
+    [
+        "data._target_=test_cached_training.Restless",
+        "data.augmentation={_target_: test_cached_training.Noise}",
+        "data.augmentation={_target_: test_cached_training.InOrder}",
+    ],
+)
+def test_non_reproducible_views_are_not_cached(prepared, caplog, chosen):
     with caplog.at_level(logging.WARNING):
-        job = prepared("method=logit", "data._target_=test_cached_training.Restless")
+        job = prepared("method=logit", chosen)
     assert "not reproducible" in caplog.text
     assert job.module.cache is None
     assert job.module.evaluation_cache is not None

@@ -81,10 +81,15 @@ def test_unusual_logits_keep_their_largest_class(kind, temperature):
         assert error.abs().max() < 0.02
 
 
-@pytest.mark.parametrize(("temperature", "cosine"), [(1.0, 0.998), (2.0, 0.99), (4.0, 0.85)])
-def test_direction_of_the_gradient(temperature, cosine):
+@pytest.mark.parametrize(
+    ("distance", "temperature", "cosine"),
+    [("far", 1.0, 0.998), ("far", 2.0, 0.99), ("far", 4.0, 0.87),
+     ("near", 1.0, 0.96), ("near", 2.0, 0.7), ("near", 4.0, 0.35)],
+)  # fmt: skip
+def test_direction_of_the_gradient(distance, temperature, cosine):
     dense = logits()
-    student = (0.5 * dense + torch.randn(dense.shape)).requires_grad_()
+    noise = torch.randn(dense.shape, generator=torch.Generator().manual_seed(10))
+    student = (0.5 * dense + noise if distance == "far" else dense + 0.5 * noise).requires_grad_()
     gradients = [
         torch.autograd.grad(soft_target_loss(student, target, temperature), student)[0].flatten()
         for target in (dense, restore(reduce(dense, 10).half(), 1000, temperature))

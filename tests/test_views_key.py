@@ -15,15 +15,19 @@ from kd_lightning.workflows import student
 CODE = """
 import json
 from pathlib import Path
+import torch
 from kd_lightning.data import Augmentation, FolderDataModule, Mixup
+from kd_lightning.data.views import PLAIN
 
 class Dark(Augmentation):
     def render(self, images, index, view):
-        return super().render(images, index, view) // 2
+        shift = (view != PLAIN).to(torch.uint8)[:, None, None, None]
+        return super().render(images, index, view) >> shift
 
 class Bright(Augmentation):
     def render(self, images, index, view):
-        return 255 - super().render(images, index, view)
+        change = (view != PLAIN)[:, None, None, None] * torch.tensor(255, dtype=torch.uint8)
+        return super().render(images, index, view) ^ change
 
 class Amount(Augmentation):
     def __init__(self, amount):

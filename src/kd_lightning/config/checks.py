@@ -106,6 +106,7 @@ def check(config: Node) -> None:
     for path in ("output_dir", "data_dir"):
         if not isinstance(config[path], str) or not config[path]:
             raise InputError(f"{path} must be the path of a folder, not {config[path]!r}")
+    _check_cutout(config["data"], "data")
     if not config["method"]["terms"]:
         raise InputError("method.terms must name at least one term")
     for name, term in config["method"]["terms"].items():
@@ -147,6 +148,15 @@ def check(config: Node) -> None:
         _check_teacher(part, f"teacher.members[{number}]" if several else "teacher")
 
 
+def _check_cutout(section: Node, path: str) -> None:
+    """Check that the cutout is not one that an augmentation node replaces."""
+    if section.get("cutout") and section.get("augmentation") is not None:
+        raise InputError(
+            f"{path}.cutout={section['cutout']} has no effect, since {path}.augmentation renders "
+            f"the views; set {path}.augmentation.cutout, if it has one"
+        )
+
+
 def _check_teacher(config: Node, path: str) -> None:
     """Check the teacher section, or that of a member, at a path."""
     teacher = config["teacher"]
@@ -173,6 +183,7 @@ def _check_teacher(config: Node, path: str) -> None:
     for key in ("augmentation", "mixing"):
         if (node := teacher.get(key)) is not None:
             check_node(node, f"{path}.{key}")
+    _check_cutout(teacher, path)
     trainer = trainer_node(config, teacher=True)
     check_trainer(trainer, f"{path}.trainer")
     if trainer["devices"] != 1:

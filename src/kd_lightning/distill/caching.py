@@ -11,12 +11,12 @@ from torch import Tensor
 
 from kd_lightning.config.nodes import Node, without
 from kd_lightning.config.plan import Plan, TeacherPlan
+from kd_lightning.data.checked_views import CHECKED_IMAGES
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import PLAIN, Augmentation
 from kd_lightning.distill.ensemble import members_of
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.recorded import RecordedTeacher
-from kd_lightning.distill.teacher import CHECKED_IMAGES
 from kd_lightning.distill.top_k import chosen_k
 from kd_lightning.errors import InputError
 from kd_lightning.losses import Term
@@ -102,7 +102,7 @@ def open_caches(
     if recorded is not None:
         recorded.check({"evaluation": logits["0"]}, [PLAIN])
 
-    if why := _why_not_training(module, data):
+    if why := _why_not_training(module, data, images):
         if recorded is not None:
             raise InputError(f"teacher=packed cannot be used for this run: {why}")
         log.warning("the teacher's outputs on training views are not cached: %s", why)
@@ -118,7 +118,7 @@ def open_caches(
     for name, size in large.items():
         log.warning(
             "the targets of %s are not cached: those of %d views need %.3g GB, more than is left "
-            "of remember.disk_gb=%g and of the disk; data.views=K uses K views",
+            "of remember.disk_gb=%g and of the disk; a smaller data.views needs less",
             name, len(used), size / GIGABYTE, limit / GIGABYTE,
         )  # fmt: skip
     module.cache = TeacherCache(rows, root, limit, live=tuple(large))
@@ -157,9 +157,17 @@ def _teacher_keys(
     return tuple(keys)
 
 
-def _why_not_training(module: DistillationModule, data: ImageDataModule) -> str:
-    """Why the outputs on training views must not be cached; empty if they may."""
-    if not data.reproducible:
+def _why_not_training(module: DistillationModule, data: ImageDataModule, images: Tensor) -> str:
+    """Why the outputs on training views must not be cached; empty if they may.
+
+    Args:
+        module: with the terms.
+        data: the data module.
+        images: the view 0 of the first training images.
+    """
+    index = data.splits["train"][: len(images)].flip(0)
+    again = data.render(index, torch.zeros_like(index))["images"].cpu().flip(0)
+    if not data.reproducible or not torch.equal(images, again):
         return f"the views of {data.name} are not reproducible"
     for name, (_, term) in module.target_parts().items():
         if _term_key(term) is None:

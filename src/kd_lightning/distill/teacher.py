@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from kd_lightning.data.checked_views import CHECKED_IMAGES
 from kd_lightning.data.views import Normalization
 from kd_lightning.models.features import (
     FeatureReader,
@@ -21,7 +22,6 @@ from kd_lightning.models.preparing import resize, to_memory_format
 from kd_lightning.models.trial import copied, no_gradients, stand_in
 from kd_lightning.storage.weights import weights_sha256
 
-CHECKED_IMAGES = 8
 TOLERANCE = 1e-3
 """Largest difference between two equivalent float32 outputs, due to rounding, relative to the
 largest value."""

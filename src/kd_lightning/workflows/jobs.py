@@ -11,6 +11,7 @@ from kd_lightning.config.checks import of_one_process
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.plan import Plan
 from kd_lightning.config.resolve import check_devices, resolve
+from kd_lightning.data.checked_views import check_views
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.distill.module import DistillationModule
@@ -123,6 +124,7 @@ def prepare(config: Node) -> Job:
     try_trainer(plan.student.trainer)
     data.check_batch_size(module.min_batch_size * plan.student.trainer.processes)
     data.setup()
+    check_views(data)
     if isinstance(module.teacher, RecordedTeacher):  # nothing could compute what is missing
         open_caches(module, plan, data, torch.device("cpu"))
     own_code = {part: config.get(part) for part in ("student", "method", "callbacks")}

@@ -13,6 +13,7 @@ import torch
 from kd_lightning.config.nodes import Node, build
 from kd_lightning.config.packed import read_packed
 from kd_lightning.config.plan import DataPlan, Plan, TeacherPlan
+from kd_lightning.data.checked_views import check_views
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import Augmentation, Views
 from kd_lightning.distill.divergence import first_not_finite
@@ -188,6 +189,7 @@ def train_teacher(
         augmentation=_views(data, plan),
         mixing=build(plan.mixing, "teacher.mixing") if plan.mixing is not None else None,
     )
+    check_views(data)
     size = plan.image_size or run.data.image_size
     module = build_module(training, replace(run.data, image_size=size))
     if plan.image_size is not None:
