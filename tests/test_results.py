@@ -135,6 +135,15 @@ def test_searched_weights_follow_from_the_runs():
         assert f"| {' | '.join(cells)} |" in text
 
 
+def test_the_pair_follows_from_the_runs(tmp_path):
+    write_report([RUNS.with_name("crd-pair.csv")], tmp_path, draw_figures=False)
+    text = (REPOSITORY / "docs" / "networks.md").read_text().splitlines()
+    lines = (tmp_path / "results.md").read_text().splitlines()
+    rows = [line for line in lines if line.startswith("| resnet8 |") and line.count("|") == 12]
+    assert len(rows) == 1
+    assert rows[0] in text
+
+
 def test_half_of_the_images_follow_from_the_runs(half):
     text = FURTHER.read_text().splitlines()
     rows = [row for row in half if "5 missing" not in row and row.count("±") and " 1, " not in row]
