@@ -49,6 +49,13 @@ def skip_waits(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(os, "fsync", lambda _: None)
 
 
+def read_commit_once(patch: pytest.MonkeyPatch) -> None:
+    """Ask git for the state of the checkout once, instead of in every training."""
+    from kd_lightning.storage import provenance
+
+    patch.setattr(provenance, "_git_commit", functools.cache(provenance._git_commit))
+
+
 def may_choose_mode(overrides: Sequence[str]) -> bool:
     """Whether Hydra has to compose a configuration first, to read its `hydra.mode`."""
     return any(override.startswith(("experiment=", "hydra")) for override in overrides)

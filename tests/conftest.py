@@ -108,11 +108,15 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def fast_composition(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Compose configurations as in tests/composition.py, except in the test of that; skip waits."""
+    """Compose configurations, and find the commit, as in tests/composition.py, except in the tests
+    of that; skip waits.
+    """
     with pytest.MonkeyPatch.context() as patch:
         if request.module.__name__ != "test_sweeps":
             composition.install(patch)
         composition.skip_waits(patch)
+        if request.module.__name__ != "test_provenance":
+            composition.read_commit_once(patch)
         yield
 
 

@@ -11,11 +11,10 @@ from typing import Any, NoReturn
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra._internal.utils import get_args_parser
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, Quote, QuotedString
 from hydra.errors import HydraException, MissingConfigException
 
-from kd_lightning.config.overrides import find_key, no_such_choice
+from kd_lightning.config.overrides import find_key, no_such_choice, override_parser
 from kd_lightning.config.tree import tree_folder
 from kd_lightning.errors import InputError
 
@@ -192,7 +191,7 @@ def hydra_text(value: Any) -> str:
 
 def _parsed(override: str) -> Override | None:
     try:
-        return OverridesParser.create().parse_overrides([override])[0]
+        return override_parser().parse_overrides([override])[0]
     except (HydraException, ValueError, TypeError):
         return None
 

@@ -79,7 +79,7 @@ def fill_in_runs(
     Raises:
         InputError: there is no such run, or it is not finished.
     """
-    folder_of_run = {key: config[key] for key in ("setting", "name")}  # as composed
+    folder_of_run: dict[str, str] = {}  # as composed
     for section in sections(config):
         run = section.get("run")
         if run is None:
@@ -92,6 +92,7 @@ def fill_in_runs(
             folder = _folder_of(_compose(run, overrides), plain)
         else:
             raise InputError(f"teacher.run must be {_EXAMPLE}, not {run}")
+        folder_of_run = folder_of_run or {key: config[key] for key in ("setting", "name")}
         with open_dict(config):
             size = OmegaConf.select(config, "data.image_size")
             section.merge_with(_teacher(folder, section, size, checked=isinstance(run, str)))

@@ -2,6 +2,7 @@
 
 import collections.abc
 import contextlib
+import copy
 import difflib
 import enum
 import functools
@@ -20,6 +21,7 @@ from hydra.utils import instantiate
 from kd_lightning.errors import InputError
 
 Node = dict[str, Any]
+Signature = tuple[dict[str, inspect.Parameter], dict[str, Any], bool]
 
 # Keys of a node that Hydra interprets.
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
@@ -113,15 +115,27 @@ def build(node: Node, path: str) -> Any:
     """
     if node.get("_partial_"):
         raise InputError(f"{path}: omit _partial_, the object itself is needed")
+    node = _with_enums(node)
     try:
-        return instantiate(_plain(node))
+        if _needs_hydra(node):
+            return instantiate(_converted(node))
+        target, arguments = _taken_apart(node)
     except InstantiationException as error:
         raise _refused(path, error.__cause__ or error) from error
+    try:
+        return target(**arguments)
+    except Exception as error:  # a constructor may raise anything
+        raise _refused(path, error) from error
 
 
 def build_partial(node: Node, path: str) -> Callable[..., Any]:
     """A callable that instantiates the node with additional arguments; errors as in `build`."""
-    partial = instantiate({**_plain(node), "_partial_": True})
+    node = _with_enums(node)
+    if _needs_hydra(node):
+        partial = instantiate({**_converted(node), "_partial_": True})
+    else:
+        target, arguments = _taken_apart(node)
+        partial = functools.partial(target, **arguments)
 
     @functools.wraps(partial.func)
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -133,9 +147,52 @@ def build_partial(node: Node, path: str) -> Callable[..., Any]:
     return call
 
 
-def _plain(node: Node) -> Node:
+def _converted(node: Node) -> Node:
     """The node to instantiate; as a keyword, `_convert_` would make Hydra copy the node again."""
-    return {**_with_enums(node), "_convert_": "all"}
+    return {**node, "_convert_": "all"}
+
+
+def _needs_hydra(node: Node) -> bool:
+    """Whether Hydra has to resolve an argument, or to instantiate it.
+
+    It makes several copies of a node, which takes longer than building most objects.
+    """
+    if any(key in node for key in HYDRA_KEYS if key != "_target_"):
+        return True
+    return not all(_is_data(value) for key, value in node.items() if key != "_target_")
+
+
+def _is_data(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(
+            isinstance(key, str) and key not in HYDRA_KEYS and _is_data(part)
+            for key, part in value.items()
+        )
+    if isinstance(value, list):
+        return all(map(_is_data, value))
+    if isinstance(value, str):
+        return "${" not in value and value != "???"
+    return value is None or isinstance(value, bool | int | float | enum.Enum)
+
+
+def _taken_apart(node: Node) -> tuple[Callable[..., Any], Node]:
+    """The target, if Hydra allows it, and a copy of the arguments."""
+    arguments = {key: value for key, value in node.items() if key != "_target_"}
+    name, copied = node["_target_"], copy.deepcopy(arguments)
+    try:
+        found = find_target(name, "")
+    except InputError:  # Hydra says why
+        found = None
+    if isinstance(found, collections.abc.Hashable):
+        return _allowed(name, found), copied
+    return _allowed.__wrapped__(name, found), copied
+
+
+@functools.lru_cache(maxsize=256)
+def _allowed(name: str, _: Any) -> Callable[..., Any]:
+    """The target as Hydra calls it; not the earlier one if the name now means another object."""
+    target: Callable[..., Any] = instantiate({"_target_": name, "_partial_": True})
+    return target
 
 
 def _with_enums(node: Any) -> Any:
@@ -190,11 +247,15 @@ def _reason(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def signature(target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any], bool]:
+def signature(target: Any) -> Signature:
     """Named parameters, their type hints, and whether other keywords are accepted.
 
     If a constructor takes ``**kwargs``, the parameters of the base class are included.
     """
+    return (_known if isinstance(target, collections.abc.Hashable) else _signature)(target)
+
+
+def _signature(target: Any) -> Signature:
     is_class = inspect.isclass(target)
     parameters: dict[str, inspect.Parameter] = {}
     hints: dict[str, Any] = {}
@@ -210,6 +271,9 @@ def signature(target: Any) -> tuple[dict[str, inspect.Parameter], dict[str, Any]
         if not any(p.kind is p.VAR_KEYWORD for p in own):
             return parameters, hints, False
     return parameters, hints, True
+
+
+_known = functools.lru_cache(maxsize=256)(_signature)
 
 
 def check_value(value: Any, hint: Any, path: str) -> None:

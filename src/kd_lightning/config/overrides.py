@@ -6,8 +6,8 @@
 - An unknown key is rejected, with the closest known one as a suggestion.
 
 Hydra has no hook between composing the groups and applying the overrides, so `install` patches two
-methods of its configuration loader, and its parser, to parse each override once. This covers single
-runs, sweeps and `hydra.compose`.
+methods of its configuration loader, and the parsers of overrides and interpolations, to parse each
+text once. This covers single runs, sweeps and `hydra.compose`.
 """
 
 import copy
@@ -16,12 +16,13 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import omegaconf.base
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.config_repository import IConfigRepository
 from hydra.core.object_type import ObjectType
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override, OverrideType
-from omegaconf import DictConfig, ListConfig, OmegaConf, ValueNode, open_dict
+from omegaconf import DictConfig, ListConfig, OmegaConf, ValueNode, grammar_parser, open_dict
 
 from kd_lightning.config.checks import OPTIONAL
 from kd_lightning.errors import InputError
@@ -33,6 +34,8 @@ REPLACED = ("rename_keys",)
 _parse = ConfigLoaderImpl._parse_overrides_and_create_caching_repo
 _parse_rule_as_hydra = OverridesParser.parse_rule
 _apply_as_hydra = ConfigLoaderImpl._apply_overrides_to_config
+# The trees are only read. Interpolations are the same in every run of a grid.
+_parsed_interpolation = functools.lru_cache(maxsize=4096)(grammar_parser.parse)
 
 
 def install() -> None:
@@ -58,6 +61,7 @@ def install() -> None:
         return copy.copy(_parsed(s))  # some are changed later
 
     OverridesParser.parse_rule = parse_rule  # type: ignore[method-assign]
+    omegaconf.base.parse = _parsed_interpolation  # type: ignore[attr-defined]
     ConfigLoaderImpl._parse_overrides_and_create_caching_repo = parse  # type: ignore[method-assign]
     ConfigLoaderImpl._apply_overrides_to_config = staticmethod(apply)  # type: ignore[method-assign, assignment]
 
@@ -65,7 +69,13 @@ def install() -> None:
 @functools.lru_cache(maxsize=4096)
 def _parsed(text: str) -> Override:
     """Hydra parses each override several times, and in a grid for every run."""
-    return _parse_rule_as_hydra(OverridesParser.create(), text, "override")
+    return _parse_rule_as_hydra(override_parser(), text, "override")
+
+
+@functools.cache
+def override_parser() -> OverridesParser:
+    """Hydra's parser of overrides, which inspects the signatures of its functions when created."""
+    return OverridesParser.create()
 
 
 def _check_choice(override: Override, repository: IConfigRepository) -> None:

@@ -24,13 +24,12 @@ from hydra._internal.config_repository import ConfigRepository
 from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
 from hydra.core import hydra_config
 from hydra.core.config_search_path import ConfigSearchPath
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from kd_lightning.config.overrides import apply
+from kd_lightning.config.overrides import apply, override_parser
 
 MOST_FILES = 1000
 """With more files in the search path, looking for changes would take longer than composing them."""
@@ -70,7 +69,7 @@ def compose_run(
     state = _state(loader)
     if state is None:
         return None
-    parsed = OverridesParser.create().parse_overrides(list(overrides))
+    parsed = override_parser().parse_overrides(list(overrides))
     values = [override for override in parsed if _is_value(loader, override)]
     lines = {override.input_line for override in values}
     # Not resolved: `hydra.sweep.subdir=${name}` is another folder for every run.

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple
@@ -77,6 +78,9 @@ def copied(model: nn.Module, share_weights: bool = False) -> nn.Module:
         for value in vars(module).values():
             if isinstance(value, Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
+            elif type(value) in (dict, OrderedDict) and not value:
+                # A module has ten without hooks; `copy.deepcopy` is slow with them.
+                memo[id(value)] = type(value)()
     if share_weights:
         memo.update({id(parameter): parameter for parameter in model.parameters()})
     return copy.deepcopy(model, memo)

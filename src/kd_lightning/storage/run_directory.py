@@ -57,6 +57,12 @@ class _WithoutAliases(yaml.SafeDumper):
         return True
 
 
+class _Fast(getattr(yaml, "CSafeDumper", yaml.SafeDumper)):  # type: ignore[misc]
+    """The same in C, which cannot write names that are not UTF-8."""
+
+    ignore_aliases = _WithoutAliases.ignore_aliases
+
+
 class RunDirectory:
     """The folder of one run: `config.yaml`, `metrics.json`, `history.csv`, `confusion.csv`,
     `student.safetensors`, checkpoints, and TensorBoard event files.
@@ -71,7 +77,10 @@ class RunDirectory:
     @rank_zero_only
     def write_config(self, config: Node) -> None:
         """Write the complete configuration, with interpolations resolved."""
-        text = yaml.dump(config, Dumper=_WithoutAliases, sort_keys=False)
+        try:
+            text = yaml.dump(config, Dumper=_Fast, sort_keys=False)
+        except UnicodeEncodeError:
+            text = yaml.dump(config, Dumper=_WithoutAliases, sort_keys=False)
         write_text(self.path / "config.yaml", text)
 
     def read_config(self) -> Node:
