@@ -84,6 +84,12 @@ def write_folder(root: Path, classes: int = 3, per_class: int = 12, size: int = 
     return root
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Start the server of commands that all processes of pytest-xdist share."""
+    if config.getoption("numprocesses", None) and "PYTEST_XDIST_WORKER" not in os.environ:
+        processes.share()
+
+
 @pytest.fixture(scope="session", autouse=True)
 def composed(tmp_path_factory: pytest.TempPathFactory) -> None:
     """A folder that all processes of the session share."""

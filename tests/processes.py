@@ -1,7 +1,8 @@
 """Commands in new processes, as a user starts them.
 
-Importing torch and Lightning takes ten seconds. A server imports them once and is forked for every
-command; nothing is computed in it. What depends on how Python starts runs in a fresh interpreter.
+Importing torch and Lightning takes ten seconds. A server imports them once a session and is forked
+for every command; nothing is computed in it. What depends on how Python starts runs in a fresh
+interpreter.
 """
 
 import contextlib
@@ -14,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from typing import Any
 
@@ -35,13 +36,29 @@ SERVER.set_forkserver_preload(
 )  # fmt: skip
 
 
+ADDRESS = "KD_TEST_SERVER"
+"""Environment variable with the socket of the server that all test processes share."""
+
+
+def share() -> None:
+    """Start the server of the session, before its test processes."""
+    forkserver.ensure_running()
+    os.environ[ADDRESS] = forkserver._forkserver._forkserver_address
+
+
 def serve() -> None:
-    """Start the server. It then also forks the workers of trainings in this process.
+    """Connect to the server, or start one. It then also forks the workers of trainings in this process.
 
     Otherwise, if the first of these comes before the first command, all commands are forked from a
     server without most of the imports.
     """
-    forkserver.ensure_running()
+    if ADDRESS not in os.environ:
+        forkserver.ensure_running()
+        return
+    client: Any = forkserver._forkserver
+    client._forkserver_address = os.environ[ADDRESS]
+    client._forkserver_alive_fd = os.pipe()[1]  # unused: the server ends with the session
+    client.ensure_running = resource_tracker.ensure_running
 
 
 class Started:
