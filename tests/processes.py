@@ -47,7 +47,7 @@ def share() -> None:
 
 
 def serve() -> None:
-    """Connect to the server, or start one. It then also forks the workers of trainings in this process.
+    """Connect to the server, or start one. It also forks the workers of trainings in this process.
 
     Otherwise, if the first of these comes before the first command, all commands are forked from a
     server without most of the imports.

@@ -67,10 +67,24 @@ def on_cpu(tmp_path_factory, images):
     def student_of(*overrides):
         if overrides not in known:
             root = tmp_path_factory.mktemp("cpu")
-            known[overrides] = run(root, images, "cpu", *overrides, "pictures=false")
-        return known[overrides]
+            known[overrides] = root, run(root, images, "cpu", *overrides, "pictures=false")
+        return known[overrides][1]
 
+    student_of.known = known
     return student_of
+
+
+@pytest.fixture
+def trained(tmp_path, on_cpu):
+    """The folder of a test, with the teacher of the combined job but none of its outputs.
+
+    The first test below compares a teacher that is trained on the device.
+    """
+    on_cpu(*COMBINED)
+    teachers = on_cpu.known[COMBINED][0] / "outputs" / "teachers"
+    without = shutil.ignore_patterns("remembered")
+    shutil.copytree(teachers, tmp_path / "outputs" / "teachers", ignore=without)
+    return tmp_path
 
 
 @pytest.fixture
@@ -153,11 +167,11 @@ class Fail(Callback):
             raise InterruptedError("a test")
 
 
-def test_resume_on_a_device_gives_the_same_student(tmp_path, images, on_cpu, device):
+def test_resume_on_a_device_gives_the_same_student(trained, images, on_cpu, device):
     with pytest.raises(InterruptedError):
-        run(tmp_path, images, "emulated", *COMBINED, callbacks=[Fail()])
-    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").exists()
-    found = run(tmp_path, images, "emulated", *COMBINED, goes_on=True)
+        run(trained, images, "emulated", *COMBINED, callbacks=[Fail()])
+    assert (trained / "run" / "checkpoints" / "last.ckpt").exists()
+    found = run(trained, images, "emulated", *COMBINED, goes_on=True)
     assert found == on_cpu(*COMBINED)
 
 
@@ -165,13 +179,13 @@ def test_resume_on_a_device_gives_the_same_student(tmp_path, images, on_cpu, dev
 
 
 def test_storing_outputs_before_they_arrive_is_detected(
-    tmp_path, images, on_cpu, device, monkeypatch
+    trained, images, on_cpu, device, monkeypatch
 ):
     with monkeypatch.context() as broken:
         broken.setattr(ToHost, "ready", lambda self: True)
         broken.setattr(ToHost, "wait", lambda self: self._values.cpu())
-        run(tmp_path, images, "emulated", *COMBINED)
-    assert run(tmp_path, images, "emulated", *COMBINED) != on_cpu(*COMBINED)
+        run(trained, images, "emulated", *COMBINED)
+    assert run(trained, images, "emulated", *COMBINED) != on_cpu(*COMBINED)
 
 
 def test_synchronisation_is_reported_with_its_place(tmp_path, images, device, monkeypatch):
@@ -261,7 +275,7 @@ def test_metrics_are_exchanged_on_the_device(tmp_path, images, device, monkeypat
     monkeypatch.setattr("torchmetrics.metric.gather_all_tensors", gather)
     distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
     try:
-        run(tmp_path, images, "emulated", *COMBINED)
+        run(tmp_path, images, "emulated", *COMBINED, "trainer.max_epochs=1")
     finally:
         distributed.destroy_process_group()
     assert set(exchanged) == {DEVICE}
