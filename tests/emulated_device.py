@@ -48,6 +48,13 @@ INDEXING = (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_)
 TAKES_SCALARS = (*INDEXING, aten.fill_, aten.masked_fill, aten.masked_fill_, aten._fused_sgd_)
 
 
+# Functions that `_Functions` replaces, or completes.
+REPLACED = {
+    torch.tensor, torch.as_tensor, torch.Tensor.new_tensor, torch.Tensor.tolist,
+    torch.Tensor.data.__set__, torch.Tensor.is_pinned, torch.Tensor.pin_memory,
+}  # fmt: skip
+
+
 class Remote(torch.Tensor):
     """A tensor on the emulated device; `numbers` is where they are in truth."""
 
@@ -286,7 +293,10 @@ class _Functions(TorchFunctionMode):
         self._device = device
 
     def __torch_function__(self, func, types, args=(), kwargs=None):
-        kwargs = dict(kwargs or {})
+        kwargs = kwargs or {}
+        if func not in REPLACED and "pin_memory" not in kwargs:
+            return func(*args, **kwargs)
+        kwargs = dict(kwargs)
         first = args[0] if args else None
         if func in (torch.tensor, torch.as_tensor, torch.Tensor.new_tensor):
             return self._make(func, args, kwargs)

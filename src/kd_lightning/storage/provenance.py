@@ -1,5 +1,6 @@
 """Software versions and device of a run."""
 
+import functools
 import platform
 import subprocess
 from importlib.metadata import version
@@ -10,8 +11,13 @@ import torch
 
 def versions() -> dict[str, str]:
     """Versions of Python, torch and Lightning, and the git commit if this is a checkout."""
-    packages = {"torch": torch.__version__, "lightning": version("lightning")}
+    packages = {"torch": torch.__version__, "lightning": _lightning()}
     return {"git_commit": _git_commit(), "python": platform.python_version(), **packages}
+
+
+@functools.cache
+def _lightning() -> str:
+    return version("lightning")
 
 
 def _git_commit() -> str:
