@@ -39,14 +39,21 @@ def main() -> None:
     place.add_argument(
         "--output-dir", type=home, default="outputs", help="output_dir of the trainings"
     )
+    trusting = argparse.ArgumentParser(add_help=False)
+    trusting.add_argument(
+        "--trust", nargs="+", default=[], metavar="PACKAGE",
+        help="your own packages that contain the run's models, data or losses",
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("fill", help="compute the outputs that a training uses")
     command.add_argument("overrides", nargs="*", help="as for train.py")
     commands.add_parser("list", help="list all caches", parents=[place])
-    command = commands.add_parser("check", help="recompute rows of the caches of a run")
+    command = commands.add_parser(
+        "check", help="recompute rows of the caches of a run", parents=[trusting]
+    )
     command.add_argument("run", type=home, help="folder of the run")
     command.add_argument("rows", type=int, nargs="?", default=256, help="rows of each cache")
-    command = commands.add_parser("pack", help="write to one file", parents=[place])
+    command = commands.add_parser("pack", help="write to one file", parents=[place, trusting])
     command.add_argument(
         "names", nargs="+", metavar="NAME", type=home,
         help="name of a cache; or folders of runs: all outputs of their teacher",
@@ -68,7 +75,7 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
         fill(arguments.overrides)
         return
     if arguments.command == "check":
-        check(arguments.run, arguments.rows)
+        check(arguments.run, arguments.rows, arguments.trust)
         return
     with importing():
         from kd_lightning.storage.packing import unpack
@@ -76,7 +83,7 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
     if arguments.command == "list":
         show(stored(root), "stored", root)
     elif arguments.command == "pack":
-        pack_all(root, arguments.names, Path(arguments.file))
+        pack_all(root, arguments.names, Path(arguments.file), arguments.trust)
     elif arguments.command == "unpack":
         if not Path(arguments.file).is_file():
             raise InputError(f"{arguments.file} does not exist")
@@ -104,7 +111,7 @@ def fill(overrides: Sequence[str]) -> None:
         raise RunError("some outputs could not be stored, see the warnings above")
 
 
-def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
+def pack_all(root: Path, names: Sequence[str], file: Path, trust: Sequence[str]) -> None:
     """Pack the outputs of the teacher of runs, or a single cache, and print what was packed."""
     from kd_lightning.storage.packing import pack
 
@@ -122,7 +129,7 @@ def pack_all(root: Path, names: Sequence[str], file: Path) -> None:
         raise InputError("pack either the folders of runs, or one cache")
     from kd_lightning.workflows.packing import pack_runs
 
-    for cache, views in pack_runs(runs, file).items():
+    for cache, views in pack_runs(runs, file, trust).items():
         print(f"{cache}: {views} {'view' if views == 1 else 'views'}")
     print(f"{file}: {file.stat().st_size / MEGABYTE:.3f} MB")
 
@@ -155,14 +162,14 @@ def show(entries: "Sequence[Stored]", what: str, root: Path) -> None:
     print(f"{what} in {root}: {total:.3f} MB")
 
 
-def check(run: str, rows: int) -> None:
+def check(run: str, rows: int, trust: Sequence[str]) -> None:
     """Recompute rows, print the differences; exit with 1 if one is too large."""
     if rows < 1:
         raise InputError(f"the number of rows must be at least 1, not {rows}")
     with importing():
         from kd_lightning.workflows.check_cache import check_cache
 
-    found = check_cache(run, rows)
+    found = check_cache(run, rows, trust=trust)
     for cache in found:
         good = cache.difference <= cache.tolerance
         print(

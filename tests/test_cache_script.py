@@ -5,6 +5,7 @@ import json
 import os
 import re
 import runpy
+import shutil
 import sys
 import zipfile
 from pathlib import Path
@@ -20,6 +21,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.storage import packing
 from kd_lightning.storage.packing import pack, unpack
 from kd_lightning.storage.rows import Rows
+from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.teacher_cache import TeacherCache, folder_name, stored
 
 CPU = torch.device("cpu")
@@ -84,6 +86,42 @@ def test_check_recomputes_rows(train, tmp_path, script):
     code, _, said = script("check", none)
     assert code == 2
     assert "no teacher" in said
+
+
+@pytest.mark.parametrize(
+    "section",
+    [
+        "student.model", "teacher.model", "teacher.optimizer", "method.terms.logit", "optimizer",
+        "scheduler", "data", "data.augmentation", "callbacks.mine", "trainer", "logger.mine",
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("command", ["check", "pack"])
+def test_untrusted_run_cannot_execute_code(
+    distilled, tmp_path, script, monkeypatch, section, command
+):
+    run = shutil.copytree(distilled, tmp_path / "run")
+    (tmp_path / "untrusted.py").write_text("from pathlib import Path\nPath('executed').touch()\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "untrusted", raising=False)
+    config = RunDirectory(run).read_config()
+    config["callbacks"] = {"rates": {"_target_": "lightning.pytorch.callbacks.LearningRateMonitor"}}
+    node = config
+    for key in section.split("."):
+        node[key] = node.get(key) or {}
+        node = node[key]
+    node["_target_"] = "untrusted.anything"
+    RunDirectory(run).write_config(config)
+    arguments = [tmp_path / "packed.zip"] if command == "pack" else []
+    code, _, said = script(command, run, *arguments)
+    assert not Path("executed").exists()
+    if section.startswith("logger"):  # not built
+        assert code == 0
+        return
+    assert code == 2
+    assert "--trust PACKAGE" in said
+    script(command, run, *arguments, "--trust", "untrusted")
+    assert Path("executed").exists()
 
 
 def test_fill_computes_once_what_a_training_uses(folder, train, tmp_path, script, monkeypatch):

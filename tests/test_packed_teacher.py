@@ -24,6 +24,7 @@ NETWORK = (
     "teacher.optimizer",
 )  # fmt: skip
 STUDENT = tuple(setting for setting in TINY if not setting.startswith(NETWORK))
+TRUST = ("--trust", "own_teacher")
 SAME = (
     "teacher", "teacher_parameters", "compression_ratio", "teacher_val_accuracy",
     "teacher_test_accuracy", "agreement", "val_accuracy", "test_accuracy", "parameters",
@@ -47,7 +48,8 @@ def published(tmp_path_factory):
     with own_code_in(root / "code"):
         # fitnet selects the teacher's layers by role
         found = {name: api.run(*given, f"method={name}") for name in ("combined", "fitnet")}
-        views = pack_runs([run["folder"] for run in found.values()], root / "teacher.zip")
+        runs = [run["folder"] for run in found.values()]
+        views = pack_runs(runs, root / "teacher.zip", ["own_teacher"])
     kinds = {name.split("-")[1]: count for name, count in views.items()}
     assert kinds == {"logit": 2, "attention": 2, "mapterm": 2, "evaluation": 1}
     return root / "teacher.zip", found
@@ -328,7 +330,7 @@ def test_runs_that_cannot_be_packed(train, tmp_path, script, own_runs, from_pack
     file, run = tmp_path / "teacher.zip", own_runs["combined"]
 
     def said(*runs):
-        code, _, err = script("pack", *runs, file)
+        code, _, err = script("pack", *runs, file, *TRUST)
         assert code == 2
         assert not file.exists()
         return err
@@ -352,11 +354,11 @@ def test_incomplete_views_are_not_packed(own_runs, tmp_path, script):  # noqa: F
     run, file = own_runs["fitnet"], tmp_path / "teacher.zip"
     (view,) = tmp_path.glob("outputs/teachers/remembered/*-mapterm-*/view-00001.rows")
     for name, count in (("view-00001.rows", "2 views"), ("view-00000.rows", "1 view")):
-        code, said, err = script("pack", run, file)
+        code, said, err = script("pack", run, file, *TRUST)
         assert code == 0, err
         assert f": {count}\n" in said.splitlines(keepends=True)[0]
         assert len(said.splitlines()) == 3  # a term, evaluation, the file
         view.with_name(name).write_bytes(bytes(view.stat().st_size))
-    code, _, err = script("pack", run, tmp_path / "none.zip")
+    code, _, err = script("pack", run, tmp_path / "none.zip", *TRUST)
     assert code == 2
     assert "no complete view" in err

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from kd_lightning.config.nodes import Node, find_target
+from kd_lightning.config.packed import NETWORK
 from kd_lightning.errors import InputError
 
 # A `_target_` in a file on disk is accepted only if it is a class or function defined in one of
@@ -17,6 +18,8 @@ TRUSTED = (
     "torch.optim",
     "torchvision.models",
 )
+NAMED = ("lightning.pytorch.Trainer", NETWORK)
+"""Classes elsewhere that configurations of runs name, without side effects when constructed."""
 
 
 def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
@@ -36,6 +39,8 @@ def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
         return name.startswith(tuple(f"{package}." for package in packages))
 
     for nested in _targets(node):
+        if nested in NAMED:
+            continue
         # Untrusted names are not even imported. The name alone is not sufficient, as
         # `kd_lightning.models.convnet.nn.Module` is defined elsewhere.
         if not trusted(nested) or not trusted(

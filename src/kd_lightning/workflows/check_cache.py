@@ -1,7 +1,7 @@
 """Check cached teacher outputs against the teacher."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -37,19 +37,23 @@ class Checked(NamedTuple):
     tolerance: float
 
 
-def check_cache(run_dir: str | Path, count: int, seed: int = 0) -> list[Checked]:
+def check_cache(
+    run_dir: str | Path, count: int, seed: int = 0, trust: Iterable[str] = ()
+) -> list[Checked]:
     """Recompute random rows of the caches that a run uses, and compare.
 
     Args:
         run_dir: folder of the run; its images and its teacher must still exist.
         count: number of rows of each cache.
         seed: seed of the choice.
+        trust: your own packages that the run may import; see `config.trust.check_trusted`.
 
     Raises:
-        InputError: the run has no teacher, or nothing is cached for it.
+        InputError: the run has no teacher, nothing is cached for it, or it refers to untrusted
+            code.
     """
     quiet_lightning()
-    job = with_stored_weights(prepare_again(RunDirectory(run_dir)))
+    job = with_stored_weights(prepare_again(RunDirectory(run_dir), trust))
     module, plan = job.module, job.plan
     # Of the kind that trained: the cache of another kind is another one.
     device = torch.device(device_type(plan.student.trainer.arguments["accelerator"]))

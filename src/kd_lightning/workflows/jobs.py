@@ -1,6 +1,6 @@
 """First phase of a run, prepare: everything is built and checked, except the teacher's weights."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from kd_lightning.config.checks import of_one_process
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.plan import Plan
 from kd_lightning.config.resolve import check_devices, resolve
+from kd_lightning.config.trust import check_trusted
 from kd_lightning.data.checked_views import check_views
 from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.caching import open_caches
@@ -18,7 +19,7 @@ from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.engine.callbacks.users import build_callbacks, check_logged
-from kd_lightning.engine.loggers import check_login
+from kd_lightning.engine.loggers import TENSORBOARD, check_login
 from kd_lightning.engine.trainer import try_trainer
 from kd_lightning.storage.identity import Contents, source_sha256, target_paths
 from kd_lightning.storage.run_directory import RunDirectory
@@ -145,13 +146,28 @@ def prepare(config: Node) -> Job:
     return Job(plan, data, teachers, module, parameters, contents)
 
 
-def prepare_again(directory: RunDirectory) -> Job:
+def prepare_again(directory: RunDirectory, trust: Iterable[str] = ()) -> Job:
     """Prepare a run from its folder, for one process, whatever number has trained it.
 
+    Not to be trained: its loggers and Lightning's callbacks are left out.
+
+    Args:
+        directory: folder of the run.
+        trust: your own packages that the run may import; see `config.trust.check_trusted`.
+
     Raises:
-        InputError: as `prepare`, or the folder is damaged.
+        InputError: as `prepare`, or the folder is damaged or refers to untrusted code.
     """
-    config = directory.read_config()
+    config = {**directory.read_config(), "logger": TENSORBOARD}
+    if isinstance(callbacks := config.get("callbacks"), dict):
+        config["callbacks"] = {
+            name: node  # your own are part of the code that identifies the run
+            for name, node in callbacks.items()
+            if not (isinstance(node, dict) and str(node.get("_target_")).startswith("lightning."))
+        }
+    for section, node in config.items():
+        if section != "logger":
+            check_trusted(node, section, trust)
     place = Path(config["output_dir"])
     here = directory.path.absolute().parent.parent.parent  # of its runs/SETTING/NAME
     if not (place / "teachers").is_dir() and (here / "teachers").is_dir():  # it has been moved

@@ -1,6 +1,6 @@
 """Pack what stands for a teacher: its outputs in finished runs, and its description."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,7 @@ from kd_lightning.workflows.check_cache import with_stored_weights
 from kd_lightning.workflows.jobs import Job, prepare_again
 
 
-def pack_runs(run_dirs: Sequence[Path], file: Path) -> dict[str, int]:
+def pack_runs(run_dirs: Sequence[Path], file: Path, trust: Iterable[str] = ()) -> dict[str, int]:
     """Write the outputs of a teacher that finished runs used, and its description, to one file.
 
     With the file, `teacher=packed` trains the same students without the teacher. Only complete
@@ -31,22 +31,25 @@ def pack_runs(run_dirs: Sequence[Path], file: Path) -> dict[str, int]:
     Args:
         run_dirs: folders of runs with the same teacher; its weights must still exist.
         file: the file; replaced atomically.
+        trust: your own packages that the runs may import; see `config.trust.check_trusted`.
 
     Returns:
         Name of each cache to its number of views.
 
     Raises:
         InputError: a run is not finished, has no single teacher of its own, or its outputs are
-            incomplete; or the runs have different teachers, images or precisions.
+            incomplete; or the runs have different teachers, images or precisions, or refer to
+            untrusted code.
         OSError: the file cannot be written.
     """
     quiet_lightning()
+    trust = tuple(trust)
     teacher: dict[str, Any] = {}
     caches: dict[Path, list[str]] = {}
     evaluation: Path | None = None
     for run_dir in run_dirs:
         metrics = RunDirectory(run_dir).read_metrics()
-        job = _opened(run_dir, metrics)
+        job = _opened(run_dir, metrics, trust)
         described = _described(job, metrics)
         for name, rows in _all_rows(job):
             caches[rows.folder] = _complete(rows, name, job)
@@ -60,11 +63,11 @@ def pack_runs(run_dirs: Sequence[Path], file: Path) -> dict[str, int]:
     return {folder.name: len(names) for folder, names in caches.items()}
 
 
-def _opened(run_dir: Path, metrics: Mapping[str, Any]) -> Job:
+def _opened(run_dir: Path, metrics: Mapping[str, Any], trust: Iterable[str]) -> Job:
     """The job of a run, with the weights of its teacher and its caches."""
     if metrics.get("status") != "finished" or metrics.get("test_accuracy") is None:
         raise InputError(f"{run_dir} contains no finished run: finish it, to record all outputs")
-    job = prepare_again(RunDirectory(run_dir))
+    job = prepare_again(RunDirectory(run_dir), trust)
     if changes := job.contents.changes(metrics):
         raise InputError(f"{' and '.join(changes)} changed since {run_dir} was finished")
     if len(job.plan.teachers) > 1:
