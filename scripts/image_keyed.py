@@ -37,7 +37,7 @@ class KeyByImage(Callback):
         look_up = cache.fetch
 
         def fetch(
-            index: Tensor, view: Tensor, device: torch.device, ask: Compute
+            index: Tensor, view: Tensor, device: torch.device | str, ask: Compute
         ) -> dict[str, Tensor]:
             def ask_about_the_first_view() -> Mapping[str, Tensor]:
                 if view.any():  # these images are of another view, and must not be stored as it

@@ -4,6 +4,7 @@ import errno
 import fcntl
 import logging
 import os
+import re
 import resource
 from collections import Counter
 from pathlib import Path
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from stored_rows import IMAGES, make_rows
 
 from kd_lightning.distill.teacher import FrozenTeacher, Normalization
+from kd_lightning.errors import InputError
 from kd_lightning.models import ConvNet, ResNet9
 from kd_lightning.storage import teacher_cache as memory
 from kd_lightning.storage.rows import Rows
@@ -268,3 +270,63 @@ def test_memory_does_not_grow_with_the_number_of_views(tmp_path):
     maps = Path("/proc/self/maps").read_text().splitlines()
     mapped = sum(str(tmp_path) in line for line in maps)
     assert 0 < mapped <= Rows.OPEN_FILES
+
+
+def plain_cache(root, **changes):
+    base = {"key": {}, "images": 20, "shapes": {"logits": (10,)}}
+    return TeacherCache.of(root, **{**base, **changes})
+
+
+@pytest.mark.parametrize(
+    ("answer", "given"),
+    [
+        ({"logits": torch.zeros(8, 5)}, "has the shape (8, 5)"),
+        ({"logits": torch.zeros(8, 20)}, "has the shape (8, 20)"),
+        ({"logits": torch.zeros(8, 10, 1, 1)}, "has the shape (8, 10, 1, 1)"),
+        ({"logits": torch.zeros(1, 10)}, "has the shape (1, 10)"),
+        ({"features": torch.zeros(8, 10)}, "is missing"),
+    ],
+)
+def test_answer_of_another_shape_is_rejected(tmp_path, answer, given):
+    index = torch.arange(8)
+    cache_ = plain_cache(tmp_path)
+    with pytest.raises(InputError) as error:
+        cache_.fetch(index, index * 0, CPU, lambda: answer)
+    assert str(error.value) == (
+        f"the teacher's output logits must be a tensor of shape (8, 10) for this batch, but {given}"
+    )
+    assert not cache_.rows["logits"].read(index, index * 0)[1].any()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"dtype": "float64"}, "one of float16, bfloat16, float32, not float64"),
+        ({"dtype": torch.float16}, "one of float16, bfloat16, float32, not torch.float16"),
+        *(({"shapes": {"logits": shape}}, f"not {shape}") for shape in ((), (0,), (-1, 2), 10)),
+        *(({"shapes": {name: (3,)}}, f"not {name}") for name in ("block/1", "../../x", "a b", "ä")),
+    ],
+)
+def test_invalid_cache_is_rejected(tmp_path, change, words):
+    with pytest.raises(InputError, match=re.escape(words)):
+        plain_cache(tmp_path, **change)
+
+
+@pytest.mark.parametrize("index", [[0, 20], [-1, 0], [0, 1, 2]])
+def test_batch_of_unknown_images_is_rejected(tmp_path, index):
+    index = torch.tensor(index)
+    with pytest.raises(InputError, match="one view number for each index"):
+        plain_cache(tmp_path).fetch(index, torch.zeros(2, dtype=torch.long), CPU, dict)
+
+
+def test_batch_without_images(tmp_path):
+    none = torch.zeros(0, dtype=torch.long)
+    assert plain_cache(tmp_path).fetch(none, none, CPU, dict)["logits"].shape == (0, 10)
+
+
+def test_answer_has_no_gradient_and_device_may_be_text(tmp_path):
+    index, answer = torch.arange(8), torch.randn(8, 10, requires_grad=True)
+    for _ in range(2):
+        found = plain_cache(tmp_path).fetch(index, index * 0, "cpu", lambda: {"logits": answer})
+        assert not found["logits"].requires_grad
+        assert torch.equal(found["logits"], answer.detach().half().float())

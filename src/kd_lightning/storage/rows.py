@@ -139,7 +139,9 @@ class Rows:
         if not all(file.flags.writeable for file, _ in files):
             return "its files are read only"
         name = str(self.dtype).removeprefix("torch.")
-        return "" if finite.all() else f"they are beyond the range of remember.dtype={name}"
+        if finite.all():
+            return ""
+        return f"they are beyond the range of {name} (remember.dtype, or dtype= of TeacherCache.of)"
 
     def create(self) -> None:
         """Create the folder, with the key and the geometry of the rows.

@@ -17,6 +17,7 @@ Rows that are missing or damaged are recomputed; see `rows`.
 import hashlib
 import json
 import logging
+import re
 import shutil
 from collections import deque
 from collections.abc import Callable, Collection, Mapping
@@ -27,6 +28,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.data.views import PLAIN
+from kd_lightning.errors import InputError
 from kd_lightning.files import read_json
 from kd_lightning.storage.rows import DTYPES, LoadedView, Rows
 from kd_lightning.transfer import ToHost, to_device
@@ -84,13 +86,27 @@ class TeacherCache:
             key: everything that the outputs depend on, as plain values: a hash of the teacher's
                 weights, of the images, the settings of the augmentation, the precision.
             images: number of images; upper bound of the indices.
-            shapes: name of an output to its shape for one image.
+            shapes: name of an output to its shape for one image. A name is part of the name of a
+                folder: letters, digits, ``_``, ``.`` and ``-``.
             dtype: storage dtype: float16, bfloat16 or float32.
             limit: maximum total size, in bytes.
+
+        Raises:
+            InputError: a name, shape or dtype is invalid.
         """
         root = Path(root)
         rows = {}
+        if dtype not in DTYPES:
+            raise InputError(f"dtype must be one of {', '.join(DTYPES)}, not {dtype}")
         for name, shape in shapes.items():
+            if not re.fullmatch(r"[\w.-]+", name, re.ASCII):
+                raise InputError(
+                    f"the name of an output must consist of letters, digits, _, . and -, not {name}"
+                )
+            if not isinstance(shape, tuple | list) or not shape or min(shape) < 1:
+                raise InputError(
+                    f"the shape of {name} must contain at least one positive number, not {shape}"
+                )
             own = {"output": name, "shape": list(shape), "images": images, "dtype": dtype}
             whole = {"key": dict(key), **own}
             folder = root / folder_name("teacher", name, whole)
@@ -98,7 +114,7 @@ class TeacherCache:
         return cls(rows, root, limit)
 
     def fetch(
-        self, index: Tensor, view: Tensor, device: torch.device, ask: Compute
+        self, index: Tensor, view: Tensor, device: torch.device | str, ask: Compute
     ) -> dict[str, Tensor]:
         """The targets of each term for a batch: name to float32 (B, ...), on the device.
 
@@ -111,8 +127,22 @@ class TeacherCache:
             index: image indices (B,), int64, on the CPU.
             view: view numbers (B,), int64, on the CPU.
             device: device of the images.
-            ask: computes the targets of the whole batch.
+            ask: computes the targets of the whole batch; gradients are not propagated.
+
+        Raises:
+            InputError: an index is out of range, or an output is missing or has another shape.
         """
+        device = torch.device(device)
+        if not len(index):
+            shapes = {name: (0, *rows.shape) for name, rows in self.rows.items()}
+            return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
+        last = index.max()
+        known_images = index.min() >= 0 and all(last < rows.images for rows in self.rows.values())
+        if len(view) != len(index) or not known_images:
+            raise InputError(
+                "a batch needs one view number for each index, and indices from 0 to the number of "
+                "images - 1"
+            )
         result = {}
         if loaded := self._load(index, view, device):
             there = to_device(index, device)
@@ -130,8 +160,9 @@ class TeacherCache:
         computed = ask()
         for name in (*self.live, *known):
             rows = self.rows[name]
-            rounded = computed[name].to(rows.dtype)
-            result[name] = torch.where(rounded.isfinite(), rounded.float(), computed[name])
+            exact = _of_shape((len(index), *rows.shape), computed, name)
+            rounded = exact.to(rows.dtype)
+            result[name] = torch.where(rounded.isfinite(), rounded.float(), exact)
             if name in self.live:
                 continue
             valid = known[name]
@@ -197,7 +228,10 @@ class TeacherCache:
             try:
                 wanted = used_bytes(self.root) + sum(rows.missing(number) for rows in missing)
                 if wanted > self.limit:
-                    raise OSError(f"remember.disk_gb={self.limit / GIGABYTE:g} is reached")
+                    raise OSError(
+                        f"the limit of {self.limit / GIGABYTE:g} GB is reached: remember.disk_gb, "
+                        "or limit= of TeacherCache.of"
+                    )
                 for rows in missing:
                     rows.reserve(number)
             except OSError as error:
@@ -207,6 +241,17 @@ class TeacherCache:
                     "scripts/cache.py lists and removes caches",
                     self.root, error.strerror or error,
                 )  # fmt: skip
+
+
+def _of_shape(shape: tuple[int, ...], computed: Mapping[str, Tensor], name: str) -> Tensor:
+    found = computed.get(name)
+    if not isinstance(found, Tensor) or found.shape != shape:
+        given = f"has the shape {tuple(found.shape)}" if isinstance(found, Tensor) else "is missing"
+        raise InputError(
+            f"the teacher's output {name} must be a tensor of shape {shape} for this batch, "
+            f"but {given}"
+        )
+    return found.detach()
 
 
 def too_large(
