@@ -163,7 +163,7 @@ def show(entries: "Sequence[Stored]", what: str, root: Path) -> None:
 
 
 def check(run: str, rows: int, trust: Sequence[str]) -> None:
-    """Recompute rows, print the differences; exit with 1 if one is too large."""
+    """Recompute rows, print the differences; exit with 1 if one is too large or a row damaged."""
     if rows < 1:
         raise InputError(f"the number of rows must be at least 1, not {rows}")
     with importing():
@@ -176,7 +176,9 @@ def check(run: str, rows: int, trust: Sequence[str]) -> None:
             f"{cache.name}: {cache.rows} rows, largest difference {cache.difference:.2g} of the "
             f"largest value, {'as expected' if good else 'WRONG'} (at most {cache.tolerance:g})"
         )
-    if any(cache.difference > cache.tolerance for cache in found):
+        if cache.damaged:
+            print(f"{cache.name}: damaged and computed again when used: {cache.damaged} rows")
+    if any(cache.damaged or cache.difference > cache.tolerance for cache in found):
         sys.exit(1)
 
 

@@ -174,6 +174,40 @@ def test_what_cannot_be_filled(folder, tmp_path, script):
     ]  # fmt: skip
 
 
+def test_check_reports_damaged_rows(distilled, tmp_path, script):
+    run = copied(distilled, tmp_path)
+    (path,) = tmp_path.rglob("*-logit-*/view-00000.rows")
+    content = path.read_bytes()
+    images = json.loads(path.with_name("rows.json").read_text())["images"]
+    size = len(content) // images
+    written = sum(any(content[size * number : size * (number + 1)]) for number in range(images))
+    for damaged, count in (
+        (bytes([content[0] ^ 1]) + content[1:], 1),
+        (content[-size:] + content[:-size], written),  # moved
+        (content[: -3 * size + 1], 3),
+        (bytes(len(content)), 0),  # not written yet
+    ):
+        path.write_bytes(damaged)
+        code, said, _ = script("check", run, 1000)
+        assert code == bool(count)
+        found = re.findall(r": damaged and computed again when used: (\d+) rows\n", said)
+        assert found == ([str(count)] if count else [])
+    for other in path.parent.glob("view-*.rows"):
+        other.write_bytes(b"\1" * len(content))
+    code, said, _ = script("check", run, 1000)
+    assert code == 1
+    assert "-logit-" in said
+
+
+def copied(run, tmp_path):
+    """A copy of a run and its caches."""
+    root = shutil.copytree(run.parents[2], tmp_path / "outputs")
+    copy = root / run.relative_to(run.parents[2])
+    config = RunDirectory(copy).read_config()
+    RunDirectory(copy).write_config({**config, "output_dir": str(root)})
+    return copy
+
+
 def spoilt(entry):
     from kd_lightning.storage.rows import DTYPES, Rows
 

@@ -85,6 +85,15 @@ class Rows:
         """Whether the rows of images (B,), int64, on the CPU, are valid for a view number."""
         return bool(self.read(index, torch.full_like(index, view))[1].all())
 
+    def damaged(self, view: int) -> int:
+        """Number of rows of a view number that were written and are not valid."""
+        lost = self.missing(view)
+        file = self._open(view)
+        if file is None:  # never written, or truncated
+            return 0 if lost == self.file_size else -(-lost // (4 * (self.words + 2)))
+        rows, index = torch.from_numpy(np.array(file)), torch.arange(self.images)
+        return int((rows.any(dim=1) & ~self.valid(rows, index, torch.full_like(index, view))).sum())
+
     def values(self, rows: Tensor) -> Tensor:
         """The targets (B, *shape), in `dtype`, of rows (B, words + 2), int32, on any device."""
         size = math.prod(self.shape) * self.dtype.itemsize

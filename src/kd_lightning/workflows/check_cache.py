@@ -29,10 +29,13 @@ by another batch size."""
 
 
 class Checked(NamedTuple):
-    """How many rows of a cache were recomputed, and the largest relative difference found."""
+    """How many rows of a cache were recomputed, how many others are damaged, and the largest
+    relative difference found.
+    """
 
     name: str
     rows: int
+    damaged: int
     difference: float
     tolerance: float
 
@@ -129,13 +132,15 @@ def _check(
         PLAIN if path.stem == "view-plain" else int(path.stem.removeprefix("view-"))
         for path in sorted(rows.folder.glob("view-*.rows"))
     ]
-    places = []
+    places, damaged = [], sum(map(rows.damaged, views))
     for number in views:
         index = torch.arange(rows.images)
         valid = rows.read(index, torch.full_like(index, number))[1]
         places += [(int(image), number) for image in index[valid]]
     if not places:
-        return None
+        return (
+            Checked(rows.folder.name, 0, damaged, 0.0, TOLERANCE[rows.dtype]) if damaged else None
+        )
     chosen = torch.randperm(len(places), generator=generator)[:count].tolist()
     index, view = torch.tensor([places[number] for number in chosen]).unbind(dim=1)
     difference = 0.0
@@ -145,7 +150,7 @@ def _check(
         scale = float(computed.abs().max().clamp(min=1e-12))
         found = float((cached - computed).abs().max()) / scale
         difference = max(difference, found if math.isfinite(found) else math.inf)
-    return Checked(rows.folder.name, len(chosen), difference, TOLERANCE[rows.dtype])
+    return Checked(rows.folder.name, len(chosen), damaged, difference, TOLERANCE[rows.dtype])
 
 
 def _probabilities(classes: int, rows: Tensor) -> Tensor:
