@@ -175,3 +175,12 @@ def test_wrapper_is_rejected_without_a_target():
 
     with pytest.raises(InputError, match=r"method\.student_wrapper"):
         check(api.compose("data=digits", "method=simkd", "method.student_wrapper=3"))
+
+
+def test_ensemble_is_rejected():
+    from kd_lightning.config.checks import check
+
+    members = ("teacher=resnet9", "teacher.members=[{seed: 0},{seed: 1}]")
+    with pytest.raises(InputError, match=r"method=simkd reuses .* teacher\.members names several"):
+        check(api.compose("data=digits", "method=simkd", *members))
+    check(api.compose("data=digits", "method=simkd", *members[:1], "teacher.members=[{seed: 0}]"))

@@ -125,6 +125,11 @@ def check(config: Node) -> None:
         )
     if (wrapper := config["method"].get("student_wrapper")) is not None:
         check_node(wrapper, "method.student_wrapper", {"encoder"})
+        if len(config["teacher"].get("members") or ()) > 1:
+            raise InputError(
+                f"method={config['method']['name']} reuses the classifier of a teacher, but "
+                "teacher.members names several: choose one teacher"
+            )
     if not isinstance(config.get("update_bn", False), bool):
         raise InputError(f"update_bn must be true or false, not {config['update_bn']}")
     ema: Any = config.get("ema")
