@@ -1,18 +1,22 @@
 """The interface of loss terms, checked for ours and for user-defined ones."""
 
 import json
+import re
 from typing import ClassVar
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import REPOSITORY
 from torch import nn
 
 from kd_lightning import losses
 from kd_lightning.data.loading import Shown
 from kd_lightning.data.views import Normalization
+from kd_lightning.distill.ensemble import Ensemble
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import FrozenTeacher
+from kd_lightning.errors import InputError
 from kd_lightning.losses import (
     CRD,
     DIST,
@@ -284,3 +288,76 @@ def test_module_passes_requested_features_to_terms():
     trained = {name for name, _ in module.named_parameters()}
     assert "terms.projected.projector.weight" in trained
     assert not any("projector" in name for name in module.student.state_dict())
+
+
+class Named(Term):
+    """Reads layers that an argument names."""
+
+    def __init__(self, student="embedding", teacher="embedding"):
+        super().__init__()
+        self.names = student, teacher
+
+    def setup(self, context):
+        return Reads(*((name,) for name in self.names), teacher_logits=False)
+
+    def remember(self, teacher):
+        return teacher.features[self.names[1]].mean(1, keepdim=True)
+
+    def forward(self, student, remembered, batch):
+        return (student.features[self.names[0]].mean(1, keepdim=True) - remembered).square().mean()
+
+
+def module_of(target, teachers=1, **settings):
+    half = Normalization((0.5,) * 3, (0.5,) * 3)
+    torch.manual_seed(0)
+    networks = [ConvNet([6, 10 + n], 12 + n, 3, 16) for n in range(teachers)]
+    members = [FrozenTeacher(network, expects=half, given=half) for network in networks]
+    node = {"_target_": "kd_lightning.models.ConvNet", "channels": [4, 8], "hidden": 8,
+            "num_classes": 3, "image_size": 16}  # fmt: skip
+    terms = {"mine": {"_target_": target, "weight": 1.0, **settings}}
+    sgd = {"_target_": "torch.optim.SGD", "lr": 0.1}
+    teacher = Ensemble(members) if teachers > 1 else members[0]
+    return DistillationModule(node, terms, sgd, None, 3, 16, train_size=7, teacher=teacher)
+
+
+BATCH = {"images": IMAGES, "labels": LABELS, "shown": Shown(torch.arange(6), torch.arange(6))}
+
+
+@pytest.mark.parametrize("teachers", [1, 2])
+def test_terms_may_read_roles(teachers):
+    by_role = module_of(f"{__name__}.Named", teachers)
+    layers = dict.fromkeys(("student", "teacher"), by_role.student.roles.embedding)
+    by_name = module_of(f"{__name__}.Named", teachers, **layers)
+    losses = [module.losses(BATCH)[0]["mine"] for module in (by_role, by_name)]
+    assert losses[0] > 0
+    assert torch.equal(*losses)
+
+
+def test_layer_has_precedence_over_a_role_of_that_name():
+    model = ConvNet([4], 8, 3, 16)
+    model.embedding = nn.Identity()
+    context = Context(layer_shapes(model, 16), {}, 3)
+    assert Reads(("embedding",)).of_student(context) == {"embedding": "embedding"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"student": "fc"}, "in the student there is no layer 'fc'; layers: stage1.0"),
+        ({"teacher": "fc:input"}, "in the teacher there is no layer 'fc:input'; layers: "),
+        ({"student": "stages"}, "'stages' of the student is stage1, stage2: name one layer"),
+    ],
+)
+def test_unknown_layer_of_a_term_is_reported(settings, words):
+    with pytest.raises(InputError) as error:
+        module_of(f"{__name__}.Named", **settings)
+    assert str(error.value).startswith(f"method.terms.mine: {words}")
+
+
+def test_documented_term(tmp_path, monkeypatch):
+    text = (REPOSITORY / "docs" / "methods.md").read_text()
+    (tmp_path / "mypackage.py").write_text(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0])
+    monkeypatch.syspath_prepend(tmp_path)
+    losses, _ = module_of("mypackage.Cosines").losses(BATCH)
+    losses["mine"].backward()
+    assert 0 < losses["mine"] < 1

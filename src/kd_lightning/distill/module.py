@@ -140,34 +140,38 @@ class DistillationModule(LightningModule):
 
     def _set_up_terms(self, num_classes: int, image_size: int, train_size: int) -> None:
         """Set up every term, and the extraction of the layers that the terms read."""
-        students = partial(layer_shapes, self.student, image_size)
-        student = self._shapes(students, "student", num_classes, image_size)
+        student = self._shapes(partial(layer_shapes, self.student), "student", image_size)
         self.min_batch_size = min_batch_size(self.student, student)
         members: list[Shapes] = []
         if any(term.needs_teacher for term in self._terms.values()):
             if self.teacher is None:
                 raise InputError("this method learns from a teacher, but none was given")
             members = [
-                self._shapes(partial(member.shapes, image_size), "teacher", num_classes, image_size)
+                self._shapes(member.shapes, "teacher", image_size)
                 for member in members_of(self.teacher)
             ]
         contexts = [Context(student, shapes, num_classes, train_size) for shapes in members or [{}]]
-        reads: dict[str, list[Reads]] = {}
+        self._student_layers: dict[str, str] = {}
+        layers: list[dict[str, str]] = [{} for _ in members_of(self.teacher)]
+        logits = [False] * len(layers)
         for name, term in list(self._terms.items()):
             try:
-                reads[name] = self._set_up(name, term, contexts)
+                reads = self._set_up(name, term, contexts)
+                for number, context in enumerate(contexts):
+                    read = reads[number % len(reads)]
+                    self._student_layers |= read.of_student(context)
+                    if term.needs_teacher:
+                        layers[number] |= read.of_teacher(context)
+                        logits[number] |= read.teacher_logits
             except ValueError as error:
                 raise InputError(f"method.terms.{name}: {error}") from error
-        every = [read for found in reads.values() for read in found]
-        layers = dict.fromkeys(layer for read in every for layer in read.student)
-        self._read_student = FeatureReader(self.student, layers, num_classes=num_classes)
+        every = dict.fromkeys(self._student_layers.values())
+        self._read_student = FeatureReader(self.student, every, num_classes=num_classes)
         if self.teacher is not None:
             learning = {name: t for name, t in self._terms.items() if t.needs_teacher}
-            self._targets = TeacherTargets(self.teacher, learning, num_classes)
-            for number, member in enumerate(members_of(self.teacher)):
-                own = [reads[name][number % len(reads[name])] for name in learning]
-                layers = dict.fromkeys(layer for read in own for layer in read.teacher)
-                member.read(layers, any(read.teacher_logits for read in own), num_classes)
+            self._targets = TeacherTargets(self.teacher, learning, num_classes, layers)
+            for member, own, wanted in zip(members_of(self.teacher), layers, logits, strict=True):
+                member.read(dict.fromkeys(own.values()), wanted, num_classes)
 
     def _set_up(self, name: str, term: Term, contexts: Sequence[Context]) -> list[Reads]:
         """Set up a term; what it reads, of each member of an ensemble if it reads features."""
@@ -181,22 +185,20 @@ class DistillationModule(LightningModule):
 
     @staticmethod
     def _build_term(name: str, node: Node) -> Term:
-        term: Term = build(without(node, "weight"), f"method.terms.{name}")
-        return term
+        return cast(Term, build(without(node, "weight"), f"method.terms.{name}"))
 
     @property
     def _terms(self) -> dict[str, Term]:
         return cast(dict[str, Term], self.terms)
 
-    @staticmethod
     def _shapes(
-        find: Callable[[], LayerShapes], role: str, num_classes: int, image_size: int
+        self, find: Callable[[int], LayerShapes], role: str, image_size: int
     ) -> LayerShapes:
         try:
-            shapes = find()
+            shapes = find(image_size)
         except Exception as error:
             raise InputError(cannot_take(f"{role}.model", image_size, error)) from error
-        find_logits(shapes.output, num_classes, f"{role}.model")
+        find_logits(shapes.output, self.num_classes, f"{role}.model")
         return shapes
 
     def forward(self, images: Tensor) -> Tensor:
@@ -213,7 +215,7 @@ class DistillationModule(LightningModule):
         """
         images = batch["images"].contiguous(memory_format=self.memory_format)
         targets = self.targets(batch) if self.teacher is not None else {}
-        output = self._read_student(images)
+        output = self._read_student(images).named(self._student_layers)
         shown: Shown = batch["shown"]
         own = TermBatch(
             batch["labels"], shown.index, shown.view, progress,
@@ -239,8 +241,7 @@ class DistillationModule(LightningModule):
 
     def targets(self, batch: Batch) -> dict[str, Targets]:
         """The teacher's targets for every term, from the cache or computed."""
-        images = batch["images"].contiguous(memory_format=self.memory_format)
-        flat = self._fetch(self.cache, batch, lambda: self.ask_teacher(images))
+        flat = self._fetch(self.cache, batch, lambda: self.ask_teacher(batch["images"]))
         return self._targets.of_terms(flat)
 
     @staticmethod

@@ -1,6 +1,6 @@
 """The targets of all terms, from the outputs of the teacher or of every member of an ensemble."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 from torch import Tensor
@@ -26,15 +26,23 @@ class TeacherTargets:
         terms: the terms that need it, set up; those that read features are `PerMember` for an
             ensemble.
         classes: number of classes.
+        layers: for each member the layers that the terms read, by name or role; none by default.
 
     Attributes:
         top_k: number of logits that are kept; see `top_k`. None: all.
     """
 
-    def __init__(self, teacher: Teacher, terms: Mapping[str, Term], classes: int) -> None:
+    def __init__(
+        self,
+        teacher: Teacher,
+        terms: Mapping[str, Term],
+        classes: int,
+        layers: Sequence[Mapping[str, str]] = (),
+    ) -> None:
         self.classes = classes
         self.top_k: int | None = None
         self.members = members_of(teacher)
+        self._layers = layers or [{}] * len(self.members)
         self._ensemble = teacher if isinstance(teacher, Ensemble) else None
         self._terms = terms
         self._from_logits = [] if self._ensemble is None else [
@@ -68,7 +76,10 @@ class TeacherTargets:
         ``name/part`` if they are a dictionary.
         """
         flat: dict[str, Tensor] = {}
-        answers = [member.answer(images) for member in self.members]
+        answers = [
+            member.answer(images).named(layers)
+            for member, layers in zip(self.members, self._layers, strict=True)
+        ]
         for name, (number, term) in self.parts().items():
             value = term.remember(answers[number])
             if self.top_k is not None and self.is_reduced(name):

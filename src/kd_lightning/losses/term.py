@@ -5,8 +5,10 @@ from typing import Any, ClassVar, NamedTuple
 
 from torch import Tensor, nn
 
-from kd_lightning.models.features import Output
+from kd_lightning.models.features import LayerShapes, Output, unknown_layer
+from kd_lightning.models.roles import select
 from kd_lightning.models.shapes import Shapes
+from kd_lightning.models.trial import INPUT
 
 Targets = Tensor | dict[str, Tensor]
 """A term's targets, computed from the teacher's output: (B, ...), or several of these by name."""
@@ -32,8 +34,11 @@ class Context:
 class Reads(NamedTuple):
     """The features that a term reads from both networks.
 
+    A layer is a name, ``"name:input"`` for the input of a layer, or the role of a single layer (see
+    `roles.select`), unless the network has a layer of that name. It is the key of the feature.
+
     Attributes:
-        student: layers whose output `forward` needs; ``"layer:input"`` is the input of a layer.
+        student: layers whose output `forward` needs.
         teacher: layers whose output `remember` needs.
         teacher_logits: whether `remember` reads the teacher's logits. If no term does, the
             teacher's forward pass ends at the last layer that is read.
@@ -42,6 +47,34 @@ class Reads(NamedTuple):
     student: tuple[str, ...] = ()
     teacher: tuple[str, ...] = ()
     teacher_logits: bool = True
+
+    def of_student(self, context: Context) -> dict[str, str]:
+        """The student's layer for each name or role.
+
+        Raises:
+            ValueError: a layer does not exist, or a role is not a single layer.
+        """
+        return _locate("student", self.student, context.student, context.num_classes)
+
+    def of_teacher(self, context: Context) -> dict[str, str]:
+        """The teacher's layer for each name or role; see `of_student`."""
+        return _locate("teacher", self.teacher, context.teacher, context.num_classes)
+
+
+def _locate(whose: str, names: tuple[str, ...], shapes: Shapes, num_classes: int) -> dict[str, str]:
+    known = {*shapes}
+    if isinstance(shapes, LayerShapes):
+        known |= {*shapes.others, *shapes.inputs}
+    known.discard("")  # the model itself
+    found = {}
+    for name in names:
+        layers = (name,) if name in known else select(name, shapes, num_classes)
+        if len(layers) != 1:
+            raise ValueError(f"'{name}' of the {whose} is {', '.join(layers)}: name one layer")
+        if known.isdisjoint({layers[0], layers[0].removesuffix(INPUT)}):
+            raise ValueError(f"in the {whose} {unknown_layer(name, shapes)}")
+        found[name] = layers[0]
+    return found
 
 
 @dataclass(frozen=True)

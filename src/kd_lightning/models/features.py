@@ -1,6 +1,6 @@
 """Feature extraction by layer name from any model, without changing its code."""
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,11 @@ class Output(NamedTuple):
 
     logits: Tensor
     features: dict[str, Tensor]
+
+    def named(self, layers: Mapping[str, str]) -> "Output":
+        """With the features also under other names: name to layer."""
+        named = {name: self.features[layer] for name, layer in layers.items()}
+        return self._replace(features=self.features | named)
 
 
 class _Mode(NamedTuple):
