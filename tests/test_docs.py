@@ -1,9 +1,12 @@
 """Tests and files mentioned in the documents exist."""
 
 import re
+import shlex
 
 import pytest
 from conftest import REPOSITORY
+
+from kd_lightning import api
 
 DOCUMENTS = sorted([*REPOSITORY.glob("*.md"), *REPOSITORY.glob("docs/*.md")])
 
@@ -45,3 +48,17 @@ def test_method_files_have_the_measured_costs():
         given = re.findall(r"([\d.]+) times", methods[name])
         expected = [float(cost) for cost in costs if cost != "-"]
         assert [float(cost) for cost in given] == pytest.approx(expected, abs=0.051)
+
+
+def test_commands_and_settings_of_methods_are_accepted():
+    from kd_lightning.config.checks import check
+
+    text = (REPOSITORY / "docs" / "methods.md").read_text()
+    commands = [
+        *re.findall(r"^    python train\.py (.+)$", text, re.MULTILINE),
+        *(f"method={term} '{setting}'" for setting, term in
+          re.findall(r"`(\+?method\.terms\.([a-z]+)\.\w+=[^`]+)`", text)),
+    ]  # fmt: skip
+    assert len(commands) >= 4
+    for command in commands:
+        check(api.compose("data=digits", *shlex.split(command)))
