@@ -175,3 +175,10 @@ def test_failed_download_is_one_sentence(monkeypatch):
 def test_module_is_not_a_target():
     with pytest.raises(InputError, match="neither a class nor a function"):
         check_node({"_target_": "torch.nn"}, "student.model")
+
+
+def test_target_that_is_replaced_is_the_new_one(monkeypatch):
+    node = {"_target_": "torch.nn.ReLU", "inplace": True}
+    assert type(build(node, "student.model")) is nn.ReLU
+    monkeypatch.setattr(nn, "ReLU", nn.GELU)
+    assert type(build({"_target_": "torch.nn.ReLU"}, "student.model")) is nn.GELU
