@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from kd_lightning.workflows.export import Exported
 
 if "PYTEST_XDIST_WORKER" in os.environ:
+    import kd_lightning.engine.preload  # noqa: F401  # as a run does, without unused parts of SciPy
+
     gc.disable()  # while the tests are imported
 
 # For mutation testing: a failing example is enough, no need to shrink it.
