@@ -87,8 +87,9 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
     elif arguments.command == "unpack":
         if not Path(arguments.file).is_file():
             raise InputError(f"{arguments.file} does not exist")
-        for folder, views in unpack(Path(arguments.file), root):
-            print(f"{views} new views: {folder}")
+        for found in unpack(Path(arguments.file), root, restore=True):
+            restored = f", {found.rows} missing rows restored" if found.rows else ""
+            print(f"{found.views} new views{restored}: {found.folder}")
     elif arguments.command == "remove":
         entries = find(root, arguments.names)
         for entry in entries:

@@ -102,10 +102,11 @@ def test_unpacked_outputs_are_found(tmp_path, protect):
     fetch(outputs(tmp_path / "first"))
     (folder,) = (tmp_path / "first").iterdir()
     pack(folder, tmp_path / "packed.zip")
-    ((there, new),) = unpack(tmp_path / "packed.zip", tmp_path / "second")
+    ((there, new, _),) = unpack(tmp_path / "packed.zip", tmp_path / "second")
     assert new == 1
     protect(tmp_path / "second")
-    assert unpack(tmp_path / "packed.zip", tmp_path / "second") == [(there, 0)]
+    for restore in (False, True):
+        assert unpack(tmp_path / "packed.zip", tmp_path / "second", restore) == [(there, 0, 0)]
 
 
 def test_stored_teacher_is_used(tmp_path, protect):

@@ -1,5 +1,6 @@
 """Teacher-output caches as one portable file: a single cache, or all that stand for a teacher."""
 
+import errno
 import hashlib
 import json
 import math
@@ -9,12 +10,15 @@ import shutil
 import zipfile
 from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import torch
 
 from kd_lightning.config.packed import DAMAGED, MANIFEST, TEACHER_FORMAT
+from kd_lightning.data.views import PLAIN
 from kd_lightning.errors import InputError
-from kd_lightning.files import replacing
-from kd_lightning.storage.rows import DTYPES, Rows
+from kd_lightning.files import read_json, replacing
+from kd_lightning.storage.rows import DTYPES, MOST_ROWS, Rows
 from kd_lightning.storage.teacher_cache import folder_name, stored
 
 FORMAT = 1
@@ -96,17 +100,23 @@ def _add(archive: zipfile.ZipFile, path: Path, name: str) -> str:
     return digest.hexdigest()
 
 
-def unpack(file: Path, root: Path) -> list[tuple[Path, int]]:
+class Unpacked(NamedTuple):
+    """The folder of a cache, how many views were added, and how many rows of others restored."""
+
+    folder: Path
+    views: int
+    rows: int = 0
+
+
+def unpack(file: Path, root: Path, restore: bool = False) -> list[Unpacked]:
     """Add the caches in a packed file to a folder of caches, after verifying all of them.
 
-    Views that a cache has already are kept. Single rows are verified whenever they are read.
+    Valid rows that a cache has already are kept. Single rows are verified whenever they are read.
 
     Args:
         file: written by `pack` or `pack_teacher`; may be from an untrusted source.
         root: the folder of all caches.
-
-    Returns:
-        The folder of each cache, and the number of new views.
+        restore: read the views that exist already, and add the rows that are missing or damaged.
 
     Raises:
         InputError: the file is damaged or no packed cache; nothing has been added then.
@@ -121,24 +131,32 @@ def unpack(file: Path, root: Path) -> list[tuple[Path, int]]:
                 for prefix, cache in _caches(json.loads(archive.read(MANIFEST)))
             ]
             new = [[name for name in files if _is_new(name, rows)] for rows, _, files in caches]
-            for (rows, prefix, files), names in zip(caches, new, strict=True):
+            differ = [
+                [n for n in files if restore and n not in names and _differs(rows, n, files[n])]
+                for (rows, _, files), names in zip(caches, new, strict=True)
+            ]
+            needed = [names + others for names, others in zip(new, differ, strict=True)]
+            for (rows, prefix, files), names in zip(caches, needed, strict=True):
                 partials.append(partial := _partial(rows.folder))
                 if names:
                     partial.mkdir(parents=True)
                 for name in names:
                     target = partial / name
                     _extract(archive, prefix + name, files[name], rows.file_size, target)
-        for (rows, _, _), names, partial in zip(caches, new, partials, strict=True):
+        found = []
+        for (rows, _, _), names, others, partial in zip(caches, new, differ, partials, strict=True):
             if names:
                 rows.create()
             for name in names:
                 (partial / name).replace(rows.folder / name)
+            restored = sum(_restore(rows, name, partial) for name in others)
+            found.append(Unpacked(rows.folder, len(names), restored))
     except DAMAGED as error:
         raise InputError(f"{file} is damaged, or not a packed cache: {error}") from error
     finally:
         for partial in partials:
             shutil.rmtree(partial, ignore_errors=True)
-    return [(rows.folder, len(names)) for (rows, _, _), names in zip(caches, new, strict=True)]
+    return found
 
 
 def _partial(folder: Path) -> Path:
@@ -176,6 +194,8 @@ def _rows(manifest: Mapping[str, Any], root: Path, largest: int) -> Rows:
         raise ValueError("the number or the shape of its rows is wrong")
     if math.prod(numbers) > largest:
         raise ValueError("its rows are larger than the file")
+    if read_json(root / name / "rows.json") not in ({}, rows):
+        raise ValueError(f"its rows have another shape than those in {root / name}")
     return Rows(root / name, key, rows["images"], tuple(rows["shape"]), DTYPES[rows["dtype"]])
 
 
@@ -184,6 +204,29 @@ def _is_new(name: str, rows: Rows) -> bool:
         raise ValueError(f"it contains {name}")
     path = rows.folder / name
     return not path.exists() or path.stat().st_size < rows.file_size
+
+
+def _differs(rows: Rows, name: str, sha256: str) -> bool:
+    with (rows.folder / name).open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest() != sha256
+
+
+def _restore(rows: Rows, name: str, partial: Path) -> int:
+    """Add the valid rows of an unpacked view that are not valid in the cache; their number.
+
+    Raises:
+        OSError: the cache is read only.
+    """
+    number = name.removeprefix("view-").removesuffix(".rows")
+    source, restored = Rows(partial, rows.key, rows.images, rows.shape, rows.dtype), 0
+    for index in torch.arange(rows.images).split(MOST_ROWS):
+        view = torch.full_like(index, PLAIN if number == "plain" else int(number))
+        values, valid = source.read(index, view)
+        missing = valid & ~rows.read(index, view)[1]
+        if missing.any() and rows.write(index[missing], view[missing], values[missing]):
+            raise OSError(errno.EACCES, "the cache is read only", str(rows.folder / name))
+        restored += int(missing.sum())
+    return restored
 
 
 def _extract(archive: zipfile.ZipFile, name: str, sha256: str, size: int, target: Path) -> None:
