@@ -11,7 +11,8 @@
 `fill` computes the outputs that such a training uses, without training a student. Of many trainings
 that are then started at once, none computes them again.
 
-A training that uses a removed cache continues and computes the outputs.
+A training that uses a removed cache continues and computes the outputs. `list` and `remove` also
+know the copies of packed teachers, which `remove all` leaves.
 """
 
 import argparse
@@ -82,6 +83,8 @@ def run(arguments: argparse.Namespace, root: Path) -> None:
         from kd_lightning.storage.teacher_cache import remove, stored
     if arguments.command == "list":
         show(stored(root), "stored", root)
+        if copies := unpacked(root):
+            show(copies, "unpacked", root.with_name("packed"))
     elif arguments.command == "pack":
         pack_all(root, arguments.names, Path(arguments.file), arguments.trust)
     elif arguments.command == "unpack":
@@ -146,9 +149,23 @@ def find(root: Path, names: Sequence[str]) -> "list[Stored]":
     entries = {entry.folder.name: entry for entry in stored(root)}
     if names == ["all"]:
         return list(entries.values())
+    entries |= {copy.folder.name: copy for copy in unpacked(root)}
     if unknown := [name for name in names if name not in entries]:
         raise InputError(f"there is no cache {unknown[0]} in {root}")
     return [entries[name] for name in names]
+
+
+def unpacked(root: Path) -> "list[Stored]":
+    """The copies of packed teachers that trainings have unpacked."""
+    from kd_lightning.storage.teacher_cache import Stored, stored
+
+    copies = []
+    for folder in sorted(root.with_name("packed").glob("[!.]*")):
+        if folder.is_dir():
+            parts = stored(folder)
+            size, views = sum(part.bytes for part in parts), sum(part.views for part in parts)
+            copies.append(Stored(folder, size, views, parts[0].key if parts else {}, {}))
+    return copies
 
 
 def show(entries: "Sequence[Stored]", what: str, root: Path) -> None:

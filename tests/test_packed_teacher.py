@@ -5,6 +5,7 @@ import hashlib
 import json
 import shutil
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -134,7 +135,11 @@ def test_student_and_results_are_those_of_the_teacher(from_packed, published, tm
 
 
 def test_missing_row_ends_the_training_which_then_resumes(
-    from_packed, prepare, published, tmp_path
+    from_packed,
+    prepare,
+    published,
+    tmp_path,
+    script,  # noqa: F811
 ):
     """Without the teacher it cannot be recomputed, and no other number may be used."""
     file, originals = published
@@ -152,7 +157,11 @@ def test_missing_row_ends_the_training_which_then_resumes(
     assert f"remove {folder} and run the same command again" in done.err
     assert "Traceback" not in done.err
     assert torch.load(done.runs[0] / "checkpoints/last.ckpt", weights_only=True)["epoch"] == 0
-    shutil.rmtree(folder)
+    assert f"{folder.name} " in script("list")[1]
+    assert script("remove", "all")[0] == 0
+    assert folder.exists()
+    assert f"{folder.name} " in script("remove", folder.name)[1]
+    assert not folder.exists()
     again = from_packed(*command)
     assert again.code == 0, again.err
     assert "resum" in (done.runs[0] / "train.log").read_text()
@@ -348,6 +357,12 @@ def test_runs_that_cannot_be_packed(train, tmp_path, script, own_runs, from_pack
     metrics = json.loads((run / "metrics.json").read_text())
     (run / "metrics.json").write_text(json.dumps({**metrics, "status": "running"}))
     assert "no finished run" in said(run)
+
+
+def test_same_runs_make_the_same_file(own_runs, published, tmp_path, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    pack_runs([own_runs["fitnet"], own_runs["combined"]], tmp_path / "again.zip", ["own_teacher"])
+    assert (tmp_path / "again.zip").read_bytes() == published[0].read_bytes()
 
 
 def test_incomplete_views_are_not_packed(own_runs, tmp_path, script):  # noqa: F811

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import time
 import zipfile
 from pathlib import Path
 
@@ -128,6 +129,14 @@ def test_full_disk_is_reported_as_such(tmp_path, packed, monkeypatch):
     monkeypatch.setattr(Path, "mkdir", full)
     with pytest.raises(OSError, match="No space left"):
         unpack(packed, tmp_path / "two")
+
+
+def test_same_cache_makes_the_same_file(tmp_path, packed, monkeypatch):
+    """Whose SHA-256 is part of the identity of the students."""
+    (entry,) = stored(tmp_path / "one")
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    pack(entry.folder, tmp_path / "again.zip")
+    assert (tmp_path / "again.zip").read_bytes() == packed.read_bytes()
 
 
 def test_missing_and_damaged_rows_are_restored(tmp_path, packed):

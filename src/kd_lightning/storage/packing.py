@@ -53,7 +53,7 @@ def pack(folder: Path, file: Path) -> int:
             "format": FORMAT, "name": folder.name, "key": entry.key, "rows": entry.geometry,
             "files": digests,
         }  # fmt: skip
-        archive.writestr(MANIFEST, json.dumps(manifest, indent=2))
+        archive.writestr(_member(MANIFEST), json.dumps(manifest, indent=2))
     return len(views)
 
 
@@ -84,16 +84,25 @@ def pack_teacher(
                     for name in sorted(names)
                 },
             }
-            for folder, names in caches.items()
+            for folder, names in sorted(caches.items(), key=lambda item: item[0].name)
         ]
         manifest = {"format": TEACHER_FORMAT, "teacher": teacher, "caches": parts}
-        archive.writestr(MANIFEST, json.dumps(manifest, indent=2))
+        archive.writestr(_member(MANIFEST), json.dumps(manifest, indent=2))
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """A file in an archive, without its time: equal contents make equal archives."""
+    part = zipfile.ZipInfo(name)
+    part.compress_type, part.create_system = zipfile.ZIP_DEFLATED, 3  # 3: Unix, on every system
+    part.external_attr = 0o600 << 16
+    return part
 
 
 def _add(archive: zipfile.ZipFile, path: Path, name: str) -> str:
     """Add a file to an archive; its SHA-256, in hex."""
     digest = hashlib.sha256()
-    with path.open("rb") as source, archive.open(name, "w", force_zip64=True) as target:
+    part = _member(name)
+    with path.open("rb") as source, archive.open(part, "w", force_zip64=True) as target:
         while block := source.read(_BLOCK):
             digest.update(block)
             target.write(block)
