@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import threading
 import time
 import zipfile
 from pathlib import Path
@@ -16,7 +17,7 @@ from kd_lightning.errors import InputError
 from kd_lightning.storage import packing
 from kd_lightning.storage.packing import pack, unpack
 from kd_lightning.storage.rows import Rows
-from kd_lightning.storage.teacher_cache import TeacherCache, folder_name, stored
+from kd_lightning.storage.teacher_cache import TeacherCache, folder_name, stored, used_bytes
 
 CPU = torch.device("cpu")
 INDEX = torch.arange(20)
@@ -89,16 +90,39 @@ def test_forged_manifest_is_rejected(tmp_path, packed, change):
 def test_two_processes_may_unpack_the_same_cache(tmp_path, packed, monkeypatch):
     extract = packing._extract
 
+    other = threading.Thread(target=lambda: found.append(unpack(packed, tmp_path / "two")))
+    found = []
+
     def interrupted(*arguments):
         monkeypatch.setattr(packing, "_extract", extract)
-        unpack(packed, tmp_path / "two")  # another process, in the meantime
+        other.start()  # waits
         extract(*arguments)
 
     monkeypatch.setattr(packing, "_extract", interrupted)
-    unpack(packed, tmp_path / "two")
+    found.append(unpack(packed, tmp_path / "two"))
+    other.join()
     (entry,) = stored(tmp_path / "two")
     assert entry.views == 2
     assert sorted(entry.folder.parent.iterdir()) == [entry.folder]
+    assert len(found) == 2
+
+
+def test_leftovers_of_killed_processes(tmp_path, packed):
+    root = tmp_path / "two"
+    unpack(packed, root)
+    (place,) = root.iterdir()
+    size, left = used_bytes(root), root / ".other-logits-0.0a1b2c3d.unpacked"
+    left.mkdir()
+    (left / "view-00000.rows").write_bytes(bytes(1000))
+    assert used_bytes(root) == size
+    (place / "view-00000.rows").unlink()
+    unpack(packed, root)
+    assert sorted(root.iterdir()) == [place]
+    left = tmp_path / ".again.zip.0a1b2c3d.partial"
+    left.touch()
+    pack(place, tmp_path / "again.zip")
+    assert not left.exists()
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_name_of_a_teacher_may_contain_hyphens(tmp_path):

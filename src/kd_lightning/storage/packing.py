@@ -1,6 +1,8 @@
 """Teacher-output caches as one portable file: a single cache, or all that stand for a teacher."""
 
+import contextlib
 import errno
+import glob
 import hashlib
 import json
 import math
@@ -17,7 +19,7 @@ import torch
 from kd_lightning.config.packed import DAMAGED, MANIFEST, TEACHER_FORMAT
 from kd_lightning.data.views import PLAIN
 from kd_lightning.errors import InputError
-from kd_lightning.files import read_json, replacing
+from kd_lightning.files import hold, read_json, replacing
 from kd_lightning.storage.rows import DTYPES, MOST_ROWS, Rows
 from kd_lightning.storage.teacher_cache import folder_name, stored
 
@@ -47,7 +49,7 @@ def pack(folder: Path, file: Path) -> int:
             "record the size of its rows"
         )
     views = sorted(path for path in folder.iterdir() if _VIEW.fullmatch(path.name))
-    with replacing(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    with _archive(file) as archive:
         digests = {path.name: _add(archive, path, path.name) for path in views}
         manifest = {
             "format": FORMAT, "name": folder.name, "key": entry.key, "rows": entry.geometry,
@@ -73,7 +75,7 @@ def pack_teacher(
     described = {
         entry.folder: entry for root in {f.parent for f in caches} for entry in stored(root)
     }
-    with replacing(file) as partial, zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive:
+    with _archive(file) as archive:
         parts = [
             {
                 "name": folder.name,
@@ -131,9 +133,8 @@ def unpack(file: Path, root: Path, restore: bool = False) -> list[Unpacked]:
         InputError: the file is damaged or no packed cache; nothing has been added then.
         OSError: the folder cannot be written.
     """
-    partials: list[Path] = []
     try:
-        with zipfile.ZipFile(file) as archive:
+        with contextlib.ExitStack() as held, zipfile.ZipFile(file) as archive:
             largest = max(part.file_size for part in archive.infolist())
             caches = [
                 (_rows(cache, root, largest), prefix, dict(cache["files"]))
@@ -144,28 +145,54 @@ def unpack(file: Path, root: Path, restore: bool = False) -> list[Unpacked]:
                 [n for n in files if restore and n not in names and _differs(rows, n, files[n])]
                 for (rows, _, files), names in zip(caches, new, strict=True)
             ]
-            needed = [names + others for names, others in zip(new, differ, strict=True)]
-            for (rows, prefix, files), names in zip(caches, needed, strict=True):
-                partials.append(partial := _partial(rows.folder))
-                if names:
+            if any(new) or any(differ):
+                held.enter_context(_alone(root / ".unpack.lock", ".*.unpacked"))
+            partials = [_partial(rows.folder) for rows, _, _ in caches]
+            for partial in partials:
+                held.callback(shutil.rmtree, partial, ignore_errors=True)
+            parts = list(zip(caches, new, differ, partials, strict=True))
+            for (rows, prefix, files), names, others, partial in parts:
+                if names or others:
                     partial.mkdir(parents=True)
-                for name in names:
+                for name in names + others:
                     target = partial / name
                     _extract(archive, prefix + name, files[name], rows.file_size, target)
-        found = []
-        for (rows, _, _), names, others, partial in zip(caches, new, differ, partials, strict=True):
-            if names:
-                rows.create()
-            for name in names:
-                (partial / name).replace(rows.folder / name)
-            restored = sum(_restore(rows, name, partial) for name in others)
-            found.append(Unpacked(rows.folder, len(names), restored))
+            found = []
+            for (rows, _, _), names, others, partial in parts:
+                if names:
+                    rows.create()
+                for name in names:
+                    (partial / name).replace(rows.folder / name)
+                restored = sum(_restore(rows, name, partial) for name in others)
+                found.append(Unpacked(rows.folder, len(names), restored))
     except DAMAGED as error:
         raise InputError(f"{file} is damaged, or not a packed cache: {error}") from error
-    finally:
-        for partial in partials:
-            shutil.rmtree(partial, ignore_errors=True)
     return found
+
+
+@contextlib.contextmanager
+def _alone(lock: Path, leftovers: str) -> Iterator[None]:
+    """Hold a lock, and remove what killed processes that held it have left in its folder."""
+    with hold(lock, f"another process is writing to {lock.parent}"):
+        for path in lock.parent.glob(leftovers):
+            with contextlib.suppress(OSError):  # of another user
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _archive(file: Path) -> Iterator[zipfile.ZipFile]:
+    """Write a zip file, which replaces another one atomically."""
+    lock = file.with_name(f".{file.name}.lock")
+    with (
+        _alone(lock, f".{glob.escape(file.name)}.*.partial"),
+        replacing(file) as partial,
+        zipfile.ZipFile(partial, "w", zipfile.ZIP_DEFLATED) as archive,
+    ):
+        yield archive
 
 
 def _partial(folder: Path) -> Path:

@@ -331,7 +331,7 @@ def remove(folder: Path) -> None:
 
 def used_bytes(root: Path) -> int:
     """Total size of all caches below `root`, in bytes."""
-    return sum(_size(file) for file in root.glob("*/view-*.rows"))
+    return sum(_size(file) for file in root.glob("[!.]*/view-*.rows"))
 
 
 def _size(file: Path) -> int:
