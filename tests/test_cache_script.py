@@ -147,6 +147,17 @@ def test_fill_computes_once_what_a_training_uses(folder, train, tmp_path, script
     assert damaged.read_bytes() == filled[damaged]
 
 
+def test_views_of_a_part_of_the_images_are_packed_once_filled(folder, train, tmp_path, script):
+    job = ("method=logit", "trainer.max_epochs=1", "+trainer.limit_train_batches=1", "setting=a")
+    (run,) = train(*job).runs
+    code, _, said = script("pack", run, tmp_path / "packed.zip")
+    assert code == 2
+    assert "scripts/cache.py fill" in said
+    fixed = (f"output_dir={tmp_path / 'outputs'}", f"data.root={folder}", *FOLDER, *TINY)
+    assert script("fill", *fixed, *job)[0] == 0
+    assert script("pack", run, tmp_path / "packed.zip")[0] == 0
+
+
 def test_what_cannot_be_filled(folder, tmp_path, script):
     fixed = (f"output_dir={tmp_path / 'outputs'}", f"data.root={folder}", *FOLDER)
     for change, reason in (

@@ -365,7 +365,16 @@ def test_same_runs_make_the_same_file(own_runs, published, tmp_path, monkeypatch
     assert (tmp_path / "again.zip").read_bytes() == published[0].read_bytes()
 
 
-def test_incomplete_views_are_not_packed(own_runs, tmp_path, script):  # noqa: F811
+def test_fewer_views_than_configured_are_reported(own_runs, tmp_path, caplog):
+    directory = RunDirectory(own_runs["fitnet"])
+    config = directory.read_config()
+    directory.write_config({**config, "data": {**config["data"], "views": 25}})
+    pack_runs([directory.path], tmp_path / "teacher.zip", ["own_teacher"])
+    assert "2 of 25 views of convnet-mapterm-" in caplog.text
+    assert len(caplog.records) == 1
+
+
+def test_incomplete_views_are_not_packed(own_runs, tmp_path, script, caplog):  # noqa: F811
     run, file = own_runs["fitnet"], tmp_path / "teacher.zip"
     (view,) = tmp_path.glob("outputs/teachers/remembered/*-mapterm-*/view-00001.rows")
     for name, count in (("view-00001.rows", "2 views"), ("view-00000.rows", "1 view")):
@@ -373,7 +382,9 @@ def test_incomplete_views_are_not_packed(own_runs, tmp_path, script):  # noqa: F
         assert code == 0, err
         assert f": {count}\n" in said.splitlines(keepends=True)[0]
         assert len(said.splitlines()) == 3  # a term, evaluation, the file
+        assert ("1 of 2 views of" in caplog.text) == (count == "1 view")
         view.with_name(name).write_bytes(bytes(view.stat().st_size))
     code, _, err = script("pack", run, tmp_path / "none.zip", *TRUST)
     assert code == 2
     assert "no complete view" in err
+    assert "scripts/cache.py fill" in err

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+import resource
 import threading
 import time
 import zipfile
@@ -144,6 +145,16 @@ def test_incomplete_cache_is_not_packed(tmp_path, missing):
     with pytest.raises(InputError, match=f"{folder} cannot be packed"):
         pack(folder, tmp_path / "packed.zip")
     assert not (tmp_path / "packed.zip").exists()
+
+
+def test_file_that_cannot_be_written_is_named(tmp_path, packed):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, hard))
+    try:
+        with pytest.raises(OSError, match=r"File too large.*view-00000\.rows"):
+            unpack(packed, tmp_path / "two")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_full_disk_is_reported_as_such(tmp_path, packed, monkeypatch):

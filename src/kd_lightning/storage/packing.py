@@ -269,9 +269,13 @@ def _extract(archive: zipfile.ZipFile, name: str, sha256: str, size: int, target
     if archive.getinfo(name).file_size != size:  # before it fills the disk
         raise ValueError(f"the size of {name} is wrong")
     digest = hashlib.sha256()
-    with archive.open(name) as source, target.open("wb") as file:
-        while block := source.read(_BLOCK):
-            digest.update(block)
-            file.write(block)
+    try:
+        with archive.open(name) as source, target.open("wb") as file:
+            while block := source.read(_BLOCK):
+                digest.update(block)
+                file.write(block)
+    except OSError as error:
+        error.filename = error.filename or str(target)  # a failed write has none
+        raise
     if digest.hexdigest() != sha256:
         raise ValueError(f"the content of {name} is damaged")

@@ -1,5 +1,6 @@
 """Pack what stands for a teacher: its outputs in finished runs, and its description."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from pathlib import Path
@@ -20,6 +21,8 @@ from kd_lightning.storage.rows import Rows
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows.check_cache import with_stored_weights
 from kd_lightning.workflows.jobs import Job, prepare_again
+
+log = logging.getLogger(__name__)
 
 
 def pack_runs(run_dirs: Sequence[Path], file: Path, trust: Iterable[str] = ()) -> dict[str, int]:
@@ -98,9 +101,17 @@ def _complete(rows: Rows, name: str, job: Job) -> list[str]:
         found.append(rows.path(view).name)
     if not found:
         raise InputError(
-            f"{rows.folder} has no complete view ({name}): run the same training again, with "
-            "enough room in remember.disk_gb, and a remember.dtype of sufficient range"
+            f"{rows.folder} has no complete view ({name}): compute it with scripts/cache.py fill "
+            "and the overrides of the run, with enough room in remember.disk_gb, and a "
+            "remember.dtype of sufficient range"
         )
+    wanted = job.data.views or job.plan.student.trainer.arguments["max_epochs"]
+    if name != "evaluation" and len(found) < wanted:
+        log.warning(
+            "%d of %d views of %s are packed, the others are incomplete: scripts/cache.py fill "
+            "computes as many as trainer.max_epochs and data.views say",
+            len(found), wanted, rows.folder.name,
+        )  # fmt: skip
     return found
 
 
