@@ -1,6 +1,6 @@
 """Fill, list, check, pack, unpack and remove teacher-output caches.
 
-    python scripts/cache.py fill method=combined teacher=resnet9 data.views=25    # as for train.py
+    python scripts/cache.py fill method=combined data.views=25 trainer.max_epochs=100  # as train.py
     python scripts/cache.py list --output-dir outputs
     python scripts/cache.py check outputs/runs/SETTING/RUN 1000      # recompute 1,000 rows each
     python scripts/cache.py pack outputs/runs/SETTING/RUN teacher.zip     # for teacher=packed
