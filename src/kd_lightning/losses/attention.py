@@ -10,34 +10,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.map_term import MapTerm
+from kd_lightning.losses.scale import power_of_two, scaled
 from kd_lightning.losses.term import TermBatch
 from kd_lightning.models.features import Output
 from kd_lightning.models.pooling import pool
 
 
 class _MeanSquare(torch.autograd.Function):
-    """Mean over channels of the squared activations, in float32.
+    """Mean over channels of the squared activations times a factor, in float32.
 
-    A custom autograd function, because autograd would save a float32 copy of the whole feature map
-    and read it several times; this saves only its input. Computed as a squared norm, which is
+    A custom autograd function, because autograd would save float32 copies of the whole feature map
+    and read them several times; this saves only its inputs. Computed as a squared norm, which is
     reduced in float32 without a copy.
     """
 
     @staticmethod
-    def forward(ctx: Any, feature_map: Tensor) -> Tensor:
-        ctx.save_for_backward(feature_map)
-        dtype = torch.promote_types(feature_map.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(feature_map, dim=1, dtype=dtype)
+    def forward(ctx: Any, feature_map: Tensor, factor: Tensor) -> Tensor:
+        ctx.save_for_backward(feature_map, factor)
+        norm = torch.linalg.vector_norm(scaled(feature_map, factor), dim=1, dtype=factor.dtype)
         return norm.square_().div_(feature_map.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
-        (feature_map,) = ctx.saved_tensors
-        scale = gradients[0] * (2 / feature_map.shape[1])
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        feature_map, factor = ctx.saved_tensors
+        scale = gradients[0] * (2 / feature_map.shape[1]) * factor
+        limit = torch.finfo(scale.dtype).max / 2  # infinity times a map of zeros would be NaN
+        scale = scale.clamp(-limit, limit)
         # The scale of a map of zeros is beyond the range of float16, but not of bfloat16.
         if feature_map.dtype == torch.bfloat16:
             scale = scale.bfloat16()
-        return (feature_map * scale.unsqueeze(1)).to(feature_map.dtype)
+        return (scaled(feature_map, factor) * scale.unsqueeze(1)).to(feature_map.dtype), None
 
 
 def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -52,7 +54,7 @@ def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> T
     Returns:
         (B, h * w), float32.
     """
-    energy = _MeanSquare.apply(feature_map)
+    energy = _MeanSquare.apply(feature_map, power_of_two(feature_map))
     if size is not None:
         energy = pool(energy.unsqueeze(1), size)
     return F.normalize(energy.flatten(1), dim=1)

@@ -9,6 +9,7 @@ from torch import Tensor
 from kd_lightning.losses.map_term import MapTerm
 from kd_lightning.losses.pairs import Pair
 from kd_lightning.losses.precision import at_least_float32
+from kd_lightning.losses.scale import to_usual_scale
 from kd_lightning.losses.term import TermBatch
 from kd_lightning.models.features import Output
 from kd_lightning.models.pooling import pool
@@ -19,7 +20,7 @@ def selectivity(feature_map: Tensor) -> Tensor:
 
     A map of zeros stays zero.
     """
-    return F.normalize(at_least_float32(feature_map).flatten(2), dim=2)
+    return F.normalize(to_usual_scale(feature_map).flatten(2), dim=2)
 
 
 def gram(channels: Tensor) -> Tensor:

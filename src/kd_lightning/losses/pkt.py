@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.losses.precision import at_least_float32
+from kd_lightning.losses.scale import power_of_two, scaled
 from kd_lightning.losses.term import TermBatch
 from kd_lightning.losses.vectors import VectorTerm, unit
 from kd_lightning.models.features import Output
@@ -23,7 +24,8 @@ def affinities(vectors: Tensor) -> Tensor:
     Args:
         vectors: (B, D). A zero vector has the cosine 0 with every vector, and no gradient.
     """
-    directions = unit(at_least_float32(vectors), EPSILON)
+    vectors, factor = at_least_float32(vectors), power_of_two(vectors)
+    directions = unit(scaled(vectors, factor), EPSILON * factor.clamp(max=1))
     # Rounding can leave a cosine slightly below -1, and a probability below 0.
     kernel = ((directions @ directions.T + 1) / 2).clamp(min=0)
     return kernel / kernel.sum(dim=1, keepdim=True)

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kd_lightning.losses.arguments import not_negative
 from kd_lightning.losses.precision import at_least_float32
+from kd_lightning.losses.scale import power_of_two, scaled, to_usual_scale
 from kd_lightning.losses.term import TermBatch
 from kd_lightning.losses.vectors import VectorTerm, unit
 from kd_lightning.models.features import Output
@@ -19,7 +20,8 @@ LARGEST = 2**24
 """Number of elements of the largest intermediate tensor: 64 MB in float32."""
 
 SMALLEST_DISTANCE = 1e-6
-"""Distances are at least this, as in the authors' code."""
+"""Distances are at least this, as in the authors' code; relative to the largest of the features
+where that is unusually small."""
 
 
 def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
@@ -43,10 +45,11 @@ def distance_loss(student: Tensor, teacher: Tensor) -> Tensor:
 
 def _relative_distances(vectors: Tensor) -> Tensor:
     """Distances (B, B), divided by the mean distance of different images."""
-    vectors = at_least_float32(vectors)
+    vectors, factor = at_least_float32(vectors), power_of_two(vectors)
     count = len(vectors)
     # Not from scalar products, which lose all digits of small distances in float32.
-    distances = torch.cat(_in_parts(_distances, vectors)).clamp(min=SMALLEST_DISTANCE)
+    distances = torch.cat(_in_parts(_distances, scaled(vectors, factor)))
+    distances = distances.clamp(min=SMALLEST_DISTANCE * factor.clamp(max=1))
     distances = distances.masked_fill(torch.eye(count, dtype=torch.bool, device=vectors.device), 0)
     return distances / (distances.sum() / (count * (count - 1))) if count > 1 else distances
 
@@ -74,7 +77,7 @@ def angle_loss(student: Tensor, teacher: Tensor) -> Tensor:
         teacher: vectors (B, D'), of any length.
     """
     with torch.autocast(student.device.type, enabled=False):
-        student, teacher = at_least_float32(student), at_least_float32(teacher)
+        student, teacher = to_usual_scale(student), to_usual_scale(teacher)
         parts = _in_parts(_angle_differences, student, teacher)
         return torch.stack(parts).sum() / len(student) ** 3
 

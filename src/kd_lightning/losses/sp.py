@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kd_lightning.losses.precision import at_least_float32
+from kd_lightning.losses.scale import to_usual_scale
 from kd_lightning.losses.term import Context, Reads, Term, TermBatch
 from kd_lightning.losses.vectors import find_layer, unit
 from kd_lightning.models.features import Output
@@ -31,7 +32,7 @@ def similarity_loss(student: Tensor, teacher: Tensor) -> Tensor:
     with torch.autocast(student.device.type, enabled=False):
         given, wanted = (
             unit(rows @ rows.T)
-            for rows in (at_least_float32(part.flatten(1)) for part in (student, teacher))
+            for rows in (to_usual_scale(part.flatten(1)) for part in (student, teacher))
         )
         return F.mse_loss(given, wanted)
 

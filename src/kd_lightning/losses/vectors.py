@@ -14,7 +14,7 @@ from kd_lightning.models.roles import select
 from kd_lightning.models.shapes import Shapes
 
 
-def unit(vectors: Tensor, epsilon: float = 0.0) -> Tensor:
+def unit(vectors: Tensor, epsilon: float | Tensor = 0.0) -> Tensor:
     """Vectors (..., D) divided by their Euclidean length plus `epsilon`.
 
     The direction of a zero vector is undefined: it remains zero, and its gradient is zero rather
