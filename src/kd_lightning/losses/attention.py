@@ -17,21 +17,24 @@ from kd_lightning.models.pooling import pool
 
 
 class _MeanSquare(torch.autograd.Function):
-    """Mean over channels of the squared activations times a factor, in float32.
+    """Mean over channels of the squared activations, in float32, brought to a usual scale.
 
-    A custom autograd function, because autograd would save float32 copies of the whole feature map
-    and read them several times; this saves only its inputs. Computed as a squared norm, which is
-    reduced in float32 without a copy.
+    A custom autograd function, because autograd would save a float32 copy of the whole feature map
+    and read it several times; this saves only its input. Computed as a squared norm, which is
+    reduced in float32 without a copy. The scale is that of the norms, for which the map is not read
+    again: between 1e-18 and 1e18 squares neither overflow nor vanish.
     """
 
     @staticmethod
-    def forward(ctx: Any, feature_map: Tensor, factor: Tensor) -> Tensor:
+    def forward(ctx: Any, feature_map: Tensor) -> Tensor:
+        dtype = torch.promote_types(feature_map.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(feature_map, dim=1, dtype=dtype)
+        factor = power_of_two(norm)
         ctx.save_for_backward(feature_map, factor)
-        norm = torch.linalg.vector_norm(scaled(feature_map, factor), dim=1, dtype=factor.dtype)
-        return norm.square_().div_(feature_map.shape[1])
+        return scaled(norm, factor).square_().div_(feature_map.shape[1])
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         feature_map, factor = ctx.saved_tensors
         scale = gradients[0] * (2 / feature_map.shape[1]) * factor
         limit = torch.finfo(scale.dtype).max / 2  # infinity times a map of zeros would be NaN
@@ -39,7 +42,7 @@ class _MeanSquare(torch.autograd.Function):
         # The scale of a map of zeros is beyond the range of float16, but not of bfloat16.
         if feature_map.dtype == torch.bfloat16:
             scale = scale.bfloat16()
-        return (scaled(feature_map, factor) * scale.unsqueeze(1)).to(feature_map.dtype), None
+        return (scaled(feature_map, factor) * scale.unsqueeze(1)).to(feature_map.dtype)
 
 
 def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> Tensor:
@@ -54,7 +57,7 @@ def attention_map(feature_map: Tensor, size: tuple[int, int] | None = None) -> T
     Returns:
         (B, h * w), float32.
     """
-    energy = _MeanSquare.apply(feature_map, power_of_two(feature_map))
+    energy = _MeanSquare.apply(feature_map)
     if size is not None:
         energy = pool(energy.unsqueeze(1), size)
     return F.normalize(energy.flatten(1), dim=1)
