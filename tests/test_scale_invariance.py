@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from kd_lightning.losses.attention import attention_map
 from kd_lightning.losses.nst import nst_loss
-from kd_lightning.losses.pkt import probability_transfer_loss
+from kd_lightning.losses.pkt import affinities, probability_transfer_loss
 from kd_lightning.losses.rkd import angle_loss, distance_loss
 from kd_lightning.losses.scale import power_of_two
 from kd_lightning.losses.sp import similarity_loss
@@ -67,6 +67,26 @@ def test_zeros_at_small_scales(loss):
     nothing = torch.zeros_like(student, requires_grad=True)
     loss(nothing, teacher).backward()
     assert nothing.grad.isfinite().all()
+
+
+def test_small_distances_of_large_features_count():
+    student, teacher = features((5, 7), 2.0**30)
+    student[1] = student[0]
+    student[1, 0] += 0.5  # far above the smallest distance, but not relative to the scale
+    expected = F.smooth_l1_loss(*(relative_distances(part) for part in (student, teacher)))
+    torch.testing.assert_close(distance_loss(student, teacher), expected, rtol=1e-11, atol=0)
+
+
+def relative_distances(vectors):
+    distances = torch.linalg.vector_norm(vectors[:, None] - vectors, dim=2)
+    return distances / (distances.sum() / (5 * 4))
+
+
+def test_short_vectors_among_long_ones_keep_their_direction():
+    vectors, _ = features((5, 7), 2.0**30)
+    expected = affinities(vectors)
+    vectors[1] /= 2.0**31  # of the usual length, but not relative to the scale
+    torch.testing.assert_close(affinities(vectors), expected, rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize("usual", [0.001, 0.5, 1.0, 1000.0, 0.0, torch.inf, torch.nan, 1e-42])
