@@ -27,10 +27,10 @@ SERVER.set_forkserver_preload(
         "kd_lightning.engine.preload", "kd_lightning.cli", "kd_lightning.workflows.student",
         "kd_lightning.workflows.evaluate",
         "kd_lightning.reports.documents", "kd_lightning.reports.summary", "torchvision.datasets",
-        "seaborn", "scipy.stats", "sklearn.datasets", "torch.distributed.nn.functional",
+        "seaborn", "scipy.stats", "scipy.optimize", "torch.distributed.nn.functional",
         "lightning.pytorch.strategies", "tensorboard.compat.tensorflow_stub",
         "fsspec.implementations.chained", "kd_lightning.schedules", "kd_lightning.workflows.cards",
-        "sklearn.datasets.data", "sklearn.datasets.descr", "tensorboard.plugins.hparams.metadata",
+        "tensorboard.plugins.hparams.metadata",
         "torch.utils.serialization.config", "composition",
     ]
 )  # fmt: skip

@@ -5,6 +5,7 @@ import hashlib
 import io
 import os
 import pickle
+import sys
 import tarfile
 import threading
 from functools import partial
@@ -16,11 +17,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from sklearn.datasets import load_digits
 from test_faults import Disk
 from torch.distributed.utils import _recursive_to
 from torchvision.datasets import CIFAR10
 
-from kd_lightning.data import CIFAR10DataModule, DigitsDataModule, FolderDataModule
+from kd_lightning.data import CIFAR10DataModule, DigitsDataModule, FolderDataModule, digits
 from kd_lightning.data.splits import stratified_split
 from kd_lightning.errors import InputError
 
@@ -209,6 +211,23 @@ def test_digits_need_no_download():
     assert batch["images"].shape[1:] == (3, 32, 32)
     assert len(batch["labels"].unique()) == 10
     assert batch["images"].max() > 0.9
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_digits_are_those_of_scikit_learn(monkeypatch, elsewhere):
+    if elsewhere:  # in a version that keeps the file in another place
+        monkeypatch.setattr(Path, "exists", lambda path: False)
+    values = digits._values()
+    expected = load_digits()
+    assert values.dtype == np.uint8
+    np.testing.assert_array_equal(values[:, :-1], expected.data)
+    np.testing.assert_array_equal(values[:, -1], expected.target)
+
+
+def test_digits_need_scikit_learn(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(InputError, match="scikit-learn"):
+        DigitsDataModule(name="digits", batch_size=64).load()
 
 
 def test_variant_shares_the_images(folder):

@@ -157,6 +157,26 @@ def test_no_library_reports_leaks(tmp_path, folder, processes):
     assert "leak" not in done.err
 
 
+@pytest.mark.slow  # a new interpreter
+def test_no_costly_package_is_imported_before_the_first_step():
+    script = """
+        import sys, unittest.mock
+        from kd_lightning import cli
+        from kd_lightning.engine.preload import *
+        from lightning.pytorch import Trainer
+
+        def fit(*_, **__):
+            costly = {"sklearn", "pandas", "scipy.optimize", "scipy.signal", "seaborn"}
+            print(costly & {*sys.modules})
+            sys.exit()
+
+        with unittest.mock.patch.object(Trainer, "fit", fit):
+            api.run("method=none", "data=digits")
+    """
+    done = in_a_new_process("-c", textwrap.dedent(script), fresh=True)
+    assert done.out.endswith("set()\n"), done.err
+
+
 @pytest.mark.parametrize("leaves_memory", [True, False])
 def test_collector_skips_what_is_imported(monkeypatch, leaves_memory):
     monkeypatch.setattr(startup, "_leaves_memory", leaves_memory)

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from scipy.optimize import brentq
 from torch import Tensor
 from torchmetrics import Metric
 
@@ -160,6 +159,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             expected = torch.where(p > 0, p * part, 0).sum(dim=1)  # 0 * -inf is 0
             total += float((expected - part.gather(1, true.unsqueeze(1)).squeeze(1)).sum())
         return total
+
+    from scipy.optimize import brentq  # slow to import, and not needed before the end of a run
 
     low, high = 1 / LARGEST, 1 / SMALLEST
     if slope(low) >= 0:
