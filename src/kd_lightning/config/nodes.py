@@ -7,17 +7,17 @@ import difflib
 import enum
 import functools
 import inspect
-import os
 import pkgutil
 import types
 import typing
-from collections.abc import Callable, Collection, Iterator
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 from urllib.error import URLError
 
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
+from kd_lightning.config.type_hints import check_value, is_enum, members
 from kd_lightning.errors import InputError
 
 Node = dict[str, Any]
@@ -25,9 +25,6 @@ Signature = tuple[dict[str, inspect.Parameter], dict[str, Any], bool]
 
 # Keys of a node that Hydra interprets.
 HYDRA_KEYS = ("_target_", "_args_", "_partial_", "_recursive_", "_convert_")
-
-LITERAL: Any = Literal
-SCALARS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
 def check_node(node: Any, path: str, given: set[str] | None = None) -> None:
@@ -212,9 +209,9 @@ def _with_enums(node: Any) -> Any:
 
 
 def _member(value: Any, hint: Any) -> Any:
-    if isinstance(value, str) and str not in _parts(hint):
-        for part in _parts(hint):
-            if _is_enum(part):
+    if isinstance(value, str) and str not in members(hint):
+        for part in members(hint):
+            if is_enum(part):
                 name = value.rsplit(".", 1)[-1]
                 return part[name] if name in part.__members__ else part(value)
     return _with_enums(value)
@@ -274,110 +271,6 @@ def _signature(target: Any) -> Signature:
 
 
 _known = functools.lru_cache(maxsize=256)(_signature)
-
-
-def check_value(value: Any, hint: Any, path: str) -> None:
-    """Check a YAML value against a type hint; unknown kinds of hints accept any value.
-
-    Raises:
-        InputError: the value does not match the type.
-    """
-    parts = list(_parts(hint))
-    scalars = [part for part in parts if part in SCALARS]
-    for part in parts:
-        # In a union with scalars, ignore classes such as Tensor, which YAML cannot express.
-        opaque = inspect.isclass(_origin(part)) and not (_describe(part) or _choices(part))
-        if not (opaque and scalars and isinstance(value, str | int | float)) and _fits(value, part):
-            return
-    origins = [_origin(part) for part in parts]
-    if isinstance(value, str) and collections.abc.Callable in origins:
-        raise InputError(
-            f"{path} must be a callable, not a string: write {{_target_: {value}, _partial_: true}}"
-        )
-    if isinstance(value, str) and type in origins:
-        raise InputError(
-            f"{path} must be a class, not its name: "
-            f"write {{_target_: hydra.utils.get_class, path: {value}}}"
-        )
-    choices = [str(choice) for part in parts for choice in _choices(part)]
-    allowed = sorted({_describe(part) for part in parts} - {""})
-    if choices:
-        allowed.append(f"one of {', '.join(dict.fromkeys(choices))}")
-    raise InputError(f"{path} must be {' or '.join(allowed)}, not {value!r}")
-
-
-def _parts(hint: Any) -> Iterator[Any]:
-    """The members of a union; the underlying type of an annotated type or alias."""
-    origin = typing.get_origin(hint)
-    if origin in (typing.Union, types.UnionType):
-        for part in typing.get_args(hint):
-            yield from _parts(part)
-    elif origin is typing.Annotated:
-        yield from _parts(typing.get_args(hint)[0])
-    elif alias := getattr(hint, "__supertype__", None) or getattr(hint, "__value__", None):
-        yield from _parts(alias)
-    else:
-        yield hint
-
-
-def _origin(hint: Any) -> Any:
-    return typing.get_origin(hint) or hint
-
-
-def _is_enum(hint: Any) -> bool:
-    return inspect.isclass(hint) and issubclass(hint, enum.Enum)
-
-
-def _choices(hint: Any) -> Collection[Any]:
-    if _origin(hint) is LITERAL:
-        return typing.get_args(hint)
-    return list(hint.__members__) if _is_enum(hint) else ()
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    if isinstance(value, dict) and "_target_" in value:
-        return True
-    origin = _origin(hint)
-    if origin is LITERAL:
-        return value in typing.get_args(hint)
-    if _is_enum(hint):
-        named = isinstance(value, str) and value.rsplit(".", 1)[-1] in hint.__members__
-        return named or value in [member.value for member in hint]
-    if origin in (int, float, bool, str, type(None)):
-        return _fits_scalar(value, origin)
-    if not inspect.isclass(origin):
-        return True  # Any, a type variable, an unresolved name
-    if origin in (collections.abc.Callable, type):
-        return not isinstance(value, str | int | float | list)
-    if issubclass(origin, os.PathLike):
-        return isinstance(value, str)
-    return not (isinstance(value, str | int | float) and _is_container(origin))
-
-
-def _fits_scalar(value: Any, kind: type) -> bool:
-    if isinstance(value, list | dict):
-        return True  # annotations are often narrower than what is accepted
-    if isinstance(value, bool) or kind is not float:
-        return type(value) is kind
-    return isinstance(value, int | float)
-
-
-def _is_container(kind: Any) -> bool:
-    abstract = kind.__module__ == "collections.abc" and issubclass(kind, collections.abc.Iterable)
-    return abstract or issubclass(kind, list | tuple | set | frozenset | dict)
-
-
-def _describe(hint: Any) -> str:
-    origin = _origin(hint)
-    if origin in SCALARS:
-        return SCALARS[origin]
-    if origin is type(None):
-        return "null"
-    if inspect.isclass(origin) and _is_container(origin):
-        return "a dictionary" if issubclass(origin, collections.abc.Mapping) else "a list"
-    if inspect.isclass(origin) and issubclass(origin, os.PathLike):
-        return "a path"
-    return ""  # an object that YAML cannot express
 
 
 def select(config: Node, path: str) -> Any:

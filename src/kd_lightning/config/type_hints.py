@@ -1,0 +1,120 @@
+"""Validation of YAML values against type hints."""
+
+import collections.abc
+import enum
+import inspect
+import os
+import types
+import typing
+from collections.abc import Collection, Iterator
+from typing import Any, Literal
+
+from kd_lightning.errors import InputError
+
+LITERAL: Any = Literal
+SCALARS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
+
+
+def check_value(value: Any, hint: Any, path: str) -> None:
+    """Check a YAML value against a type hint; unknown kinds of hints accept any value.
+
+    Raises:
+        InputError: the value does not match the type.
+    """
+    parts = list(members(hint))
+    scalars = [part for part in parts if part in SCALARS]
+    for part in parts:
+        # In a union with scalars, ignore classes such as Tensor, which YAML cannot express.
+        opaque = inspect.isclass(_origin(part)) and not (_describe(part) or _choices(part))
+        if not (opaque and scalars and isinstance(value, str | int | float)) and _fits(value, part):
+            return
+    origins = [_origin(part) for part in parts]
+    if isinstance(value, str) and collections.abc.Callable in origins:
+        raise InputError(
+            f"{path} must be a callable, not a string: write {{_target_: {value}, _partial_: true}}"
+        )
+    if isinstance(value, str) and type in origins:
+        raise InputError(
+            f"{path} must be a class, not its name: "
+            f"write {{_target_: hydra.utils.get_class, path: {value}}}"
+        )
+    choices = [str(choice) for part in parts for choice in _choices(part)]
+    allowed = sorted({_describe(part) for part in parts} - {""})
+    if choices:
+        allowed.append(f"one of {', '.join(dict.fromkeys(choices))}")
+    raise InputError(f"{path} must be {' or '.join(allowed)}, not {value!r}")
+
+
+def members(hint: Any) -> Iterator[Any]:
+    """The members of a union; the underlying type of an annotated type or alias."""
+    origin = typing.get_origin(hint)
+    if origin in (typing.Union, types.UnionType):
+        for part in typing.get_args(hint):
+            yield from members(part)
+    elif origin is typing.Annotated:
+        yield from members(typing.get_args(hint)[0])
+    elif alias := getattr(hint, "__supertype__", None) or getattr(hint, "__value__", None):
+        yield from members(alias)
+    else:
+        yield hint
+
+
+def _origin(hint: Any) -> Any:
+    return typing.get_origin(hint) or hint
+
+
+def is_enum(hint: Any) -> bool:
+    """Whether a type hint is an enum."""
+    return inspect.isclass(hint) and issubclass(hint, enum.Enum)
+
+
+def _choices(hint: Any) -> Collection[Any]:
+    if _origin(hint) is LITERAL:
+        return typing.get_args(hint)
+    return list(hint.__members__) if is_enum(hint) else ()
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    if isinstance(value, dict) and "_target_" in value:
+        return True
+    origin = _origin(hint)
+    if origin is LITERAL:
+        return value in typing.get_args(hint)
+    if is_enum(hint):
+        named = isinstance(value, str) and value.rsplit(".", 1)[-1] in hint.__members__
+        return named or value in [member.value for member in hint]
+    if origin in (int, float, bool, str, type(None)):
+        return _fits_scalar(value, origin)
+    if not inspect.isclass(origin):
+        return True  # Any, a type variable, an unresolved name
+    if origin in (collections.abc.Callable, type):
+        return not isinstance(value, str | int | float | list)
+    if issubclass(origin, os.PathLike):
+        return isinstance(value, str)
+    return not (isinstance(value, str | int | float) and _is_container(origin))
+
+
+def _fits_scalar(value: Any, kind: type) -> bool:
+    if isinstance(value, list | dict):
+        return True  # annotations are often narrower than what is accepted
+    if isinstance(value, bool) or kind is not float:
+        return type(value) is kind
+    return isinstance(value, int | float)
+
+
+def _is_container(kind: Any) -> bool:
+    abstract = kind.__module__ == "collections.abc" and issubclass(kind, collections.abc.Iterable)
+    return abstract or issubclass(kind, list | tuple | set | frozenset | dict)
+
+
+def _describe(hint: Any) -> str:
+    origin = _origin(hint)
+    if origin in SCALARS:
+        return SCALARS[origin]
+    if origin is type(None):
+        return "null"
+    if inspect.isclass(origin) and _is_container(origin):
+        return "a dictionary" if issubclass(origin, collections.abc.Mapping) else "a list"
+    if inspect.isclass(origin) and issubclass(origin, os.PathLike):
+        return "a path"
+    return ""  # an object that YAML cannot express
