@@ -210,20 +210,22 @@ class Normalised(nn.Module):
         return self.head(self.relu(self.bn(self.conv(x))).mean((2, 3)))
 
 
-def test_ofd_takes_margins_from_a_batchnorm_whose_weights_are_loaded_later():
+@pytest.mark.parametrize("layer", ["bn", "norms.0"])
+def test_ofd_takes_margins_from_a_batchnorm_whose_weights_are_loaded_later(layer):
     teacher, student = Normalised().eval(), ConvNet([4, 8], 8, 3, 8)
-    term = OFD(pairs=[["stage1", "bn"]])
+    teacher.norms = nn.ModuleList([teacher.bn])  # the same module under another name
+    term = OFD(pairs=[["stage1", layer]])
     term.setup(Context(layer_shapes(student, 8), layer_shapes(teacher, 8), 3))
     assert not any(parameter is teacher.bn.weight for parameter in term.parameters())
     with torch.no_grad():
         teacher.bn.weight.copy_(torch.tensor([0.5, 1.0, 2.0, 0.0]))
         teacher.bn.bias.fill_(-0.5)
-    read = FeatureReader(teacher, ["bn"])(images(8))
+    read = FeatureReader(teacher, [layer])(images(8))
     margin = normal_margin(teacher.bn.weight, teacher.bn.bias).detach().view(1, 4, 1, 1)
-    expected = F.avg_pool2d(torch.maximum(read.features["bn"], margin), 2)
+    expected = F.avg_pool2d(torch.maximum(read.features[layer], margin), 2)
     torch.testing.assert_close(term.remember(read)["0"], expected)
     assert term.depends_on() == {
-        "parts": {"0": ["bn", 4, 4, "before it is modified in place", "normal"]}
+        "parts": {"0": [layer, 4, 4, "before it is modified in place", "normal"]}
     }
 
 
