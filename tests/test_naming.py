@@ -46,38 +46,6 @@ def test_setting_and_key_depend_on_everything_relevant(overrides):
     assert naming.config_key(one) != naming.config_key(other)
 
 
-@pytest.mark.parametrize(
-    ("augmentation", "same"),
-    [
-        (["augmentation=standard"], []),
-        (["augmentation=standard", "data.padding=2"], ["data.padding=2"]),
-        (["augmentation=cutout"], ["data.cutout=8"]),
-        (["augmentation=none"], ["data.padding=0", "data.flip=false"]),
-        (["data.augmentation={_target_: kd_lightning.data.Augmentation}"], []),
-    ],
-)
-def test_crops_of_the_data_and_of_a_node_are_one_setting(augmentation, same):
-    one, other = composed(*augmentation), composed(*same)
-    assert one["setting"] == other["setting"]
-    assert naming.config_key(one) == naming.config_key(other)
-
-
-@pytest.mark.parametrize(
-    "different",
-    [
-        ["data.augmentation.seed=1"],
-        ["data.augmentation._target_=kd_lightning.data.ResizedCrop"],
-        ["data.augmentation.padding=2"],
-        ["data._target_=mine.Images"],  # may have views of its own
-    ],
-)
-def test_other_augmentations_are_other_settings(different):
-    own = [change for change in different if change.startswith("data._target_")]
-    one, other = composed(*own), composed("augmentation=standard", *different)
-    assert one["setting"] != other["setting"]
-    assert naming.config_key(one) != naming.config_key(other)
-
-
 def test_key_distinguishes_runs_of_one_setting():
     keys = {
         naming.config_key(composed(*overrides))

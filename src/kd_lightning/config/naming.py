@@ -61,14 +61,6 @@ SINCE: dict[str, Any] = {
 }
 
 
-# The default augmentation, and its arguments that the data section has as well.
-CROPS = {
-    "_target_": "kd_lightning.data.Augmentation",
-    "padding": 4, "flip": True, "cutout": 0, "seed": 0,
-}  # fmt: skip
-OF_THE_DATA = ("padding", "flip", "cutout")
-
-
 def register() -> None:
     """Register the OmegaConf resolvers `${setting:}`, `${name:}` and `${choose:...}`."""
     OmegaConf.register_new_resolver("setting", setting, replace=True)
@@ -168,8 +160,7 @@ def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
         # Which GPUs does not affect the result, only how many.
         parts["trainer"] = {**trainer, "devices": len(trainer["devices"])}
     if isinstance(parts.get("data"), dict):
-        data = {k: v for k, v in parts["data"].items() if k not in READING}
-        parts["data"] = _with_crops_of_the_data(data)
+        parts["data"] = {k: v for k, v in parts["data"].items() if k not in READING}
     kept = ("dtype", "top_k")
     parts["remember"] = {k: v for k, v in parts["remember"].items() if k in kept}
     for path, defaults in SINCE.items():
@@ -180,24 +171,6 @@ def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
         if key in node and node[key] in defaults:
             del node[key]
     return parts
-
-
-def _with_crops_of_the_data(data: Node) -> Node:
-    """A data section whose augmentation is expressed by its own padding, flip and cutout where they
-    suffice, so that the default and `augmentation=standard` are one setting.
-    """
-    node = data.get("augmentation")
-    ours = str(data.get("_target_")).startswith(
-        "kd_lightning."
-    )  # others may have views of their own
-    if not ours or not isinstance(node, Mapping) or node.get("_target_") != CROPS["_target_"]:
-        return data
-    crops = {**CROPS, **node}
-    sources = {f"${{data.{key}}}": data[key] for key in (*OF_THE_DATA, "view_seed")}
-    crops = {key: sources.get(str(value), value) for key, value in crops.items()}  # or resolved
-    if crops["seed"] != data["view_seed"]:
-        return data
-    return {**data, **{key: crops[key] for key in OF_THE_DATA}, "augmentation": None}
 
 
 def _without_place(teacher: Node) -> Node:
