@@ -106,6 +106,31 @@ METHODS = ", ".join(sorted(path.stem for path in REPOSITORY.glob("configs/method
         (["+student.model.pool_after=3"], ["student.model", "pool_after", "3"]),
         (["student.model.num_classes=7"], ["student.model", "3 classes"]),
         (["teacher.model.hidden=wide"], ["teacher.model.hidden", "wide"]),
+        (["seed=[1]"], ["seed must", "[1]"]),
+        (["data.padding=[1]"], ["data.padding", "whole number", "[1]"]),
+        (["student.model.hidden={a: 1}"], ["student.model.hidden", "whole number"]),
+        (["optimizer.lr=null"], ["optimizer.lr", "number", "None"]),
+        (["remember=x"], ["remember", "'x'"]),
+        (
+            ["data.augmentation={_target_: kd_lightning.data.Augmentation, padding: 99}"],
+            ["padding must be below", "not 99"],
+        ),
+        (
+            ["data.augmentation={_target_: kd_lightning.data.Augmentation, _args_: 3}"],
+            ["data.augmentation._args_", "list"],
+        ),
+        (
+            ["data.augmentation={_target_: kd_lightning.data.Augmentation, _recursive_: a}"],
+            ["data.augmentation._recursive_", "true or false"],
+        ),
+        (["data.augmentation={_target_: 3}"], ["data.augmentation._target_", "3"]),
+        (["+trainer.max_time=[1]"], ["trainer"]),
+        # names
+        (["name=null"], ["name must be"]),
+        (["setting=[a]"], ["setting must be"]),
+        (["method.name={a: 1}"], ["method.name must be"]),
+        (["student.name=null"], ["student.name must be"]),
+        (["data.name=[x]"], ["data.name must be"]),
         # layers
         (["student.layers=[stage1,stage9]"], ["student", "'stage9'", "stage1, "]),
         (["teacher.layers=[conv]"], ["teacher", "'conv'", "stage1, "]),

@@ -3,7 +3,7 @@
 Importing them creates half a million objects, which last as long as the process. The garbage
 collector would search them again and again, and at the end the interpreter would free them one by
 one: a fifth of the time to the first training step, and seconds after the last. And torchmetrics
-imports a large part of SciPy that nothing here uses.
+imports `scipy.signal`, which nothing here uses.
 """
 
 import atexit

@@ -65,6 +65,8 @@ OPTIONAL: dict[str, set[str]] = {
 TOTAL_STEPS = ("total_steps", "num_training_steps")
 """Parameter names for the total number of optimizer steps, in torch and in transformers."""
 
+NAMES = ("setting", "name", "method.name", "student.name", "teacher.name", "data.name")
+
 PRECISIONS = ("auto", "32-true", "bf16-mixed", "16-mixed")
 ROUNDINGS = ("float16", "bfloat16", "float32")
 STRATEGIES = ("auto", "ddp")
@@ -85,7 +87,7 @@ def check(config: Node) -> None:
         if not math.isfinite(number):
             raise InputError(f"{path} must be a finite number, not {number}")
     seeds = [f"data.{key}" for key in config["data"] if key == "seed" or key.endswith("_seed")]
-    for path in ("seed", *seeds):
+    for path in seeds:
         _check_seed(select(config, path), path)
     remember = config["remember"]
     if not _is_number(remember["disk_gb"]) or remember["disk_gb"] < 0:
@@ -217,6 +219,10 @@ def check_sections(config: Node) -> None:
     for section, required in KEYS.items():
         node = config[section] if section else config
         _check_section(node, section, required, OPTIONAL.get(section, set()))
+    for path in NAMES:
+        if not isinstance(name := select(config, path), str) or not name:
+            raise InputError(f"{path} must be a name, not {_named(name)}")
+    _check_seed(config["seed"], "seed")
     for section in ("trainer", "method.terms", "teacher.trainer", "data"):
         if not isinstance(node := select(config, section), dict):
             raise InputError(f"{section} must be a dictionary, not {node!r}")

@@ -167,8 +167,10 @@ def _teacher(folder: Path, section: DictConfig, image_size: int | None, checked:
     if metrics.get("status") != "finished":
         raise InputError(f"teacher.run: {folder} is not finished; run its command again")
     if checked:
-        trust = [str(package) for package in section.get("trust") or ()]
-        check_trusted(student_model(config), "teacher.run: student.model", trust)
+        trust = section.get("trust") or []
+        if not isinstance(trust, Sequence) or isinstance(trust, str):
+            raise InputError(f"teacher.trust must be a list of packages, not {trust!r}")
+        check_trusted(student_model(config), "teacher.run: student.model", map(str, trust))
     data, name = student_data(config), section.get("name")
     # Part of a teacher's identity, so that it is only given where it matters.
     own_size = {} if data["image_size"] == image_size else {"image_size": data["image_size"]}

@@ -161,13 +161,15 @@ def _what_counts(config: Mapping[Any, Any], *without: str) -> dict[str, Any]:
         parts["trainer"] = {**trainer, "devices": len(trainer["devices"])}
     if isinstance(parts.get("data"), dict):
         parts["data"] = {k: v for k, v in parts["data"].items() if k not in READING}
-    kept = ("dtype", "top_k")
-    parts["remember"] = {k: v for k, v in parts["remember"].items() if k in kept}
+    if isinstance(remember := parts.get("remember"), Mapping):
+        parts["remember"] = {k: v for k, v in remember.items() if k in ("dtype", "top_k")}
     for path, defaults in SINCE.items():
         section, _, key = path.rpartition(".")
-        if section in parts:
-            parts[section] = dict(parts[section])
-        node = parts.get(section, {}) if section else parts
+        node = parts.get(section) if section else parts
+        if not isinstance(node, dict):
+            continue  # there is none, or it is invalid, which is reported later
+        if section:
+            node = parts[section] = dict(node)
         if key in node and node[key] in defaults:
             del node[key]
     return parts

@@ -17,7 +17,7 @@ from urllib.error import URLError
 from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 
-from kd_lightning.config.type_hints import check_value, is_enum, members
+from kd_lightning.config.type_hints import check_value, is_enum, union_parts
 from kd_lightning.errors import InputError
 
 Node = dict[str, Any]
@@ -40,18 +40,27 @@ def check_node(node: Any, path: str, given: set[str] | None = None) -> None:
     """
     if not isinstance(node, dict) or "_target_" not in node:
         raise InputError(f"{path} must be a node with a _target_, not {node!r}")
+    for key, kind, words in (
+        ("_target_", str, "a dotted name"),
+        ("_args_", list, "a list"),
+        ("_partial_", bool, "true or false"),
+        ("_recursive_", bool, "true or false"),
+    ):
+        if key in node and not isinstance(node[key], kind):
+            raise InputError(f"{path}.{key} must be {words}, not {node[key]!r}")
     target = find_target(node["_target_"], path)
     if not callable(target):
         raise InputError(f"{path}._target_={node['_target_']} is neither a class nor a function")
     parameters, hints, open_ended = signature(target)
     arguments = {key: value for key, value in node.items() if key not in HYDRA_KEYS}
+    ours = str(getattr(target, "__module__", "")).startswith("kd_lightning.")
     for key, value in arguments.items():
         if key not in parameters and not open_ended:
             raise InputError(unknown_key(f"{path}.{key}", set(parameters), path))
         default = getattr(parameters.get(key), "default", None)
         # A value of the default's type is accepted, whatever the annotation says.
         if key in hints and (type(value) is not type(default) or isinstance(value, list | str)):
-            check_value(value, hints[key], f"{path}.{key}")
+            check_value(value, hints[key], f"{path}.{key}", strict=ours)
     if node.get("_recursive_", True):
         _check_nested(list(arguments.items()), path, given)
         _check_nested([("_args_", node.get("_args_", []))], path, given)
@@ -138,7 +147,7 @@ def build_partial(node: Node, path: str) -> Callable[..., Any]:
     def call(*args: Any, **kwargs: Any) -> Any:
         try:
             return partial(*args, **kwargs)
-        except (TypeError, ValueError) as error:
+        except Exception as error:  # a constructor may raise anything
             raise _refused(path, error) from error
 
     return call
@@ -209,8 +218,8 @@ def _with_enums(node: Any) -> Any:
 
 
 def _member(value: Any, hint: Any) -> Any:
-    if isinstance(value, str) and str not in members(hint):
-        for part in members(hint):
+    if isinstance(value, str) and str not in union_parts(hint):
+        for part in union_parts(hint):
             if is_enum(part):
                 name = value.rsplit(".", 1)[-1]
                 return part[name] if name in part.__members__ else part(value)

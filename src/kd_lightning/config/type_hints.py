@@ -11,22 +11,30 @@ from typing import Any, Literal
 
 from kd_lightning.errors import InputError
 
-LITERAL: Any = Literal
+LITERAL: Any = Literal  # mypy does not compare types with it otherwise
 SCALARS = {float: "a number", int: "a whole number", bool: "true or false", str: "text"}
 
 
-def check_value(value: Any, hint: Any, path: str) -> None:
+def check_value(value: Any, hint: Any, path: str, strict: bool = False) -> None:
     """Check a YAML value against a type hint; unknown kinds of hints accept any value.
+
+    Args:
+        value: the value.
+        hint: the type hint.
+        path: the value's path in the configuration, for messages.
+        strict: whether the hint is exact. Otherwise it may be narrower than what is accepted: lists
+            and dictionaries match any.
 
     Raises:
         InputError: the value does not match the type.
     """
-    parts = list(members(hint))
+    parts = list(union_parts(hint))
     scalars = [part for part in parts if part in SCALARS]
     for part in parts:
         # In a union with scalars, ignore classes such as Tensor, which YAML cannot express.
         opaque = inspect.isclass(_origin(part)) and not (_describe(part) or _choices(part))
-        if not (opaque and scalars and isinstance(value, str | int | float)) and _fits(value, part):
+        ignored = opaque and scalars and isinstance(value, str | int | float)
+        if not ignored and _fits(value, part, strict):
             return
     origins = [_origin(part) for part in parts]
     if isinstance(value, str) and collections.abc.Callable in origins:
@@ -45,16 +53,16 @@ def check_value(value: Any, hint: Any, path: str) -> None:
     raise InputError(f"{path} must be {' or '.join(allowed)}, not {value!r}")
 
 
-def members(hint: Any) -> Iterator[Any]:
+def union_parts(hint: Any) -> Iterator[Any]:
     """The members of a union; the underlying type of an annotated type or alias."""
     origin = typing.get_origin(hint)
     if origin in (typing.Union, types.UnionType):
         for part in typing.get_args(hint):
-            yield from members(part)
+            yield from union_parts(part)
     elif origin is typing.Annotated:
-        yield from members(typing.get_args(hint)[0])
+        yield from union_parts(typing.get_args(hint)[0])
     elif alias := getattr(hint, "__supertype__", None) or getattr(hint, "__value__", None):
-        yield from members(alias)
+        yield from union_parts(alias)
     else:
         yield hint
 
@@ -74,7 +82,7 @@ def _choices(hint: Any) -> Collection[Any]:
     return list(hint.__members__) if is_enum(hint) else ()
 
 
-def _fits(value: Any, hint: Any) -> bool:
+def _fits(value: Any, hint: Any, strict: bool) -> bool:
     if isinstance(value, dict) and "_target_" in value:
         return True
     origin = _origin(hint)
@@ -84,9 +92,11 @@ def _fits(value: Any, hint: Any) -> bool:
         named = isinstance(value, str) and value.rsplit(".", 1)[-1] in hint.__members__
         return named or value in [member.value for member in hint]
     if origin in (int, float, bool, str, type(None)):
-        return _fits_scalar(value, origin)
+        return _fits_scalar(value, origin, strict)
     if not inspect.isclass(origin):
         return True  # Any, a type variable, an unresolved name
+    if value is None:
+        return origin is object
     if origin in (collections.abc.Callable, type):
         return not isinstance(value, str | int | float | list)
     if issubclass(origin, os.PathLike):
@@ -94,9 +104,9 @@ def _fits(value: Any, hint: Any) -> bool:
     return not (isinstance(value, str | int | float) and _is_container(origin))
 
 
-def _fits_scalar(value: Any, kind: type) -> bool:
+def _fits_scalar(value: Any, kind: type, strict: bool) -> bool:
     if isinstance(value, list | dict):
-        return True  # annotations are often narrower than what is accepted
+        return not strict
     if isinstance(value, bool) or kind is not float:
         return type(value) is kind
     return isinstance(value, int | float)

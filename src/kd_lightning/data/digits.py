@@ -4,7 +4,6 @@ download.
 
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,14 +18,7 @@ TEST_SEED = 0
 
 
 class DigitsDataModule(ImageDataModule):
-    """1,797 grey digits of 8x8 pixels, resized to `image_size`, RGB; a fifth is the test set.
-
-    Args:
-        settings: see `ImageDataModule`.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
+    """1,797 grey digits of 8x8 pixels, resized to `image_size`, RGB; a fifth is the test set."""
 
     @property
     def classes(self) -> list[str]:

@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from kd_lightning.errors import InputError
 from kd_lightning.transfer import to_device
 
 PLAIN = -1
@@ -173,8 +174,16 @@ class Augmentation:
 
         Returns:
             (B, C, H, W), channels-last in memory, with the dtype of the images.
+
+        Raises:
+            InputError: the padding is not smaller than the images.
         """
         count, height, width, channels = images.shape
+        if self.padding >= min(height, width):  # reflection would reach other images
+            raise InputError(
+                f"padding must be below the size of the images, {min(height, width)} pixels, not "
+                f"{self.padding}"
+            )
         index, view = to_device(index, images.device), to_device(view, images.device)
         tall, wide = (height, width) if size is None else (size, size)
         top, left, flip = self.parameters(index, view, height - tall)

@@ -160,13 +160,13 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
             total += float((expected - part.gather(1, true.unsqueeze(1)).squeeze(1)).sum())
         return total
 
-    from scipy.optimize import brentq  # slow to import, and not needed before the end of a run
-
     low, high = 1 / LARGEST, 1 / SMALLEST
     if slope(low) >= 0:
         return LARGEST
     if slope(high) <= 0:
         return SMALLEST
+    from scipy.optimize import brentq  # slow to import, and not needed before the end of a run
+
     return float(1 / brentq(slope, low, high, xtol=1e-10))
 
 

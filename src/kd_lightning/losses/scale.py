@@ -16,7 +16,9 @@ def to_usual_scale(features: Tensor) -> Tensor:
 
 
 def scaled(features: Tensor, factor: Tensor) -> Tensor:
-    """Features times a factor; not a copy if it is 1, on the CPU, where it is known at no cost."""
+    """Features times a factor; on the CPU, where reading it needs no synchronisation, not a copy if
+    it is 1.
+    """
     if factor.device.type == "cpu" and factor == 1:
         return features
     return features * factor
@@ -24,7 +26,7 @@ def scaled(features: Tensor, factor: Tensor) -> Tensor:
 
 def power_of_two(features: Tensor) -> Tensor:
     """A factor that brings the largest magnitude of features to about 1, so that their squares
-    neither overflow nor vanish beside an epsilon.
+    do not overflow and are not negligible compared with an epsilon.
 
     A scalar without a gradient, of at least float32, on the device. As a power of two it changes no
     digit. It is 1 in the usual range, for zeros, for infinity and NaN, and for float16, whose
