@@ -76,7 +76,7 @@ def test_info_nce_loss_by_hand():
 
 def test_images_of_the_same_class_are_no_negatives():
     student, teacher = unit(rows(4, 3)), unit(rows(4, 3))
-    together = info_nce_loss(student, teacher, torch.tensor([0, 1, 2, 2]))
+    together = info_nce_loss(student, teacher, torch.tensor([0, 1, 2, 2]), 0.07)
     scores = (student @ teacher.T / 0.07).exp()
     scores[2, 3] = scores[3, 2] = 0
     own = scores.diag()

@@ -19,9 +19,7 @@ EPSILON = 1e-7
 """Added to probabilities, as in the authors' code."""
 
 
-def info_nce_loss(
-    student: Tensor, teacher: Tensor, labels: Tensor, temperature: float = 0.07
-) -> Tensor:
+def info_nce_loss(student: Tensor, teacher: Tensor, labels: Tensor, temperature: float) -> Tensor:
     """Contrastive loss with the images of the batch as negatives; a scalar.
 
     With the scores s_i . t_j / T, the mean over images i of -log softmax_j at j = i, plus the same

@@ -43,9 +43,9 @@ def correlation(first: Tensor, second: Tensor, dim: int) -> Tensor:
 def dist_loss(
     student: Tensor,
     teacher: Tensor,
-    beta: float = 1.0,
-    gamma: float = 1.0,
-    temperature: float = 4.0,
+    beta: float,
+    gamma: float,
+    temperature: float,
 ) -> Tensor:
     """T^2 * (beta * inter-class + gamma * intra-class relation), a scalar of at least float32.
 

@@ -19,9 +19,9 @@ def decoupled_losses(
     student: Tensor,
     teacher: Tensor,
     labels: Tensor,
-    alpha: float = 1.0,
-    beta: float = 8.0,
-    temperature: float = 4.0,
+    alpha: float,
+    beta: float,
+    temperature: float,
 ) -> Tensor:
     """T^2 * (alpha * TCKD + beta * NCKD) of each image: (B,), at least float32.
 

@@ -15,7 +15,7 @@ from kd_lightning.models.features import Output
 
 
 def normalized_losses(
-    student: Tensor, teacher: Tensor, labels: Tensor, gamma: float = 1.5, temperature: float = 1.0
+    student: Tensor, teacher: Tensor, labels: Tensor, gamma: float, temperature: float
 ) -> Tensor:
     """-p_t log p_s - gamma * T^2 * sum(q_t log q_s) of each image: (B,), at least float32.
 

@@ -16,7 +16,7 @@ from kd_lightning.models.features import Output
 
 
 def virtual_teacher_losses(
-    student: Tensor, labels: Tensor, temperature: float = 20.0, probability: float = 0.99
+    student: Tensor, labels: Tensor, temperature: float, probability: float
 ) -> Tensor:
     """KL(softmax(u / T) || softmax(student)) / C of each image: (B,), at least float32.
 
