@@ -77,8 +77,19 @@ def test_small_distances_of_large_features_count():
     torch.testing.assert_close(distance_loss(student, teacher), expected, rtol=1e-11, atol=0)
 
 
-def relative_distances(vectors):
-    distances = torch.linalg.vector_norm(vectors[:, None] - vectors, dim=2)
+def test_smallest_distance_is_relative_to_small_features():
+    student, teacher = features((5, 7), 2.0**-40)
+    student[1] = student[0]
+    scale = 2.0 ** torch.frexp(student.abs().max()).exponent.add(-1).item()  # below the largest
+    expected = F.smooth_l1_loss(
+        relative_distances(student / scale, smallest=1e-6), relative_distances(teacher)
+    )
+    torch.testing.assert_close(distance_loss(student, teacher), expected, rtol=1e-11, atol=0)
+
+
+def relative_distances(vectors, smallest=0):
+    distances = torch.linalg.vector_norm(vectors[:, None] - vectors, dim=2).clamp(min=smallest)
+    distances.fill_diagonal_(0)
     return distances / (distances.sum() / (5 * 4))
 
 
