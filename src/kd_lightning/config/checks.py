@@ -342,5 +342,5 @@ def _are_devices(value: Any) -> bool:
 
 
 def _named(value: Any) -> str:
-    """Format a value for a message; an empty string becomes `empty`."""
-    return "empty" if value == "" else str(value)
+    """Format a value for a message; an empty string becomes `empty`, None `null`."""
+    return "null" if value is None else "empty" if value == "" else str(value)
