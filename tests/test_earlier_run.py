@@ -217,6 +217,7 @@ def test_unfinished_and_untrusted_runs_are_rejected(command, earlier):
     done = command(*arguments)
     assert done.code == 2
     assert "os.system" in done.err
+    assert "teacher.trust must be a list" in command(*arguments, "teacher.trust=os").err
 
 
 def test_api_trains_the_earlier_run_first(folder, tmp_path):

@@ -41,7 +41,7 @@ class DigitsDataModule(ImageDataModule):
 def _values() -> np.ndarray:
     """Rows of 64 pixels from 0 to 16 and the label: (1797, 65), uint8.
 
-    Importing scikit-learn would take a fifth of the time to the first training step, so its file
+    Importing scikit-learn would take a fifth of the time of all imports of a run, so its file
     is read instead of calling `load_digits`.
     """
     package = find_spec("sklearn")
