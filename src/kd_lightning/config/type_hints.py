@@ -50,7 +50,8 @@ def check_value(value: Any, hint: Any, path: str, strict: bool = False) -> None:
     allowed = sorted({_describe(part) for part in parts} - {""})
     if choices:
         allowed.append(f"one of {', '.join(dict.fromkeys(choices))}")
-    raise InputError(f"{path} must be {' or '.join(allowed)}, not {value!r}")
+    words = " or ".join(allowed) or "a node with a _target_"
+    raise InputError(f"{path} must be {words}, not {value!r}")
 
 
 def union_parts(hint: Any) -> Iterator[Any]:
