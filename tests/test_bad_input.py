@@ -107,6 +107,7 @@ METHODS = ", ".join(sorted(path.stem for path in REPOSITORY.glob("configs/method
         (["student.model.num_classes=7"], ["student.model", "3 classes"]),
         (["teacher.model.hidden=wide"], ["teacher.model.hidden", "wide"]),
         (["seed=[1]"], ["seed must", "[1]"]),
+        (["student.model.channels=[a,32]"], ["student.model.channels[0]", "whole number", "'a'"]),
         (["data.padding=[1]"], ["data.padding", "whole number", "[1]"]),
         (["student.model.hidden={a: 1}"], ["student.model.hidden", "whole number"]),
         (["optimizer.lr=null"], ["optimizer.lr", "number", "None"]),

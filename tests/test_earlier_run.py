@@ -204,6 +204,17 @@ def test_invalid_runs_are_rejected(command, arguments, words):
     assert not done.runs
 
 
+def test_failed_earlier_run_is_named_and_the_cell_is_shown_as_failed(command, tmp_path):
+    arguments = ("method=logit", "teacher=run", "teacher.run={method: none, optimizer.lr: 1e30}")
+    done = command("-m", "setting=grid", *arguments)
+    assert done.code == 1
+    assert "teacher.run: the loss is not finite" in done.err
+    (failed,) = (tmp_path / "outputs" / "runs" / "grid").glob("logit-*/metrics.json")
+    metrics = json.loads(failed.read_text())
+    assert metrics["status"] == "failed"
+    assert metrics["error"].startswith("teacher.run: ")
+
+
 def test_unfinished_and_untrusted_runs_are_rejected(command, earlier):
     folder = earlier
     arguments = ("method=logit", "teacher=run", f"teacher.run={folder}")

@@ -22,7 +22,6 @@ from kd_lightning.reports.runs import read_runs
 from kd_lightning.reports.statistics import summarise
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as training
-from kd_lightning.workflows.grid import exit_codes
 
 GRID = ("-m", "setting=grid", "method=none,logit", "seed=0,1")
 
@@ -301,12 +300,11 @@ def launch_in_forks():
         for number, overrides in enumerate(job_overrides, initial_job_idx):
             worker = os.fork()
             if worker == 0:
-                code = 1
                 try:
                     launch(self, [overrides], number)
-                    code = max(exit_codes, default=0)
+                    os._exit(0)  # as those of joblib, even if the run has failed
                 finally:
-                    os._exit(code)
+                    os._exit(1)
             workers.append(worker)
         assert [os.waitpid(worker, 0)[1] for worker in workers] == [0] * len(workers)
         return []
@@ -334,6 +332,33 @@ def test_jobs_in_several_processes_share_one_teacher(tmp_path):
     assert_one_grid(tmp_path)
     table = out.partition("test accuracy in per cent")[2]  # the main process knows the folders
     assert [line.split()[0] for line in table.splitlines() if "(2)" in line] == ["logit"]
+
+
+def launch_in_forks_and_fail_early():
+    """As `launch_in_forks`; the run of seed 1 fails before it has written its metrics."""
+    launch_in_forks()
+    original = training.prepare
+
+    def prepare(config):
+        if config["seed"] == 1:
+            raise RuntimeError("no such device")
+        return original(config)
+
+    training.prepare = prepare
+
+
+def test_early_failure_in_another_process_determines_the_exit_code(tmp_path):
+    process = processes.start(
+        "train.py", "-m", *TINY, "method=none", "seed=0,1", "setting=grid", "data=digits",
+        "data.image_size=16", "trainer.max_epochs=1", "+trainer.limit_train_batches=2",
+        f"output_dir={tmp_path}", f"data_dir={tmp_path}/data",
+        prepare=launch_in_forks_and_fail_early,
+    )  # fmt: skip
+    _, err = process.communicate()
+    assert process.returncode == 1, err
+    folder = tmp_path / "runs" / "grid"
+    assert list(statuses(folder).values()) == ["finished", "failed"]
+    assert "no such device" in (folder / "results.md").read_text()
 
 
 @pytest.mark.slow  # fresh interpreters for the command and its jobs

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kd_lightning.config.nodes import build, build_partial, check_node
+from kd_lightning.config.type_hints import check_value
 from kd_lightning.errors import InputError
 
 
@@ -102,6 +103,45 @@ def test_valid_nodes_are_accepted(arguments):
 def test_invalid_nodes_are_rejected_with_one_sentence(arguments, parts):
     with pytest.raises(InputError) as refused:
         check_node(node(**arguments), "it")
+    for part in parts:
+        assert part in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint"),
+    [
+        ([1, 2.5], Sequence[float]),
+        ([], Sequence[int]),
+        ("a", str | Sequence[str]),
+        (["a"], str | Sequence[str]),
+        ([["a", "b"], ["c", "d"]], Sequence[Sequence[str]] | None),
+        ([1, 2], tuple[int, int]),
+        ([1, 2, 3], tuple[int, ...]),
+        ([1, "a"], list),
+        ([1, "a"], Sequence[Any]),
+        ([{"_target_": "torch.nn.ReLU"}], Sequence[Callable[..., nn.Module]]),
+    ],
+)
+def test_lists_that_fit_an_exact_hint(value, hint):
+    check_value(value, hint, "it", strict=True)
+
+
+@pytest.mark.parametrize(
+    ("value", "hint", "parts"),
+    [
+        ([1, "a"], Sequence[int], ["it[1]", "a whole number", "'a'"]),
+        ([1.5], list[int], ["it[0]", "a whole number", "1.5"]),
+        (["a", 2], str | Sequence[str], ["it[1]", "text", "2"]),
+        ([["a"], ["b", 3]], Sequence[Sequence[str]] | None, ["it[1][1]", "text", "3"]),
+        (["ab"], Sequence[Sequence[str]] | None, ["it[0]", "a list", "'ab'"]),
+        ([None], Sequence[float], ["it[0]", "a number", "None"]),
+        ([1], tuple[int, int], ["it", "2 values", "[1]"]),
+        ([1, "b"], tuple[int, ...], ["it[1]", "a whole number", "'b'"]),
+    ],
+)
+def test_elements_of_lists_are_checked_against_an_exact_hint(value, hint, parts):
+    with pytest.raises(InputError) as refused:
+        check_value(value, hint, "it", strict=True)
     for part in parts:
         assert part in str(refused.value)
 

@@ -98,6 +98,14 @@ def test_runs_with_equal_seeds_count_once(tmp_path, caplog):
     assert row.gain == pytest.approx((0.12 + 0.12 + 0.11) / 3)
 
 
+def test_baseline_has_the_fewest_overrides_not_the_shortest(tmp_path):
+    one, two = "cross_entropy.label_smoothing_0.1", "ema_0.9-lr_0.2"
+    write(tmp_path, "none", 0.7, one)
+    write(tmp_path, "none", 0.8, two)
+    write(tmp_path, "logit", 0.9, f"{one}-{two}-logit.temperature_2")
+    assert gains(tmp_path)[f"logit {one}-{two}-logit.temperature_2"] == 0.2
+
+
 def test_variant_does_not_hide_the_baseline_of_another_setting(tmp_path):
     smooth = "cross_entropy.label_smoothing_0.1"
     write(tmp_path / "one", "none", 0.8, setting="one", baseline_key="k")

@@ -188,6 +188,33 @@ def test_every_method_has_a_search_space():
     assert set(alone) == {"optimizer.lr", "method.terms.logit.temperature"}
 
 
+@pytest.mark.parametrize(
+    ("overrides", "key", "expected"),
+    [
+        ([], "optimizer.lr", (0.02, 0.3)),
+        (["optimizer=adamw"], "optimizer.lr", (0.002 / 15**0.5, 0.002 * 15**0.5)),
+        (["method.terms.logit.weight=9"], "method.terms.logit.weight", (9 / 40**0.5, 9 * 40**0.5)),
+        (["method.terms.cross_entropy.weight=3"], "method.terms.cross_entropy.weight", (0, 3)),
+        (["method.terms.logit.temperature=40"], "method.terms.logit.temperature",
+         (40 / 20**0.5, 40 * 20**0.5)),
+        (["method=dkd", "method.terms.dkd.temperature=40"], "method.terms.dkd.temperature",
+         (40 / 20**0.5, 40 * 20**0.5)),
+    ],
+)  # fmt: skip
+def test_search_space_contains_the_configuration(overrides, key, expected):
+    config = api.compose("data=digits", "method=logit", *overrides)
+    space = tuning.default_space(config)
+    assert space[key][:2] == pytest.approx(expected)
+    for path, values in space.items():
+        assert values.low <= tuning.select(config, path) <= values.high, path
+
+
+def test_weight_of_a_term_that_is_off_is_not_searched():
+    space = tuning.default_space(api.compose("data=digits", "method.terms.logit.weight=0"))
+    assert "method.terms.logit.weight" not in space
+    assert "method.terms.cross_entropy.weight" in space
+
+
 def test_search_space_can_be_given():
     assert tuning.parse_range("optimizer.lr=0.01:0.3:log") == (
         "optimizer.lr", tuning.Range(0.01, 0.3, log=True),

@@ -156,27 +156,28 @@ def _app(composed: DictConfig) -> float | None:
             elif metrics:  # in rank 0
                 print_summary(metrics, run_dir)
         return float(metrics["val_accuracy"]) if metrics else None
-    except InputError as error:
-        _report(str(error), 2)
+    except Exception as error:
+        _report(*_explained(error, run_dir))
         if in_a_grid:
             _record_failure(composed, run_dir, error)
-        else:
+        elif isinstance(error, InputError):
             _remove_unused(run_dir)
-    except RunError as error:
-        _report(f"{error} (run: {run_dir})", 1)
-    except OSError as error:
-        hint = (
-            "; free disk space and rerun the same command to resume"
-            if error.errno in DISK_FULL
-            else ""
-        )
-        _report(f"{error.strerror or error}: {error.filename or run_dir}{hint}", 1)
-    except Exception as error:
-        log.info("failed", exc_info=error)  # to the log file only
-        reason = (str(error).splitlines() or [""])[0]
-        where = f"traceback in {run_dir}/train.log"
-        _report(f"{type(error).__name__}: {reason} ({where})", 1)
     return None
+
+
+def _explained(error: Exception, run_dir: Path) -> tuple[str, int]:
+    """The error message of a failed run, and the exit code."""
+    if isinstance(error, InputError):
+        return str(error), 2
+    if isinstance(error, RunError):
+        return f"{error} (run: {run_dir})", 1
+    if isinstance(error, OSError):
+        full = error.errno in DISK_FULL
+        hint = "; free disk space and rerun the same command to resume" if full else ""
+        return f"{error.strerror or error}: {error.filename or run_dir}{hint}", 1
+    log.info("failed", exc_info=error)  # to the log file only
+    reason = (str(error).splitlines() or [""])[0]
+    return f"{type(error).__name__}: {reason} (traceback in {run_dir}/train.log)", 1
 
 
 def _show_finished(metrics: dict[str, Any], run_dir: Path, in_a_grid: bool) -> None:
@@ -194,12 +195,15 @@ def _show_finished(metrics: dict[str, Any], run_dir: Path, in_a_grid: bool) -> N
         _remove_unused(run_dir)
 
 
-def _record_failure(composed: DictConfig, run_dir: Path, error: InputError) -> None:
-    """Record a run that could not start, so that the grid's table shows it."""
+def _record_failure(composed: DictConfig, run_dir: Path, error: Exception) -> None:
+    """Record a failed run, so that the grid's table shows it."""
     from kd_lightning.workflows.record import record_failure
 
-    with contextlib.suppress(InputError, OSError, KeyError, TypeError):
-        record_failure(plain(composed, HydraConfig.get().overrides.task), run_dir, error)
+    config: Any = composed
+    with contextlib.suppress(InputError):  # it may be what is wrong
+        config = plain(composed, HydraConfig.get().overrides.task)
+    with contextlib.suppress(RunError, OSError, KeyError, TypeError, OmegaConfBaseException):
+        record_failure(config, run_dir, error)
 
 
 def _remove_unused(run_dir: Path) -> None:

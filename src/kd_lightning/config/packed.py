@@ -166,10 +166,15 @@ def _cache(node: Mapping[str, Any]) -> PackedCache:
     return PackedCache(key, rows, frozenset(node["files"]))
 
 
+def is_name(value: Any) -> bool:
+    """Whether a packed file may contain this as the name of a teacher, or of a layer it reads."""
+    return isinstance(value, str) and len(value) <= 100 and bool(_NAME.fullmatch(value))
+
+
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or len(value) > 100 or not _NAME.fullmatch(value):
+    if not is_name(value):
         raise ValueError(f"{value!r} is not a name")
-    return value
+    return str(value)
 
 
 def _number(value: Any, least: int = 1) -> int:

@@ -22,8 +22,8 @@ def check_value(value: Any, hint: Any, path: str, strict: bool = False) -> None:
         value: the value.
         hint: the type hint.
         path: the value's path in the configuration, for messages.
-        strict: whether the hint is exact. Otherwise it may be narrower than what is accepted: lists
-            and dictionaries match any.
+        strict: whether the hint is exact, elements of lists included. Otherwise it may be narrower
+            than what is accepted: lists and dictionaries match any.
 
     Raises:
         InputError: the value does not match the type.
@@ -35,6 +35,8 @@ def check_value(value: Any, hint: Any, path: str, strict: bool = False) -> None:
         opaque = inspect.isclass(_origin(part)) and not (_describe(part) or _choices(part))
         ignored = opaque and scalars and isinstance(value, str | int | float)
         if not ignored and _fits(value, part, strict):
+            if strict and isinstance(value, list):
+                _check_elements(value, part, path)
             return
     origins = [_origin(part) for part in parts]
     if isinstance(value, str) and collections.abc.Callable in origins:
@@ -52,6 +54,16 @@ def check_value(value: Any, hint: Any, path: str, strict: bool = False) -> None:
         allowed.append(f"one of {', '.join(dict.fromkeys(choices))}")
     words = " or ".join(allowed) or "a node with a _target_"
     raise InputError(f"{path} must be {words}, not {value!r}")
+
+
+def _check_elements(values: list[Any], hint: Any, path: str) -> None:
+    kinds = typing.get_args(hint)
+    if _origin(hint) is not tuple or kinds[-1:] == (...,):
+        kinds = kinds[:1] * len(values)
+    elif len(kinds) != len(values):
+        raise InputError(f"{path} must be a list of {len(kinds)} values, not {values!r}")
+    for index, (value, kind) in enumerate(zip(values, kinds, strict=False)):  # none without kinds
+        check_value(value, kind, f"{path}[{index}]", strict=True)
 
 
 def union_parts(hint: Any) -> Iterator[Any]:

@@ -195,7 +195,7 @@ def _baseline(part: pd.DataFrame, cell: pd.DataFrame) -> pd.DataFrame:
         for variant, rows in none.groupby("variant")
         if _overrides(variant) <= _overrides(own) and _same_student(run, rows.iloc[0], keys)
     }
-    best = min(suited, key=lambda variant: (variant != own, len(variant)), default=None)
+    best = min(suited, key=lambda other: (other != own, len(_overrides(other))), default=None)
     return none.iloc[:0] if best is None else suited[best]
 
 

@@ -8,7 +8,7 @@ from kd_lightning.config.checks import check_sections
 from kd_lightning.config.complete import plain
 from kd_lightning.config.earlier_run import earlier_runs
 from kd_lightning.config.finished import finished, finished_elsewhere
-from kd_lightning.errors import InputError
+from kd_lightning.errors import InputError, RunError
 from kd_lightning.storage.identity import unchanged
 from kd_lightning.terminal import say
 
@@ -39,3 +39,5 @@ def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
             run(node, earlier.folder)
         except InputError as error:
             raise InputError(f"teacher.run: {error}") from error
+        except RunError as error:
+            raise RunError(f"teacher.run: {error}, in {earlier.folder}") from error

@@ -40,11 +40,13 @@ class CompletedRun(NamedTuple):
         folder: folder of the setting.
         number: index of the run in the grid, from 0.
         seconds: duration; 0 if it had already been finished, or failed.
+        exit_code: 0 unless it failed.
     """
 
     folder: str
     number: int
     seconds: float
+    exit_code: int = 0
 
 
 class Results(Callback):
@@ -58,6 +60,7 @@ class Results(Callback):
         self._began = 0.0
         self._started = 0.0
         self._finished_before = False
+        self._failures = 0
         self._cells: list[str] = []
 
     def on_multirun_start(self, config: DictConfig, **_: Any) -> None:
@@ -72,6 +75,7 @@ class Results(Callback):
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Record the start of a run, and whether it is already finished."""
         self._started = time.time()
+        self._failures = len(exit_codes)
         metrics = read_json(Path(config.hydra.runtime.output_dir) / "metrics.json")
         self._finished_before = metrics.get("status") == "finished"
 
@@ -84,7 +88,8 @@ class Results(Callback):
         done = job_return.status == JobStatus.COMPLETED and job_return.return_value is not None
         worked = done and not self._finished_before
         seconds = time.time() - self._started if worked else 0.0
-        job = CompletedRun(str(folder), int(config.hydra.job.num), seconds)
+        exit_code = max(exit_codes[self._failures :], default=0)
+        job = CompletedRun(str(folder), int(config.hydra.job.num), seconds, exit_code)
         with Path(os.environ[FOLDERS]).open("a", encoding="utf-8") as file:
             file.write(json.dumps(job) + "\n")
         jobs = read_jobs(Path(os.environ[FOLDERS]))
@@ -98,14 +103,12 @@ class Results(Callback):
     def on_multirun_end(self, config: DictConfig, **_: Any) -> None:
         """Print the results and collect failures from all processes."""
         names = Path(os.environ.pop(FOLDERS))
-        folders = sorted({Path(job.folder) for job in read_jobs(names)})
+        jobs = read_jobs(names)
         names.unlink(missing_ok=True)
+        exit_codes.extend(job.exit_code for job in jobs)  # those of other processes, too
+        folders = sorted({Path(job.folder) for job in jobs})
         for folder in folders:
             update(folder)
-            for metrics in folder.glob("*/metrics.json"):
-                recent = metrics.stat().st_mtime >= self._began
-                if recent and read_json(metrics).get("status") == "failed":
-                    exit_codes.append(1)
         if written := [folder for folder in folders if (folder / "results.md").exists()]:
             show(written)
 

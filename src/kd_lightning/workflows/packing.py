@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from kd_lightning.config.hardware import device_type
-from kd_lightning.config.packed import read_packed
+from kd_lightning.config.packed import is_name, read_packed
 from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.engine.quiet import quiet_lightning
@@ -119,10 +119,17 @@ def _described(job: Job, metrics: Mapping[str, Any]) -> dict[str, Any]:
     """What `config.packed` reads about a teacher, as plain values."""
     (teacher,) = job.teachers
     shapes = teacher.shapes(job.plan.data.image_size)
+    layers = list(job.plan.config["teacher"]["layers"] or ())
+    for key, name in [("name", metrics["teacher"]), *(("layers", layer) for layer in layers)]:
+        if not is_name(name):
+            raise InputError(
+                f"teacher.{key}: {name!r} cannot be packed; use up to 100 ASCII letters, digits, "
+                "underscores, dots, hyphens, colons and plus signs"
+            )
     return {
         "name": metrics["teacher"],
         "parameters": metrics["teacher_parameters"],
-        "layers": list(job.plan.config["teacher"]["layers"] or ()),
+        "layers": layers,
         "val_accuracy": metrics["teacher_val_accuracy"],
         "test_accuracy": metrics["teacher_test_accuracy"],
         "shapes": _plain_shapes(shapes, job.plan.data.num_classes),

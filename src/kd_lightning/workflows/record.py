@@ -99,10 +99,16 @@ def _identity(plan: Plan) -> dict[str, Any]:
 
 
 def record_failure(config: Node, run_dir: str | Path, error: Exception) -> None:
-    """Record a run of a grid that could not start, so that the grid's table shows it as failed."""
+    """Record a run of a grid as failed, even if it could not start, for the grid's table.
+
+    Raises:
+        RunError: another process is working on the run.
+    """
     directory = RunDirectory(run_dir)
-    earlier = directory.read_metrics()
-    if earlier.get("status") != "finished":
+    with directory.lock(wait=False):
+        earlier = directory.read_metrics()
+        if earlier.get("status") == "finished":
+            return
         directory.write_metrics(
             {
                 **earlier,  # an interrupted training can still be resumed

@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -68,22 +69,40 @@ def parse_range(text: str) -> tuple[str, Range]:
 
 def default_space(config: Node) -> dict[str, Range]:
     """The part of `SPACE` that exists in this configuration, and the weights and temperatures of
-    other terms; weights only with several terms.
+    other terms; weights only with several terms, and none of terms that are switched off.
+
+    Every range contains the configured value.
     """
     space = {}
-    for key, values in SPACE.items():
+    for key, usual in SPACE.items():
         with contextlib.suppress(KeyError):
-            select(config, key)
-            space[key] = values
+            space[key] = _around(_number(config, key), usual)
     for name, term in config["method"]["terms"].items():
         path, weight = f"method.terms.{name}", float(term["weight"])
         if weight > 0:
             space.setdefault(f"{path}.weight", Range(weight / WIDTH, weight * WIDTH, log=True))
-        if float(term.get("temperature", 0)) >= TEMPERATURE.low:  # not that of contrastive terms
-            space.setdefault(f"{path}.temperature", TEMPERATURE)
-    if len(config["method"]["terms"]) == 1:
-        return {key: values for key, values in space.items() if not key.endswith(".weight")}
-    return space
+        temperature = float(term.get("temperature", 0))
+        if temperature >= TEMPERATURE.low:  # not that of contrastive terms
+            space.setdefault(f"{path}.temperature", _around(temperature, TEMPERATURE))
+    several = len(config["method"]["terms"]) > 1
+    return {
+        key: values
+        for key, values in space.items()
+        if values is not None and (several or not key.endswith(".weight"))
+    }
+
+
+def _around(value: float, usual: Range) -> Range | None:
+    """The usual range of a number, or one of the same width around it; none for 0 in a log range.
+
+    A range without `log` is extended.
+    """
+    if usual.low <= value <= usual.high:
+        return usual
+    if not usual.log:
+        return Range(min(value, usual.low), max(value, usual.high))
+    factor = math.sqrt(usual.high / usual.low)
+    return Range(value / factor, value * factor, log=True) if value > 0 else None
 
 
 class Pruning(Callback):
@@ -135,7 +154,8 @@ def tune(
 ) -> optuna.Study:
     """Search until the study has this many trials; an existing study is resumed.
 
-    The first trial is the unmodified configuration, so that the best trial is never worse.
+    The first trial is the unmodified configuration, so that the best trial is never worse; a number
+    outside its `space` is moved to the nearest end.
 
     Args:
         overrides: command-line overrides, as for `train.py`.
