@@ -12,6 +12,7 @@ from kd_lightning.config.nodes import build
 from kd_lightning.data.loading import Shown
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.distill.teacher import FrozenTeacher, Normalization
+from kd_lightning.errors import InputError
 from kd_lightning.models.preparing import materialize
 
 HALF = Normalization((0.5,) * 3, (0.5,) * 3)
@@ -138,3 +139,18 @@ def test_any_model_works_as_student_and_teacher(kind, role, precision, tmp_path)
     after = list(module.student.parameters())
     assert len(after) == len(before)
     assert all(not torch.equal(*pair) for pair in zip(before, after, strict=True))
+
+
+class ExtraState(Base):
+    """Its state is not only tensors."""
+
+    def get_extra_state(self):
+        return {"version": 1}
+
+    def set_extra_state(self, state):
+        pass
+
+
+def test_a_state_that_cannot_be_stored_is_refused():
+    with pytest.raises(InputError, match=r"student\.model cannot be stored.*_extra_state.*dict"):
+        materialize(ExtraState(), 16, "student.model")

@@ -13,6 +13,7 @@ from test_schedules import PLATEAU, STEP_LR, TORCH
 from test_tensorboard import scalars
 
 from kd_lightning.engine.callbacks.plateau import StepOnPlateau
+from kd_lightning.engine.callbacks.stopping import StopWhenAsked
 from kd_lightning.engine.callbacks.users import build_callbacks
 from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.storage.run_directory import RunDirectory
@@ -154,6 +155,33 @@ def test_user_callbacks_do_not_collide_with_ours(root, tmp_path):
     assert state["callbacks.best"]["dirpath"] == str(tmp_path / "own")
     ours = [value for key, value in state.items() if key.startswith("ModelCheckpoint")]
     assert len(ours) == 2
+
+
+def test_checkpoints_after_any_step_do_not_stop_the_clock(root, tmp_path):
+    every = {
+        "_target_": f"{LIGHTNING}.ModelCheckpoint", "every_n_train_steps": 1,
+        "dirpath": str(tmp_path / "own"),
+    }  # fmt: skip
+    config = setting(root, epochs=2, callbacks={"every": every})
+    metrics = training.run(copy.deepcopy(config), tmp_path / "run")
+    assert metrics["epochs"] == 2
+    rates = [value for _, value in scalars(tmp_path / "run")["images_per_second"]]
+    assert len(rates) == 2
+    assert len(set(rates)) == 2
+
+
+@pytest.mark.parametrize(("every", "saved"), [(None, True), (3, False), (2, True), (5, True)])
+def test_a_stop_before_the_end_of_an_epoch_is_saved(tmp_path, every, saved):
+    """Unless a validation follows; its times are not known if they are intervals of time."""
+    places = []
+    trainer = SimpleNamespace(
+        val_check_batch=every, check_val_every_n_epoch=1, is_last_batch=False,
+        accumulate_grad_batches=1, save_checkpoint=lambda path, **_: places.append(path),
+    )  # fmt: skip
+    stop = StopWhenAsked("x", tmp_path)
+    stop._noted = 15
+    stop.on_train_batch_end(trainer, None, None, None, batch_idx=2)
+    assert places == [tmp_path] * saved
 
 
 AVERAGES = {

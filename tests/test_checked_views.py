@@ -112,3 +112,11 @@ def test_cutout_beside_an_augmentation(settings, part):
     config[part]["augmentation"] = {"_target_": "kd_lightning.data.Augmentation", "cutout": 4}
     with pytest.raises(InputError, match=rf"{part}\.cutout=4 has no effect"):
         check(config)
+
+
+def test_renderer_of_random_operations_must_know_the_parameters_too(data):
+    operations = RandomOperations(of=Own(lambda x: 255 - x))
+    assert data(augmentation=operations).cannot_render("rows") == (
+        "Own.render has no parameter 'rows'"
+    )
+    assert not data(augmentation=RandomOperations()).cannot_render("rows", "size")

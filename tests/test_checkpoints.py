@@ -196,6 +196,22 @@ def test_unsafe_checkpoint_is_reported_and_convertible(tmp_path, content, named,
     assert_theirs(loaded(convert(path)))
 
 
+def test_keys_must_not_become_equal(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({**prefixed("one."), **prefixed("two.", RAW)}, path)
+    with pytest.raises(InputError, match=r"two tensors the name 0\.weight"):
+        loaded(path, rename_keys={"one.": "", "two.": ""})
+
+
+def test_conversion_keeps_the_source(tmp_path):
+    path = tmp_path / "a.pt"
+    torch.save({"net": THEIRS, "acc": np.float64(0.9)}, path)
+    before = path.read_bytes()
+    with pytest.raises(InputError, match="another name"):
+        convert(path, path)
+    assert path.read_bytes() == before
+
+
 def test_printed_conversion_command_works(tmp_path, monkeypatch):
     path = tmp_path / "it's a.pt"
     torch.save({"state_dict": THEIRS, "args": argparse.Namespace(lr=0.1)}, path)

@@ -123,3 +123,19 @@ def test_copy_with_preserved_mtime_is_detected(tmp_path):
     assert contents.stamps(config) == first
     other.rename(checkpoint)
     assert contents.stamps(config) != first
+
+
+def test_every_file_of_the_same_name_counts(tmp_path):
+    files = [tmp_path / folder / "m.bin" for folder in ("a", "b")]
+    for file in files:
+        file.parent.mkdir()
+        file.write_bytes(b"before")
+    first, second = map(str, files)
+    target = "torchvision.models.resnet18"
+    node = {"_target_": target, "x": first, "y": second}
+    before = contents.source_sha256(node)
+    assert contents.source_sha256({**node, "z": first}) == before  # the same file
+    for file in files:
+        file.write_bytes(b"after")
+        assert contents.source_sha256(node) != before
+        file.write_bytes(b"before")

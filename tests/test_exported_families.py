@@ -106,6 +106,29 @@ class NamedOutput(nn.Module):
         return {"hidden": images, "logits": pooled}
 
 
+class Flattening(nn.Module):
+    """A model whose `Tensor.view` needs contiguous maps."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3)
+        self.linear = nn.Linear(4 * 6 * 6, 3)
+
+    def forward(self, images):
+        return self.linear(self.conv(images).relu().view(images.shape[0], -1))
+
+
+def test_models_that_need_contiguous_images_are_exported(tmp_path):
+    description = Description(("a", "b", "c"), 8, (0.5,) * 3, (0.5,) * 3)
+    model = Flattening()
+    pixels = torch.randint(0, 256, (3, 8, 8, 3), dtype=torch.uint8)
+    expected = model((pixels.permute(0, 3, 1, 2).contiguous() / 255 - 0.5) / 0.5)
+    network = PixelNetwork(model, description)
+    torch.testing.assert_close(network(pixels), expected)
+    write_pt2(trace(network, 8), description, tmp_path / "student.pt2")
+    torch.testing.assert_close(read_pt2(tmp_path / "student.pt2")[0](pixels), expected)
+
+
 def test_logits_are_found_in_the_output(tmp_path):
     description = Description(("a", "b", "c"), 8, (0.0,) * 3, (1.0,) * 3)
     network = PixelNetwork(NamedOutput(), description)

@@ -15,6 +15,7 @@ from kd_lightning.config.nodes import build
 from kd_lightning.data.views import PLAIN
 from kd_lightning.distill.caching import open_caches
 from kd_lightning.models import ConvNet
+from kd_lightning.storage.identity import stamps
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as training
 from kd_lightning.workflows.evaluate import evaluate
@@ -102,6 +103,31 @@ def test_relabelled_images_invalidate_runs(train, tmp_path, folder):
     name = next(path.name for path in tmp_path.glob("outputs/runs/here/none*"))
     assert metrics_of(tmp_path, name)["images_sha256"] != first["images_sha256"]
     assert superseded(tmp_path) == [f"{name}-1"]
+
+
+def test_relabelled_images_in_data_dir_invalidate_runs(train, tmp_path, folder):
+    command = ("method=none", f"data_dir={folder}", *SETTING)
+    first = train(*command).metrics
+    assert "already finished" in train(*command).out
+    (folder / "train" / "class0" / "0.jpg").rename(folder / "train" / "class1" / "moved.jpg")
+    done = train(*command)
+    assert "already finished" not in done.out
+    name = next(path.name for path in tmp_path.glob("outputs/runs/here/none*"))
+    assert metrics_of(tmp_path, name)["images_sha256"] != first["images_sha256"]
+
+
+def test_own_folders_below_the_images_do_not_invalidate_stamps(tmp_path, folder):
+    config = api.compose(
+        *FOLDER, "method=none", f"data.root={folder}", f"data_dir={folder}",
+        f"output_dir={folder}/outputs",
+    )  # fmt: skip
+    before = stamps(config)
+    for place in (folder / "decoded", folder / "outputs" / "runs"):
+        place.mkdir(parents=True)
+        (place / "new").touch()
+    assert stamps(config) == before
+    (folder / "train" / "new").touch()
+    assert stamps(config) != before
 
 
 def test_interrupted_run_is_not_resumed_on_other_images(train, tmp_path, folder):

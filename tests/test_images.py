@@ -118,6 +118,21 @@ def test_pixels_without_a_defined_white_are_rejected(tmp_path, folder, kind):
         folder_data(folder).setup()
 
 
+@pytest.mark.parametrize("bits", [8, 16, 32])
+def test_fits_is_decoded_from_8_bits_only(tmp_path, bits):
+    """Its larger values are signed, with an offset that Pillow does not apply."""
+    cards = ("SIMPLE = T", f"BITPIX = {bits}", "NAXIS = 2", "NAXIS1 = 8", "NAXIS2 = 8", "END")
+    header = "".join(f"{card.partition(' = ')[0]:8}= {card.partition(' = ')[2]:>20}".ljust(80)
+                     if "=" in card else card.ljust(80) for card in cards)  # fmt: skip
+    pixels = np.full(64 * bits // 8, 3, np.uint8).tobytes()
+    (tmp_path / "a.fits").write_bytes(header.ljust(2880).encode() + pixels.ljust(2880, b"\0"))
+    if bits == 8:
+        assert (decode(tmp_path / "a.fits", 8) == 3).all()
+        return
+    with pytest.raises(ValueError, match="convert it to unsigned 8 or 16 bits"):
+        decode(tmp_path / "a.fits", 8)
+
+
 def test_black_and_white(tmp_path):
     image = Image.fromarray(RAMP > 100)
     assert image.mode == "1"

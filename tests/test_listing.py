@@ -179,6 +179,34 @@ def test_faulty_annotations_are_rejected(tiny, change, message):
     assert str(file) in str(refused.value) or "same classes" in str(refused.value)
 
 
+def test_a_copy_rearranged_in_place_may_keep_the_annotations(tiny):
+    before = data(tiny)
+    before.setup()
+    lines = (tiny / "val" / "val_annotations.txt").read_text().splitlines()
+    for file, name in (line.split("\t")[:2] for line in lines):
+        place = tiny / "val" / name / "images"
+        place.mkdir(parents=True, exist_ok=True)
+        (tiny / "val" / "images" / file).rename(place / file)
+    (tiny / "val" / "images").rmdir()
+    after = data(tiny)
+    after.setup()
+    assert after.fingerprint() == before.fingerprint()
+
+
+def test_annotations_may_have_a_byte_order_mark_and_decomposed_names(tmp_path):
+    root = tmp_path / "set"
+    for number, name in enumerate(("caf\u00e9", "bar")):
+        for part in range(4):
+            picture(root / "train" / name / f"{part}.JPEG", 10 * number + part)
+        picture(root / "val" / "images" / f"{number}.JPEG", 100 + number)
+    (root / "val" / "val_annotations.txt").write_text(
+        "\ufeff0.JPEG\tcafe\u0301\n1.JPEG\tbar\n", encoding="utf-8"
+    )
+    module = data(root)
+    module.setup()
+    assert list(module.classes) == ["bar", "caf\u00e9"]
+
+
 def test_changed_annotations_change_the_digest(tiny):
     before, again = (FolderListing(tiny).files() for _ in range(2))
     assert before.digest == again.digest

@@ -207,3 +207,14 @@ def test_rows_of_another_shape_are_not_mixed(tmp_path, packed):
     (place / "rows.json").write_text('{"images": 10, "shape": [10], "dtype": "float16"}')
     with pytest.raises(InputError, match="another shape"):
         unpack(packed, tmp_path / "two", restore=True)
+
+
+def test_truncated_views_are_not_packed(tmp_path):
+    cache = TeacherCache.of(tmp_path / "one", {"for": "a test"}, 20, {"logits": (3,)})
+    cache.fetch(INDEX, INDEX * 0, CPU, lambda: {"logits": torch.randn(20, 3)})
+    (entry,) = stored(tmp_path / "one")
+    for number, size in ((1, 0), (2, 16)):
+        (entry.folder / f"view-{number:05d}.rows").write_bytes(bytes(size))
+    assert pack(entry.folder, tmp_path / "packed.zip") == 1
+    unpack(tmp_path / "packed.zip", tmp_path / "two")
+    assert len(list((tmp_path / "two").rglob("*.rows"))) == 1

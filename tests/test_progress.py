@@ -31,7 +31,7 @@ def clock(monkeypatch):
     return now
 
 
-def train(bar, clock, epochs, seconds, rank_zero=True):
+def train(bar, clock, epochs, seconds, rank_zero=True, validated=1):
     """Simulate a training with 10 steps per epoch and these seconds per epoch."""
     trainer = SimpleNamespace(
         is_global_zero=rank_zero, global_step=0, max_epochs=epochs, current_epoch=0,
@@ -42,6 +42,8 @@ def train(bar, clock, epochs, seconds, rank_zero=True):
     for epoch in range(epochs):
         trainer.current_epoch, trainer.global_step = epoch, 10 * (epoch + 1)
         clock.seconds += seconds
+        if (epoch + 1) % validated == 0:
+            bar.on_validation_start(trainer, None)
         bar.on_train_epoch_end(trainer, None)
     bar.on_train_end(trainer, None)
 
@@ -53,6 +55,12 @@ def test_one_line_per_epoch_without_a_terminal(capsys, clock):
         "combined-small-s0: epoch 2/3, val 71.20 %, 6,120 images/s, 1 min left",
         "combined-small-s0: epoch 3/3, val 71.20 %, 6,120 images/s",
     ]
+
+
+def test_accuracy_of_an_earlier_epoch_is_not_repeated(capsys, clock):
+    train(ProgressBar("x"), clock, epochs=3, seconds=60, validated=2)
+    lines = capsys.readouterr().err.splitlines()
+    assert ["val" in line for line in lines] == [False, True, False]
 
 
 def test_short_epochs_are_rate_limited(capsys, clock):

@@ -113,7 +113,15 @@ def test_recorded_logits_are_limited(monkeypatch):
         assert torch.equal(true, labels)
         recorded.reset()
     monkeypatch.setattr(calibration, "MOST_VALUES", 60 * CLASSES)
-    assert len(scored(recorded, logits, labels, batch=30)[0]) == 60
+    # Of images that are ordered by class, every class is kept.
+    kept, true = scored(recorded, logits, labels, batch=30)
+    assert torch.equal(kept, logits[::2])
+    assert torch.equal(true, labels[::2])
+    recorded.reset()
+    monkeypatch.setattr(calibration, "MOST_VALUES", 10 * CLASSES)
+    kept, true = scored(recorded, logits, labels, batch=7)
+    assert torch.equal(kept, logits[::16])
+    assert torch.equal(true, labels[::16])
 
 
 def test_comparison_equals_scipy_and_is_split_by_the_teacher():

@@ -67,6 +67,19 @@ def test_unchanged_files_are_read_once(tmp_path, monkeypatch):
     assert read == [48, 1, 48]
 
 
+def test_digests_in_a_read_only_cache_are_used(tmp_path, monkeypatch):
+    root = write_folder(tmp_path / "images")
+    monkeypatch.setattr(file_digests, "RECENT", -(10**18))
+    first = module(root, tmp_path / "cache").fingerprint()
+
+    def refuse(*_):
+        raise PermissionError("read only")
+
+    monkeypatch.setattr(file_digests, "hold", refuse)
+    monkeypatch.setattr(file_digests, "_read_digests", lambda *_: pytest.fail("read the images"))
+    assert module(root, tmp_path / "cache").fingerprint() == first
+
+
 def test_files_that_changed_a_moment_ago_are_read_again(tmp_path):
     """Their times may not change with the next change."""
     root = write_folder(tmp_path / "images")

@@ -330,3 +330,22 @@ def test_answer_has_no_gradient_and_device_may_be_text(tmp_path):
         found = plain_cache(tmp_path).fetch(index, index * 0, "cpu", lambda: {"logits": answer})
         assert not found["logits"].requires_grad
         assert torch.equal(found["logits"], answer.detach().half().float())
+
+
+@pytest.mark.parametrize("view", [-2, 2**31, 2**32 - 2])
+def test_view_numbers_are_limited(tmp_path, view):
+    """The checksum of a row of zeros would be that of image 0 in view -2."""
+    with pytest.raises(InputError, match="view number from -1"):
+        recall(make_memory(tmp_path), [0, 1], [view, view])
+    values, _ = recall(make_memory(tmp_path), [0, 1], [-1, -1])
+    assert torch.equal(values["a"].flatten(), expected([0, 1], [-1, -1]))
+
+
+def test_a_key_may_contain_infinity(tmp_path):
+    cache = TeacherCache.of(tmp_path, {"margin": float("inf")}, 2, {"logits": (3,)})
+    for _ in range(2):
+        cache.fetch(
+            torch.arange(2), torch.zeros(2).long(), CPU, lambda: {"logits": torch.ones(2, 3)}
+        )
+    (entry,) = stored(tmp_path)
+    assert entry.views == 1

@@ -1,6 +1,7 @@
 """Text files of ImageNet and Tiny ImageNet: labels of validation images, and names of classes."""
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -28,7 +29,7 @@ def read_annotations(path: Path) -> tuple[bytes, dict[str, str]]:
     """
     try:
         content = path.read_bytes()
-        lines = content.decode().splitlines()
+        lines = content.decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"{readable(path)} cannot be read: {error}") from error
     found: dict[str, str] = {}
@@ -43,7 +44,7 @@ def read_annotations(path: Path) -> tuple[bytes, dict[str, str]]:
             )
         if image in found:
             raise InputError(f"{readable(path)}, line {number}: {readable(image)} occurs twice")
-        found[image] = rest[0].strip()
+        found[image] = unicodedata.normalize("NFC", rest[0].strip())  # as names of folders
     return content, found
 
 

@@ -47,7 +47,7 @@ class DecodedRows:
         self._file = self._open()
 
     def _open(self) -> int | None:
-        total = self.count * self._stride
+        total, file = self.count * self._stride, None
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -62,6 +62,8 @@ class DecodedRows:
             missing = total - os.fstat(file).st_blocks * 512
             free = shutil.disk_usage(self.path.parent).free - RESERVE
         except OSError as error:
+            if file is not None:
+                os.close(file)
             self._give_up(str(error))
             return None
         if missing > free:

@@ -42,6 +42,8 @@ UPRIGHT = {
 BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339
 WHITE_IS_ZERO, UNSIGNED = 0, 1
 
+SIGNED = ("FITS", "IM")  # formats whose values beyond 8 bits may be negative, or have an offset
+
 # Pillow scales grey values of low bit depths by these factors, but not the transparent value.
 LOW_DEPTHS = {"L;2": 85, "L;4": 17}
 
@@ -177,7 +179,8 @@ def _scale_to_8_bits(image: Image.Image) -> npt.NDArray[np.uint8]:
     """Scale unsigned grey values (H, W) of up to 16 bits to 8 bits, rounded."""
     tags: Any = getattr(image, "tag_v2", {})
     (bits, *_), (kind, *_) = tags.get(BITS_PER_SAMPLE, (16,)), tags.get(SAMPLE_FORMAT, (UNSIGNED,))
-    if bits > 16 or kind != UNSIGNED:
+    signed = kind != UNSIGNED or getattr(image, "format", None) in SIGNED
+    if bits > 16 or signed:
         raise ValueError(
             "its pixels are signed or 32-bit integers without a defined white level; "
             "convert it to unsigned 8 or 16 bits"

@@ -1,12 +1,15 @@
 """SHA-256 of the contents of many files, remembered as long as the files are unchanged."""
 
+import contextlib
 import hashlib
 import logging
 import os
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,11 +52,11 @@ def file_digests(paths: Sequence[str], memo: Path | None, workers: int) -> Bytes
     """
     if memo is None:
         return _read_digests(paths, np.arange(len(paths)), workers)
-    try:
-        with hold(memo.with_suffix(".lock"), f"{memo.parent}: another process reads the images"):
-            return _remembered_digests(paths, memo, workers)
-    except OSError:  # a full or read-only disk
-        return _read_digests(paths, np.arange(len(paths)), workers)
+    lock: AbstractContextManager[Any] = nullcontext()
+    with contextlib.suppress(OSError):  # a full or read-only disk
+        lock = hold(memo.with_suffix(".lock"), f"{memo.parent}: another process reads the images")
+    with lock:
+        return _remembered_digests(paths, memo, workers)
 
 
 def _remembered_digests(paths: Sequence[str], memo: Path, workers: int) -> Bytes:

@@ -235,7 +235,8 @@ class FolderListing:
         return ""
 
     def _part(self, folder: Path) -> "_Part":
-        if _annotations(folder).is_file():
+        # A copy that has been rearranged to class folders may still have the file.
+        if _annotations(folder).is_file() and (folder / IMAGES).is_dir():
             return _AnnotatedFolder(folder, self._scanner)
         return _ClassFolders(folder, self._scanner)
 
@@ -294,7 +295,7 @@ class _ClassFolders:
         """By file name; those of a folder `IMAGES`, if there is one."""
         folder = self.names[name]
         inner = folder / IMAGES
-        if not inner.is_dir():
+        if not os.path.isdir(inner):  # noqa: PTH112 (also if the folder cannot be searched)
             return self._scanner.images(folder)
         for entry in self._scanner.visible(folder):
             if entry.name != IMAGES and (entry.is_dir() or is_image_name(entry.name)):
@@ -355,7 +356,10 @@ def _few(names: list[str]) -> str:
 
 
 def _add_to(digest: "hashlib._Hash", entry: os.DirEntry[str]) -> None:
-    status = entry.stat()
+    try:
+        status = entry.stat()
+    except OSError as error:
+        raise InputError(f"{readable(entry.path)} cannot be read: {error.strerror}") from error
     if not status.st_size:
         raise InputError(f"{readable(entry.path)} is empty; repair or remove it")
     digest.update(os.fsencode(entry.path))

@@ -211,11 +211,13 @@ class ImageDataModule(LightningDataModule):
         Args:
             parameters: optional parameters of `Views.render` that are needed.
         """
-        known = inspect.signature(self.augmentation.render).parameters
-        missing = [name for name in parameters if name not in known]
-        if not missing:
-            return ""
-        return f"{type(self.augmentation).__name__}.render has no parameter '{missing[0]}'"
+        renderer: Any = self.augmentation
+        while renderer is not None:
+            known = inspect.signature(renderer.render).parameters
+            if missing := [name for name in parameters if name not in known]:
+                return f"{type(renderer).__name__}.render has no parameter '{missing[0]}'"
+            renderer = getattr(renderer, "of", None)  # that it modifies the views of
+        return ""
 
     def variant(self, **attributes: Any) -> "ImageDataModule":
         """A copy that shares the images but has another seed, mean, std or augmentation."""

@@ -176,8 +176,9 @@ def reestimate(
     loader.sampler.set_epoch(epochs - 1)
     limit = trainer.num_training_batches
     batches = loader if math.isinf(limit) else islice(loader, int(limit))
+    images = (data.on_after_batch_transfer(batch, 0)["images"] for batch in batches)
     with _placed(trainer, module) as student:
-        update_bn(student, (data.on_after_batch_transfer(b, 0)["images"] for b in batches))
+        update_bn(student, (x.contiguous(memory_format=module.memory_format) for x in images))
 
 
 @torch.no_grad()

@@ -84,6 +84,7 @@ def open_caches(
         return
     index = data.splits["train"][:CHECKED_IMAGES]
     images = data.render(index, torch.zeros_like(index))["images"].cpu()
+    images = images.contiguous(memory_format=module.memory_format)
     keys = _teacher_keys(module, plan, data, images, device)
     if keys is None:
         return

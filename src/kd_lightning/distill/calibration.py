@@ -91,7 +91,8 @@ class ProbabilityScores(Metric):
 class RecordedLogits(Metric):
     """Keeps the logits (N, C) and labels (N,) of a pass, of all processes.
 
-    At most `MOST_VALUES` logits in each process; further images are left out.
+    At most `MOST_VALUES` logits in each process: of more images, every second, fourth, ... is kept,
+    because images may be ordered by class.
     """
 
     full_state_update = False
@@ -102,7 +103,7 @@ class RecordedLogits(Metric):
         super().__init__()
         self.add_state("logits", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
-        self._values = 0
+        self._images, self._step = 0, 1
 
     def update(self, logits: Tensor, labels: Tensor, counts: bool = True) -> None:
         """Add a batch.
@@ -113,17 +114,19 @@ class RecordedLogits(Metric):
             counts: whether it is part of the pass. If not, only its shape is kept: every process
                 needs something to exchange.
         """
-        if self._values and self._values + logits.numel() > MOST_VALUES:
-            return
-        kept = slice(None if counts else 0)
-        self._values += logits[kept].numel()
+        kept = slice(-self._images % self._step, None, self._step) if counts else slice(0)
+        self._images += len(labels) if counts else 0
         self.logits.append(logits[kept].detach().float())
         self.labels.append(labels[kept])
+        while sum(part.numel() for part in self.logits) > max(MOST_VALUES, logits.shape[1]):
+            self.logits = [torch.cat(self.logits)[::2]]
+            self.labels = [torch.cat(self.labels)[::2]]
+            self._step *= 2
 
     def reset(self) -> None:
         """Forget the pass."""
         super().reset()
-        self._values = 0
+        self._images, self._step = 0, 1
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Logits (N, C), float32, and labels (N,)."""

@@ -37,8 +37,9 @@ class MeanTeacher(FrozenTeacher):
     def follow(self, student: nn.Module, steps: int) -> None:
         """Update the average after an optimizer step.
 
-        As in the authors' code, first the mean over all steps so far, and the moving average once
-        its window is shorter than that. After the first step these are the student's weights.
+        First the mean over all steps so far, and the moving average once its window is shorter than
+        that, as in the authors' code, whose mean also contains the initial weights. After the first
+        step these are the student's weights.
 
         Args:
             student: the network in training.

@@ -16,7 +16,7 @@ class PixelNetwork(nn.Module):
 
     Args:
         model: images (B, 3, H, W), normalised, to logits (B, C); set to evaluation mode and
-            converted to channels-last.
+            converted to channels-last, unless its code needs contiguous images.
         description: its preprocessing.
     """
 
@@ -25,18 +25,34 @@ class PixelNetwork(nn.Module):
 
     def __init__(self, model: nn.Module, description: Description) -> None:
         super().__init__()
-        to_memory_format(model, torch.channels_last)
         self.model = model
         mean, std = torch.tensor([description.mean, description.std], dtype=torch.float64)
         self.register_buffer("scale", (1 / (255 * std)).float())
         self.register_buffer("shift", (-mean / std).float())
         self.num_classes = len(description.class_names) or None
         self.eval()
+        to_memory_format(model, torch.channels_last)
+        self._contiguous = False
+        if not self._takes(description.image_size):
+            to_memory_format(model, torch.contiguous_format)
+            self._contiguous = True
+
+    @torch.no_grad()
+    def _takes(self, size: int) -> bool:
+        """Whether the model takes channels-last images; `Tensor.view` may fail on their maps."""
+        device = next(self.model.parameters(), self.scale).device
+        image = torch.zeros(1, size, size, 3, device=device)
+        try:
+            self.model(image.permute(0, 3, 1, 2))
+        except RuntimeError:
+            return False
+        return True
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, H, W, 3), RGB, 0 to 255, of any type, to logits (B, C), float32."""
         return find_logits(self.model(self.normalize(pixels)), self.num_classes).float()
 
     def normalize(self, pixels: Tensor) -> Tensor:
-        """Pixels (B, H, W, 3), 0 to 255, to the model's input (B, 3, H, W), channels-last."""
-        return (pixels.float() * self.scale + self.shift).permute(0, 3, 1, 2)
+        """Pixels (B, H, W, 3), 0 to 255, to the model's input (B, 3, H, W)."""
+        images = (pixels.float() * self.scale + self.shift).permute(0, 3, 1, 2)
+        return images.contiguous() if self._contiguous else images

@@ -22,8 +22,15 @@ def materialize(model: nn.Module, image_size: int, whose: str = "the model") -> 
         whose: name of the model in the message.
 
     Raises:
-        InputError: the model is lazy and fails on images of this size.
+        InputError: the model is lazy and fails on images of this size, or its state cannot be
+            stored.
     """
+    for key, value in model.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise InputError(
+                f"{whose} cannot be stored: its state contains {key}, which is not a tensor but of "
+                f"type {type(value).__name__}"
+            )
     images = blank(model, image_size)
     if not any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         trial = stand_in(model)

@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kd_lightning.errors import InputError
+from kd_lightning.files import replacing
 
 log = logging.getLogger(__name__)
 
@@ -215,12 +216,18 @@ def _holds_state(value: Any) -> bool:
 
 
 def rename(state: Mapping[str, Tensor], rename_keys: Mapping[str, str]) -> State:
-    """Replace key prefixes, one after the other."""
-    renamed = {}
+    """Replace key prefixes, one after the other.
+
+    Raises:
+        InputError: two keys become equal.
+    """
+    renamed: State = {}
     for key, tensor in state.items():
         for old, new in rename_keys.items():
             if key.startswith(old):
                 key = new + key[len(old) :]
+        if key in renamed:
+            raise InputError(f"rename_keys gives two tensors the name {key}")
         renamed[key] = tensor
     return renamed
 
@@ -382,10 +389,13 @@ def convert(source: str | Path, target: str | Path | None = None) -> Path:
             return {key: plain(part) for key, part in value.items()}
         return value
 
+    if target.resolve() == Path(source).resolve():
+        raise InputError(f"{source}: the converted file needs another name")
     content = plain(torch.load(source, map_location="cpu", weights_only=False))
     state = find_state(content, str(source))
-    save_file(
-        {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, target
-    )
+    with replacing(target) as partial:
+        save_file(
+            {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, partial
+        )
     print(f"{len(state)} tensors written to {target}")
     return target

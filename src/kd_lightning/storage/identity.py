@@ -20,7 +20,7 @@ import os
 import site
 import sys
 import sysconfig
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -92,10 +92,13 @@ def stamps(config: Node, memo: dict[Path, str] | None = None) -> str:
     nodes = {key: value for key, value in config.items() if key not in PLACES}
     if any(_package(target) not in KNOWN for target in target_paths(nodes)):
         return ""
-    shared = Path(str(config["data_dir"])).expanduser()
-    paths = {path for path in _inputs(nodes) if path != shared}
+    paths = set(_inputs(nodes))
+    if "cache_dir" not in config.get("data", {}):  # a download, whose archive has a checksum
+        paths.discard(Path(str(config["data_dir"])).expanduser())
+    written = (config.get("output_dir"), config.get("data", {}).get("cache_dir"))
+    own = {Path(folder).expanduser().absolute() for folder in written if folder}
     for path in paths - memo.keys():
-        memo[path] = _stamp(path)
+        memo[path] = _stamp(path, own)
     return _digest([*(memo[path] for path in sorted(paths)), *_library_versions(nodes)])
 
 
@@ -124,11 +127,12 @@ def source_sha256(*nodes: Any, more: Iterable[str] = ()) -> str | None:
             thing = find_target(target, "the configuration")
             for name in {getattr(thing, "__module__", None), target.rpartition(".")[0]}:
                 _collect(name, own, found)
-    for path in _inputs(*nodes):
+    for path in dict.fromkeys(_inputs(*nodes)):
         files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
         for file in files:
             place = "" if file == path else str(file.relative_to(path))
-            found[f"file {path.name}/{place}"] = file_sha256(file)
+            name = f"file {path.name}/{place}"
+            found[name] = found.get(name, "") + file_sha256(file)  # several may have this name
     found |= {f"package {name}": "" for name in _library_versions(nodes)}
     found |= {f"hash {value}": "" for value in more if value}
     return _digest(sorted(found.items())) if found else None
@@ -146,14 +150,16 @@ def _file_sha256(path: Path, *_: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _stamp(path: Path) -> str:
+def _stamp(path: Path, own: Collection[Path]) -> str:
+    """Digest of the files in a folder, except those in our `own` folders, or of a file."""
+
     def walk(folder: str) -> Iterator[tuple[Any, ...]]:
         with contextlib.suppress(OSError), os.scandir(folder) as entries:
             for entry in sorted(entries, key=lambda entry: entry.name):
-                if entry.is_dir(follow_symlinks=False):  # links may be circular
-                    yield from walk(entry.path)
-                else:
+                if not entry.is_dir(follow_symlinks=False):  # links may be circular
                     yield _status(entry)
+                elif Path(entry.path).absolute() not in own:
+                    yield from walk(entry.path)
 
     # The JSON text of the list of all files, one by one: there may be millions.
     digest, separator = hashlib.sha256(b"["), ""

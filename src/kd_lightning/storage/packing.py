@@ -48,7 +48,13 @@ def pack(folder: Path, file: Path) -> int:
             f"{folder} cannot be packed: it is no cache, or of an older version, which did not "
             "record the size of its rows"
         )
-    views = sorted(path for path in folder.iterdir() if _VIEW.fullmatch(path.name))
+    shape = entry.geometry
+    rows = Rows(folder, entry.key, shape["images"], tuple(shape["shape"]), DTYPES[shape["dtype"]])
+    views = sorted(
+        path
+        for path in folder.iterdir()
+        if _VIEW.fullmatch(path.name) and path.stat().st_size == rows.file_size  # not truncated
+    )
     with _archive(file) as archive:
         digests = {path.name: _add(archive, path, path.name) for path in views}
         manifest = {

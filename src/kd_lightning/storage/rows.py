@@ -5,6 +5,7 @@ view. A row that was never written, partially written, overwritten concurrently 
 truncated file fails the check.
 """
 
+import json
 import math
 import os
 from collections import OrderedDict
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from kd_lightning.data.views import PLAIN, counter_random
-from kd_lightning.files import write_json
+from kd_lightning.files import write_text
 from kd_lightning.transfer import ToHost, to_device
 
 DTYPES = {"float16": torch.float16, "bfloat16": torch.bfloat16, "float32": torch.float32}
@@ -163,7 +164,8 @@ class Rows:
         geometry = {"images": self.images, "shape": list(self.shape), "dtype": dtype}
         for name, content in (("key", self.key), ("rows", geometry)):
             if not (self.folder / f"{name}.json").exists():
-                write_json(self.folder / f"{name}.json", content)
+                text = json.dumps(content, indent=2)  # a setting may be infinite
+                write_text(self.folder / f"{name}.json", f"{text}\n")
 
     def reserve(self, view: int) -> None:
         """Create the file of a view number, or extend a truncated one, allocated on the disk.
@@ -188,6 +190,8 @@ class Rows:
                     file.truncate(self.file_size)
             except OSError:
                 file.truncate(before)
+                if not before:
+                    self.path(view).unlink(missing_ok=True)
                 raise
 
     def missing(self, view: int) -> int:
@@ -230,8 +234,8 @@ class Rows:
         """
         factors = to_device(self._factors, words.device)
         total = ((words.long() & 0xFFFFFFFF) * factors).sum(dim=1)
-        # Unique for every (image, view) and never 0, so that neither a row of zeros nor the same
-        # numbers at another position are valid.
+        # Unique for every image and view from -1, and never 0, so that neither a row of zeros nor
+        # the same numbers at another position are valid.
         total += ((view + 2) << 32 | index) * ODD
         # The low bits of a sum of products are the weakest; fold the high ones into them.
         return total ^ (total >> 29 & (2**35 - 1))

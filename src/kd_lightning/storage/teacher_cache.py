@@ -40,6 +40,7 @@ LARGEST_VIEW = GIGABYTE
 """Largest size of the rows of a view number that are loaded as a whole, in bytes."""
 
 NO_VIEW = PLAIN - 1
+LAST_VIEW = 2**31 - 1
 
 Compute = Callable[[], Mapping[str, Tensor]]
 """Computes the targets of every term for a batch, name to float32 (B, ...), on the device."""
@@ -125,12 +126,13 @@ class TeacherCache:
 
         Args:
             index: image indices (B,), int64, on the CPU.
-            view: view numbers (B,), int64, on the CPU.
+            view: view numbers (B,), int64, on the CPU; from 0, or -1 for the image itself.
             device: device of the images.
             ask: computes the targets of the whole batch; gradients are not propagated.
 
         Raises:
-            InputError: an index is out of range, or an output is missing or has another shape.
+            InputError: an index or a view number is out of range, or an output is missing or has
+                another shape.
         """
         device = torch.device(device)
         if not len(index):
@@ -138,10 +140,11 @@ class TeacherCache:
             return {name: torch.zeros(shape, device=device) for name, shape in shapes.items()}
         last = index.max()
         known_images = index.min() >= 0 and all(last < rows.images for rows in self.rows.values())
-        if len(view) != len(index) or not known_images:
+        known_views = len(view) == len(index) and view.min() >= PLAIN and view.max() <= LAST_VIEW
+        if not (known_images and known_views):
             raise InputError(
-                "a batch needs one view number for each index, and indices from 0 to the number of "
-                "images - 1"
+                "a batch needs one view number from -1 for each index, and indices from 0 to the "
+                "number of images - 1"
             )
         result = {}
         if loaded := self._load(index, view, device):
@@ -226,7 +229,9 @@ class TeacherCache:
             if not missing or self._full:
                 continue
             try:
-                wanted = used_bytes(self.root) + sum(rows.missing(number) for rows in missing)
+                wanted = used_bytes(self.root) + sum(
+                    {rows.folder: rows.missing(number) for rows in missing}.values()
+                )  # terms with the same rows share a folder
                 if wanted > self.limit:
                     raise OSError(
                         f"the limit of {self.limit / GIGABYTE:g} GB is reached: remember.disk_gb, "

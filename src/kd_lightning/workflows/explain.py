@@ -195,7 +195,7 @@ class _Comparison:
     def _ask(self, data: ImageDataModule, index: Tensor) -> tuple[Tensor, Output, Output]:
         """Labels, and the outputs of student and teacher for images without augmentation."""
         batch = data.on_after_batch_transfer(data.render(index, torch.full_like(index, PLAIN)), 0)
-        images = batch["images"].to(self.device)
+        images = batch["images"].to(self.device).contiguous()
         return batch["labels"].cpu(), self._student(images), self.teacher.answer(images)
 
     def read(

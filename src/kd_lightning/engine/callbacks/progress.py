@@ -35,6 +35,7 @@ class ProgressBar(Callback):
         self._unprinted = ""
         self._began = self._printed = 0.0
         self._first_step = 0
+        self._validated_at = -1
 
     def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
         """Start the bar, if on a terminal."""
@@ -67,13 +68,18 @@ class ProgressBar(Callback):
         if self._bar is not None:
             self._bar.update(self._task, completed=trainer.global_step)
 
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Record the step of the validated weights."""
+        self._validated_at = trainer.global_step
+
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
         """Log and show the results of the epoch."""
         metrics = trainer.callback_metrics
         epochs = trainer.max_epochs
         known = epochs is not None and epochs > 0
         parts = [f"epoch {trainer.current_epoch + 1}" + (f"/{epochs}" if known else "")]
-        if "val/accuracy" in metrics:  # not every epoch ends with a validation
+        # Not every epoch ends with a validation, and the metrics keep the earlier ones.
+        if "val/accuracy" in metrics and self._validated_at == trainer.global_step:
             parts.append(f"val {100 * float(metrics['val/accuracy']):.2f} %")
         if "images_per_second" in metrics:
             parts.append(f"{float(metrics['images_per_second']):,.0f} images/s")

@@ -9,7 +9,7 @@ from kd_lightning.transfer import synchronize
 
 
 class Speed(Callback):
-    """Logs ``images_per_second`` of every epoch, excluding validation and checkpoints.
+    """Logs ``images_per_second`` of every epoch, excluding validation.
 
     Attributes:
         images: number of training images processed so far, over all processes and epochs.
@@ -20,7 +20,7 @@ class Speed(Callback):
 
     def __init__(self) -> None:
         self.images, self.seconds, self.fit_seconds = 0, 0.0, 0.0
-        self._clock_began, self._clock_images = time.perf_counter(), 0
+        self._restart()
         self._fit_began = self._clock_began
         self._processes = 1
 
@@ -57,7 +57,7 @@ class Speed(Callback):
         self._clock_began = time.perf_counter()
 
     def on_train_epoch_end(self, trainer: Trainer, module: LightningModule) -> None:
-        """Stop the clock, unless a validation already has."""
+        """Stop the clock, unless a validation already has; a checkpoint may have, too."""
         self._stop(module)
 
     def state_dict(self) -> dict[str, Any]:
@@ -74,18 +74,26 @@ class Speed(Callback):
             setattr(self, name, state_dict[name])
 
     def _restart(self) -> None:
+        """Start the clock, of a new epoch."""
         self._clock_began, self._clock_images = time.perf_counter(), 0
+        self._epoch_images, self._epoch_seconds, self._unlogged = 0, 0.0, False
 
     def _stop(self, module: LightningModule) -> None:
         if self._clock_images:
             synchronize(module.device)  # include pending work
-            module.log("images_per_second", self._count(), sync_dist=True)
+        self._count()
+        if self._unlogged:
+            rate = self._epoch_images / self._epoch_seconds
+            module.log("images_per_second", rate, sync_dist=True)
+            self._unlogged = False
 
-    def _count(self) -> float:
-        """Update the totals and return the images per second since the clock started."""
+    def _count(self) -> None:
+        """Add what the clock has measured to the totals and to the epoch; restart the clock."""
         now = time.perf_counter()
         images, seconds = self._clock_images * self._processes, now - self._clock_began
-        self.images += images
-        self.seconds += seconds if images else 0
+        if images:
+            self.images, self.seconds = self.images + images, self.seconds + seconds
+            self._epoch_images += images
+            self._epoch_seconds += seconds
+            self._unlogged = True
         self._clock_began, self._clock_images = now, 0
-        return images / seconds

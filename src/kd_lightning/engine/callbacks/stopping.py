@@ -73,7 +73,8 @@ class StopWhenAsked(Callback):
             return
         done = batch_idx + 1
         counted = done if trainer.check_val_every_n_epoch else trainer.fit_loop.total_batch_idx + 1
-        validates = trainer.is_last_batch or counted % (trainer.val_check_batch or 1) == 0
+        every = trainer.val_check_batch  # None: at intervals of time
+        validates = trainer.is_last_batch or (every is not None and counted % every == 0)
         if not validates and done % trainer.accumulate_grad_batches == 0:
             trainer.save_checkpoint(self._path, weights_only=False)
             self._saved = done
