@@ -121,8 +121,7 @@ class ImageDataModule(LightningDataModule):
         self.eval_batch_size = eval_batch_size
         self.val_fraction = val_fraction
         self.split_seed = split_seed
-        self.mean = tuple(mean)
-        self.std = tuple(std)
+        self.mean, self.std = tuple(mean), tuple(std)
         self.padding, self.flip = padding, flip
         self.augmentation: Views = augmentation or Augmentation(
             padding, flip, cutout, seed=view_seed
@@ -137,8 +136,7 @@ class ImageDataModule(LightningDataModule):
                     f"augmentation, not {value!r}"
                 )
         self.mixing = mixing
-        self.views = views
-        self.seed = seed
+        self.views, self.seed = views, seed
         self.image_size = image_size
         if num_classes is not None and num_classes != len(self.classes):
             raise ValueError(
@@ -186,7 +184,7 @@ class ImageDataModule(LightningDataModule):
         self.pixel_source: PixelSource = (
             InMemoryImages(pixels) if isinstance(pixels, Tensor) else pixels
         )
-        self._val_size = images.val_size
+        self._val_size, self._fingerprint = images.val_size, ""
         if images.val_size:
             train, val = torch.arange(train_size).split(
                 [train_size - images.val_size, images.val_size]
@@ -216,7 +214,7 @@ class ImageDataModule(LightningDataModule):
             known = inspect.signature(renderer.render).parameters
             if missing := [name for name in parameters if name not in known]:
                 return f"{type(renderer).__name__}.render has no parameter '{missing[0]}'"
-            renderer = getattr(renderer, "of", None)  # that it modifies the views of
+            renderer = getattr(renderer, "of", None)  # whose views it modifies
         return ""
 
     def variant(self, **attributes: Any) -> "ImageDataModule":

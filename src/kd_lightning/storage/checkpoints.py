@@ -393,9 +393,8 @@ def convert(source: str | Path, target: str | Path | None = None) -> Path:
         raise InputError(f"{source}: the converted file needs another name")
     content = plain(torch.load(source, map_location="cpu", weights_only=False))
     state = find_state(content, str(source))
+    state = {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}
     with replacing(target) as partial:
-        save_file(
-            {name: tensor.detach().clone().contiguous() for name, tensor in state.items()}, partial
-        )
+        save_file(state, partial)
     print(f"{len(state)} tensors written to {target}")
     return target
