@@ -64,7 +64,7 @@ def test_missing_figures_are_dashes(tmp_path):
         "small", "0.600", "4.00", "1.500", "1.00", "9.4 M", "2.12 MB",
     ]  # fmt: skip
     assert set(table.loc["none"][1:]) == {"-"}
-    assert table.loc["teacher convnet", ["NLL", "MACs", "temperature"]].tolist() == [
+    assert table.loc["teacher convnet", ["NLL", "MACs", "fitted temperature"]].tolist() == [
         "0.300", "1.24 G", "-",
     ]  # fmt: skip
 

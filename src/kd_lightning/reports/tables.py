@@ -10,7 +10,7 @@ from kd_lightning.results import BATCHES, DASH, FIGURE
 SHOWN = {
     "NLL": ("test_nll", "teacher_test_nll"),
     "calibration error": ("test_ece", "teacher_test_ece"),
-    "temperature": ("temperature", None),
+    "fitted temperature": ("temperature", None),
     "error with it": ("test_ece_calibrated", None),
     "MACs": ("macs", "teacher_macs"),
     "weights": ("file_bytes", "teacher_bytes"),
