@@ -108,7 +108,7 @@ def fill(overrides: Sequence[str]) -> None:
         from kd_lightning.workflows.fill_cache import fill_cache
 
     quiet_lightning()
-    found = fill_cache(api.compose(*overrides))
+    found = fill_cache(api.compose(*overrides, train_earlier=True))
     for part in found:
         print(f"{part.name}: {part.views} of {part.wanted} views")
     if any(part.views < part.wanted for part in found):

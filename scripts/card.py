@@ -35,17 +35,22 @@ def main() -> None:
 
     with importing():
         from kd_lightning.reports.card import CardOptions, model_card
-        from kd_lightning.reports.card_file import write_card
+        from kd_lightning.reports.card_file import check_card, write_card
         from kd_lightning.workflows.publish import publish
 
     out = Path(arguments.out or Path(arguments.run) / "README.md")
     files = tuple(Path(file).name for file in arguments.file)
     options = CardOptions(arguments.license, arguments.dataset, arguments.push, files)
-    write_card(out, model_card(arguments.run, options), arguments.overwrite)
-    print(out)
-    if arguments.push:
-        where = arguments.push, options, arguments.file, arguments.private
-        print(publish(arguments.run, *where))
+    card = model_card(arguments.run, options)
+    if not arguments.push:
+        write_card(out, card, arguments.overwrite)
+        print(out)
+        return
+    check_card(out, arguments.overwrite)
+    where = arguments.push, options, arguments.file, arguments.private
+    address = publish(arguments.run, *where)
+    write_card(out, card, arguments.overwrite)  # it says where the student is published
+    print(f"{out}\n{address}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import runpy
 import shutil
 import sys
 import threading
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import FOLDER, TINY, write_folder
+from conftest import FOLDER, REPOSITORY, TINY, write_folder
 from PIL import Image
 
 from kd_lightning import api
@@ -123,6 +124,40 @@ def test_card_of_a_run_without_teacher_or_neighbours(runs, tmp_path):
     assert "None: trained on the labels alone." in card
     assert "| test accuracy | 50.00 % |" in card  # without a confusion matrix: no interval
     assert "gain" not in card
+
+
+@pytest.mark.parametrize(
+    ("section", "changes", "words"),
+    [
+        ("teacher", {}, "trained on the same images for 1 epochs."),
+        ("teacher", {"pretrained": True, "model": {"model_name": "resnet50"}},
+         "with the pretrained weights of `resnet50`."),
+        ("teacher", {"pretrained": True, "model": {"model_name": "resnet50"}, "finetune": True},
+         "of `resnet50`, then trained on the same images for 1 epochs."),
+        ("teacher", {"checkpoint": "/a/x.pt"}, "from the file `x.pt`."),
+        ("teacher", {"members": [{}, {}], "checkpoint": "/a/x.pt"}, "an ensemble of 2 networks."),
+        ("teacher", {"trainer": {}}, "trained on the same images for 1 epochs."),
+        ("student", {"checkpoint": "/a/x.pt"}, "- student: initialised from the file `x.pt`"),
+        ("student", {"pretrained": True, "model": {"_target_": "x.y", "model_name": "resnet18"}},
+         "- student: initialised with the pretrained weights of `resnet18`"),
+    ],
+)  # fmt: skip
+def test_card_says_where_the_weights_are_from(run, tmp_path, section, changes, words):
+    copy = RunDirectory(shutil.copytree(run, tmp_path / "run"))
+    config = copy.read_config()
+    config[section] |= changes
+    copy.write_config(config)
+    assert words in model_card(copy.path)
+
+
+def test_card_is_not_written_if_it_cannot_be_published(run, tmp_path, monkeypatch):
+    copy = shutil.copytree(run, tmp_path / "run")
+    arguments = ["card", str(copy), "--push", "me/small", "--file", str(tmp_path / "typo.onnx")]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(REPOSITORY / "scripts" / "card.py"), run_name="__main__")
+    assert stop.value.code == 2
+    assert not (copy / "README.md").exists()
 
 
 def test_card_of_the_current_folder(run, monkeypatch):

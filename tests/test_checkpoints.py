@@ -197,19 +197,24 @@ def test_unsafe_checkpoint_is_reported_and_convertible(tmp_path, content, named,
 
 
 def test_keys_must_not_become_equal(tmp_path):
-    path = tmp_path / "a.pt"
-    torch.save({**prefixed("one."), **prefixed("two.", RAW)}, path)
-    with pytest.raises(InputError, match=r"two tensors the name 0\.weight"):
-        loaded(path, rename_keys={"one.": "", "two.": ""})
+    torch.save({**prefixed("one."), **prefixed("two.", RAW)}, tmp_path / "a.pt")
+    with pytest.raises(InputError, match="several tensors the same name"):
+        loaded(tmp_path / "a.pt", rename_keys={"one.": "", "two.": ""})
+
+
+def test_a_submodule_called_module_beside_one_of_the_same_name(tmp_path):
+    torch.save({**THEIRS, **prefixed("module.")}, tmp_path / "a.pt")
+    model = nn.Sequential(*network(1))
+    model.add_module("module", network(2))
+    load_checkpoint(model, tmp_path / "a.pt", {"module.": ""})
+    assert_theirs(model.module.state_dict())
 
 
 def test_conversion_keeps_the_source(tmp_path):
-    path = tmp_path / "a.pt"
-    torch.save({"net": THEIRS, "acc": np.float64(0.9)}, path)
-    before = path.read_bytes()
+    torch.save(THEIRS, tmp_path / "a.pt")
     with pytest.raises(InputError, match="another name"):
-        convert(path, path)
-    assert path.read_bytes() == before
+        convert(tmp_path / "a.pt", tmp_path / "a.pt")
+    assert_theirs(loaded(tmp_path / "a.pt"))
 
 
 def test_printed_conversion_command_works(tmp_path, monkeypatch):

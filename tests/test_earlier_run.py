@@ -240,6 +240,13 @@ def test_api_trains_the_earlier_run_first(folder, tmp_path):
     assert metrics["teacher"].startswith("none-small-s0")
 
 
+def test_composing_trains_nothing(folder, tmp_path):
+    given = ("data=folder", f"data.root={folder}", f"output_dir={tmp_path / 'out'}", *SMALL)
+    with pytest.raises(InputError, match="not finished"):
+        api.compose(*given, "method=logit", "teacher=run", "teacher.run={method: none}")
+    assert not (tmp_path / "out").exists()
+
+
 def test_incomplete_teacher_is_reported_by_the_check():
     with pytest.raises(InputError, match="teacher=run needs"):
         check(api.compose("method=logit", "data=digits", "teacher=run"))

@@ -14,6 +14,7 @@ import torch
 from conftest import TINY, in_a_new_process
 from hydra._internal.core_plugins.basic_launcher import BasicLauncher
 
+from kd_lightning import cli
 from kd_lightning.engine.callbacks.pictures import Pictures
 from kd_lightning.errors import RunError
 from kd_lightning.reports import documents
@@ -21,6 +22,7 @@ from kd_lightning.reports.documents import EXPLANATIONS, FIGURES
 from kd_lightning.reports.runs import read_runs
 from kd_lightning.reports.statistics import summarise
 from kd_lightning.storage.run_directory import RunDirectory
+from kd_lightning.workflows import record
 from kd_lightning.workflows import student as training
 
 GRID = ("-m", "setting=grid", "method=none,logit", "seed=0,1")
@@ -302,7 +304,7 @@ def launch_in_forks():
             if worker == 0:
                 try:
                     launch(self, [overrides], number)
-                    os._exit(0)  # as those of joblib, even if the run has failed
+                    os._exit(0)  # as joblib's, even if the run has failed
                 finally:
                     os._exit(1)
             workers.append(worker)
@@ -334,6 +336,17 @@ def test_jobs_in_several_processes_share_one_teacher(tmp_path):
     assert [line.split()[0] for line in table.splitlines() if "(2)" in line] == ["logit"]
 
 
+def test_a_failure_that_cannot_be_recorded_does_not_end_the_grid(train, monkeypatch):
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied", "packed.zip")
+
+    monkeypatch.setattr(cli, "plain", refuse)
+    monkeypatch.setattr(record, "record_failure", refuse)
+    done = train(*GRID)
+    assert (done.code, done.err.count("error: Permission denied: packed.zip")) == (1, 4)
+    assert "output_dir" not in done.err
+
+
 def launch_in_forks_and_fail_early():
     """As `launch_in_forks`; the run of seed 1 fails before it has written its metrics."""
     launch_in_forks()
@@ -354,8 +367,8 @@ def test_early_failure_in_another_process_determines_the_exit_code(tmp_path):
         f"output_dir={tmp_path}", f"data_dir={tmp_path}/data",
         prepare=launch_in_forks_and_fail_early,
     )  # fmt: skip
-    _, err = process.communicate()
-    assert process.returncode == 1, err
+    process.communicate()
+    assert process.returncode == 1
     folder = tmp_path / "runs" / "grid"
     assert list(statuses(folder).values()) == ["finished", "failed"]
     assert "no such device" in (folder / "results.md").read_text()

@@ -37,6 +37,7 @@ from kd_lightning.workflows import explain as explaining
 from kd_lightning.workflows import measure as workflow
 from kd_lightning.workflows.costs import count_costs, networks_of
 from kd_lightning.workflows.explain import explain
+from kd_lightning.workflows.jobs import output_dir
 from kd_lightning.workflows.measure import measure
 
 
@@ -366,6 +367,29 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(run, monkeypatch, capsy
         runpy.run_path(str(REPOSITORY / "scripts" / f"{name}.py"), run_name="__main__")
     assert stop.value.code == 1
     assert f"{entry}: " in capsys.readouterr().err
+
+
+def test_explain_finds_the_teacher_of_outputs_that_were_moved(run, tmp_path):
+    directory = RunDirectory(tmp_path / "outputs" / "runs" / "setting" / "run")
+    config = {"output_dir": str(tmp_path / "gone")}
+    assert output_dir(config, directory) == tmp_path / "gone"
+    (tmp_path / "outputs" / "teachers").mkdir(parents=True)
+    assert output_dir(config, directory) == tmp_path / "outputs"
+
+
+def test_explain_takes_an_ensemble_of_one(run):
+    directory = RunDirectory(run)
+    config = directory.read_config()
+    expected = explain(run)["different"]
+    member = {**config["teacher"]}
+    directory.write_config({**config, "teacher": {**member, "model": None, "members": [member]}})
+    assert explain(run)["different"] == expected
+
+
+def test_no_teacher_is_measured_for_a_run_without_one(trained, monkeypatch):
+    monkeypatch.setattr(workflow, "_figures", lambda *_: {})
+    ((_, found),) = measure([trained["none"]["folder"]])
+    assert not any(key.startswith("teacher_") for key in found)
 
 
 def test_explain_needs_a_teacher(trained):

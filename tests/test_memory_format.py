@@ -5,7 +5,11 @@ from test_resume import configuration
 from torch import nn
 
 from kd_lightning import api
+from kd_lightning.models.preparing import takes_channels_last
+from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import student as training
+from kd_lightning.workflows.evaluate import evaluate
+from kd_lightning.workflows.measure import measure
 
 
 class Flattening(nn.Module):
@@ -32,6 +36,32 @@ def test_contiguous_run_and_its_student(tmp_path, caplog):
     metrics = training.run(config, tmp_path / "run")
     assert metrics["status"] == "finished"
     assert "not cached" not in caplog.text
+    directory = RunDirectory(tmp_path / "run")
+    trained = directory.read_config()
+    trained["trainer"]["memory_format"] = "auto"  # as trained where that is not channels-last
+    directory.write_config(trained)
+    trust = ["test_memory_format"]
+    assert evaluate(tmp_path / "run", trust=trust)["accuracy"] == metrics["test_accuracy"]
+    ((_, figures),) = measure([tmp_path / "run"], seconds=0.01, trust=trust)
+    assert figures["teacher_latency_1_one_thread_p50"] > 0
     student = api.load_student(tmp_path / "run", trust=["test_memory_format"])
     pixels = torch.randint(0, 256, (2, 16, 16, 3), dtype=torch.uint8)
     assert student.probabilities(pixels.numpy()).shape == (2, 3)
+
+
+class PerChannel(nn.Module):
+    """`Tensor.view` merges images and channels, which one channels-last image allows."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+
+    def forward(self, images):
+        maps = self.conv(images)
+        return maps.view(-1, maps[0, 0].numel()).mean(dim=1).view(len(images), -1)
+
+
+def test_which_networks_take_channels_last_images():
+    assert takes_channels_last(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), 8)
+    assert not takes_channels_last(Flattening(), 16)
+    assert not takes_channels_last(PerChannel(), 8)

@@ -118,6 +118,7 @@ def test_invalid_nodes_are_rejected_with_one_sentence(arguments, parts):
         ([1, 2], tuple[int, int]),
         ([1, 2, 3], tuple[int, ...]),
         ([1, "a"], list),
+        ([1, "a"], tuple),
         ([1, "a"], Sequence[Any]),
         ([{"_target_": "torch.nn.ReLU"}], Sequence[Callable[..., nn.Module]]),
     ],
@@ -137,6 +138,8 @@ def test_lists_that_fit_an_exact_hint(value, hint):
         ([None], Sequence[float], ["it[0]", "a number", "None"]),
         ([1], tuple[int, int], ["it", "2 values", "[1]"]),
         ([1, "b"], tuple[int, ...], ["it[1]", "a whole number", "'b'"]),
+        (["a"], dict[str, int] | None, ["it", "a dictionary", "['a']"]),
+        ({"a": 1}, Sequence[int], ["it", "a list", "{'a': 1}"]),
     ],
 )
 def test_elements_of_lists_are_checked_against_an_exact_hint(value, hint, parts):

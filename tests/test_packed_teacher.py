@@ -371,7 +371,8 @@ def test_same_runs_make_the_same_file(own_runs, published, tmp_path, monkeypatch
 def test_fewer_views_than_configured_are_reported(own_runs, tmp_path, caplog):
     directory = RunDirectory(own_runs["fitnet"])
     config = directory.read_config()
-    directory.write_config({**config, "data": {**config["data"], "views": 25}})
+    trainer = {**config["trainer"], "max_epochs": 30}
+    directory.write_config({**config, "data": {**config["data"], "views": 25}, "trainer": trainer})
     pack_runs([directory.path], tmp_path / "teacher.zip", ["own_teacher"])
     assert "2 of 25 views of convnet-mapterm-" in caplog.text
     assert len(caplog.records) == 1

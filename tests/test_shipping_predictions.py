@@ -1,6 +1,8 @@
 """Predictions of runs and of exported files, for files and arrays of all kinds."""
 
 import json
+import os
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +53,33 @@ def test_predict_keeps_the_order_and_names_bad_files(distilled, photographs, tmp
         assert [row["probability"], row["probability_2"]] == pytest.approx(
             values.tolist(), abs=1e-5
         )
+
+
+def test_every_folder_is_searched_or_reported(tmp_path, monkeypatch):
+    photos, elsewhere = tmp_path / "photos", tmp_path / "elsewhere"
+    for place in (photos / "@eaDir", photos / "closed", elsewhere):
+        place.mkdir(parents=True)
+        (place / "a.png").touch()
+    (photos / "linked").symlink_to(elsewhere)
+    (photos / "again").symlink_to(photos)
+    scan = os.scandir
+
+    def refuse(folder):
+        if str(folder).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(folder))
+        return scan(folder)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert api.find_images([photos]) == [photos / "closed", photos / "linked" / "a.png"]
+    long = tmp_path / ("x" * 300)
+    assert api.find_images([long]) == [long]
+
+
+def test_a_run_without_readable_metrics_is_reported(distilled, tmp_path, caplog):
+    run = shutil.copytree(distilled, tmp_path / "run")
+    (run / "metrics.json").write_text("{")
+    assert not api.load_student(run).classes
+    assert "the names of the classes and the fitted temperature are unknown" in caplog.text
 
 
 def test_a_table_without_predictions_has_its_columns(distilled, tmp_path, script):

@@ -211,7 +211,7 @@ def test_search_space_contains_the_configuration(overrides, key, expected):
 
 def test_weight_of_a_term_that_is_off_is_not_searched():
     space = tuning.default_space(api.compose("data=digits", "method.terms.logit.weight=0"))
-    assert "method.terms.logit.weight" not in space
+    assert not any(key.startswith("method.terms.logit.") for key in space)
     assert "method.terms.cross_entropy.weight" in space
 
 

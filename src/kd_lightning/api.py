@@ -31,7 +31,7 @@ from kd_lightning.inference.loading import load_student
 from kd_lightning.inference.student import Student
 from kd_lightning.reports.runs import read_runs
 from kd_lightning.workflows import student as workflow
-from kd_lightning.workflows.earlier import train_earlier_runs
+from kd_lightning.workflows.earlier import train_earlier_runs, unfinished_runs
 from kd_lightning.workflows.evaluate import evaluate
 from kd_lightning.workflows.export import Exported, export
 from kd_lightning.workflows.predict import Prediction, find_images, predict_files
@@ -51,7 +51,7 @@ __all__ = [
 ]
 
 
-def compose(*arguments: str) -> Node:
+def compose(*arguments: str, train_earlier: bool = False) -> Node:
     """Compose the complete configuration of a command, exactly as `train.py` does.
 
     `run` completes it: with the number of classes of an image folder, for instance, and the name of
@@ -59,12 +59,15 @@ def compose(*arguments: str) -> Node:
 
     Args:
         arguments: command-line overrides: ``method=logit``, ``optimizer.lr=0.05``.
+        train_earlier: train the runs that are named as teachers by `teacher.run`, unless they are
+            finished.
 
     Returns:
         A dictionary of dictionaries.
 
     Raises:
-        InputError: an override cannot be parsed, or its key or choice does not exist.
+        InputError: an override cannot be parsed, its key or choice does not exist, or the run that
+            is the teacher is not finished.
     """
     naming.register()
     overrides.install()
@@ -75,7 +78,10 @@ def compose(*arguments: str) -> Node:
             composed = hydra_compose("train", given)
         except (HydraException, OmegaConfBaseException, yaml.YAMLError) as error:
             raise InputError(composition_error(error)) from error
-        train_earlier_runs(composed, given)
+        if train_earlier:
+            train_earlier_runs(composed, given)
+        for _, folder in unfinished_runs(composed, given):
+            raise InputError(f"teacher.run: the run in {folder} is not finished; train it first")
         config = plain(composed, given)
     if not any(argument.startswith("name=") for argument in given):
         config["name"] += naming.variant(given)
@@ -100,7 +106,7 @@ def run(*arguments: str) -> dict[str, Any]:
         RunError: the training failed.
     """
     quiet_lightning()
-    config = compose(*arguments)
+    config = compose(*arguments, train_earlier=True)
     folder = Path(config["output_dir"]) / "runs" / config["setting"] / config["name"]
     metrics = workflow.run(config, folder)
     return {"folder": str(folder), **metrics}

@@ -196,14 +196,16 @@ def _show_finished(metrics: dict[str, Any], run_dir: Path, in_a_grid: bool) -> N
 
 
 def _record_failure(composed: DictConfig, run_dir: Path, error: Exception) -> None:
-    """Record a failed run, so that the grid's table shows it."""
-    from kd_lightning.workflows.record import record_failure
-
+    """Record a failed run, as far as possible, so that the grid's table shows it."""
     config: Any = composed
-    with contextlib.suppress(InputError):  # it may be what is wrong
+    with contextlib.suppress(Exception):  # it may be what is wrong
         config = plain(composed, HydraConfig.get().overrides.task)
-    with contextlib.suppress(RunError, OSError, KeyError, TypeError, OmegaConfBaseException):
+    try:
+        from kd_lightning.workflows.record import record_failure
+
         record_failure(config, run_dir, error)
+    except Exception as reason:  # reported is the error, not this one
+        log.info("the failure could not be recorded: %s", reason)
 
 
 def _remove_unused(run_dir: Path) -> None:

@@ -74,8 +74,10 @@ def read_config(folder: Path) -> Node:
     path = folder / "config.yaml"
     try:
         config: Node = parse_yaml(path.read_text(encoding="utf-8"))
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise InputError(f"{folder} is not a run directory: it has no {path.name}") from error
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error.strerror}") from error
     except UnusualYAMLError as error:
         raise InputError(f"{path} {error}") from error
     except (yaml.YAMLError, ValueError, TypeError) as error:

@@ -58,7 +58,7 @@ def check_value(value: Any, hint: Any, path: str, strict: bool = False) -> None:
 
 def _check_elements(values: list[Any], hint: Any, path: str) -> None:
     kinds = typing.get_args(hint)
-    if _origin(hint) is not tuple or kinds[-1:] == (...,):
+    if _origin(hint) is not tuple or kinds[-1:] in ((), (...,)):
         kinds = kinds[:1] * len(values)
     elif len(kinds) != len(values):
         raise InputError(f"{path} must be a list of {len(kinds)} values, not {values!r}")
@@ -114,6 +114,8 @@ def _fits(value: Any, hint: Any, strict: bool) -> bool:
         return not isinstance(value, str | int | float | list)
     if issubclass(origin, os.PathLike):
         return isinstance(value, str)
+    if strict and isinstance(value, list | dict) and _is_container(origin):
+        return isinstance(value, dict) == issubclass(origin, collections.abc.Mapping)
     return not (isinstance(value, str | int | float) and _is_container(origin))
 
 

@@ -63,7 +63,7 @@ def readable_names(root: Path, names: Sequence[str]) -> list[str]:
     wanted = {name: name for name in names if WORDNET.fullmatch(name)}
     for file in SYNONYMS:
         try:
-            lines = (root / file).read_text(encoding="utf-8").splitlines()
+            lines = (root / file).read_text(encoding="utf-8-sig").splitlines()
         except (OSError, UnicodeDecodeError):
             continue
         for line in lines:

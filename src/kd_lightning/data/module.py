@@ -210,7 +210,7 @@ class ImageDataModule(LightningDataModule):
             parameters: optional parameters of `Views.render` that are needed.
         """
         renderer: Any = self.augmentation
-        while renderer is not None:
+        while hasattr(renderer, "render"):
             known = inspect.signature(renderer.render).parameters
             if missing := [name for name in parameters if name not in known]:
                 return f"{type(renderer).__name__}.render has no parameter '{missing[0]}'"

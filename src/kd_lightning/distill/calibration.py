@@ -119,8 +119,8 @@ class RecordedLogits(Metric):
         self.logits.append(logits[kept].detach().float())
         self.labels.append(labels[kept])
         while sum(part.numel() for part in self.logits) > max(MOST_VALUES, logits.shape[1]):
-            self.logits = [torch.cat(self.logits)[::2]]
-            self.labels = [torch.cat(self.labels)[::2]]
+            self.logits = [torch.cat(self.logits)[::2].clone()]
+            self.labels = [torch.cat(self.labels)[::2].clone()]
             self._step *= 2
 
     def reset(self) -> None:

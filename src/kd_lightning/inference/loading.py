@@ -1,5 +1,6 @@
 """Loading of a student from the directory of a run or from an exported file."""
 
+import logging
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from kd_lightning.inference.student import Student
 from kd_lightning.models.preparing import materialize
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.weights import load_weights
+
+log = logging.getLogger(__name__)
 
 
 def load_student(source: str | Path, trust: Iterable[str] = ()) -> Student:
@@ -52,6 +55,11 @@ def _from_run(folder: Path, trust: Iterable[str]) -> Student:
     directory = RunDirectory(folder)
     model, config = directory.load_student(trust)
     metrics, data = directory.read_metrics(), student_data(config)
+    if not metrics:
+        log.warning(
+            "%s cannot be read: the names of the classes and the fitted temperature are unknown",
+            folder / "metrics.json",
+        )  # fmt: skip
     try:
         description = Description(
             class_names=tuple(metrics.get("class_names") or ()),

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 from kd_lightning.inference.description import Description
 from kd_lightning.models.outputs import find_logits
-from kd_lightning.models.preparing import to_memory_format
+from kd_lightning.models.preparing import takes_channels_last, to_memory_format
 
 
 class PixelNetwork(nn.Module):
@@ -31,22 +31,9 @@ class PixelNetwork(nn.Module):
         self.register_buffer("shift", (-mean / std).float())
         self.num_classes = len(description.class_names) or None
         self.eval()
-        to_memory_format(model, torch.channels_last)
-        self._contiguous = False
-        if not self._takes(description.image_size):
-            to_memory_format(model, torch.contiguous_format)
-            self._contiguous = True
-
-    @torch.no_grad()
-    def _takes(self, size: int) -> bool:
-        """Whether the model takes channels-last images; `Tensor.view` may fail on their maps."""
-        device = next(self.model.parameters(), self.scale).device
-        image = torch.zeros(1, size, size, 3, device=device)
-        try:
-            self.model(image.permute(0, 3, 1, 2))
-        except RuntimeError:
-            return False
-        return True
+        self._contiguous = not takes_channels_last(model, description.image_size)
+        if not self._contiguous:
+            to_memory_format(model, torch.channels_last)
 
     def forward(self, pixels: Tensor) -> Tensor:
         """Pixels (B, H, W, 3), RGB, 0 to 255, of any type, to logits (B, C), float32."""

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from kd_lightning.errors import RunError
+from kd_lightning.errors import InputError, RunError
 from kd_lightning.inference.description import Description
 from kd_lightning.inference.exported import onnx_package, save_onnx
 
@@ -69,6 +69,8 @@ def quantize(
                 nodes_to_exclude=_preprocessing(model.graph),
             )
             result = onnx.load(str(quantized))
+    except InputError:  # of an image
+        raise
     except Exception as error:  # onnxruntime may raise anything on unusual operators
         reason = (str(error).splitlines() or [""])[0]
         raise RunError(f"onnxruntime cannot quantize the student: {reason}") from error

@@ -63,6 +63,18 @@ def to_memory_format(model: nn.Module, memory_format: torch.memory_format) -> No
             tensor.data = tensor.data.to(memory_format=memory_format)
 
 
+def takes_channels_last(model: nn.Module, image_size: int) -> bool:
+    """Whether a model takes channels-last images; `Tensor.view` may fail on their maps."""
+    trial = stand_in(model)
+    images = blank(trial, image_size).contiguous(memory_format=torch.channels_last)
+    try:
+        with torch.random.fork_rng(devices=[]), evaluation_mode(trial):
+            trial(images)
+    except Exception:  # if there is another reason, it is found where the model is used
+        return False
+    return True
+
+
 def resize(images: Tensor, size: int) -> Tensor:
     """Images (B, 3, H, W), float, to (B, 3, size, size): bilinear, with antialiasing."""
     if images.shape[2:] == (size, size):

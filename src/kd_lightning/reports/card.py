@@ -89,9 +89,9 @@ def model_card(run_dir: str | Path, options: CardOptions | None = None) -> str:
         f"# {_text(name.rpartition('/')[2])}",
         _summary(data, metrics, title),
         *_section("Data", _data(data, metrics, title, dataset)),
-        *_section("Teacher", _teacher(config["teacher"], metrics)),
+        *_section("Teacher", _teacher(config, metrics)),
         *_section("Method", _method(config["method"], metrics)),
-        _settings(config["optimizer"], data, config.get("ema"), metrics),
+        _settings(config, data, metrics),
         *_section("Results", result_tables(directory.path, metrics)),
         *_section("Limitations", _limitations(data, metrics, title)),
         *_section("Licence", _licence(options, title)),
@@ -173,7 +173,8 @@ def _data(data: Node, metrics: Node, title: str, dataset: str | None) -> list[st
     return [text, f"Classes: {', '.join(names[:MOST_CLASSES])}{more}."]
 
 
-def _teacher(teacher: Node, metrics: Node) -> list[str]:
+def _teacher(config: Node, metrics: Node) -> list[str]:
+    teacher = config["teacher"]
     if metrics.get("teacher_test_accuracy") is None:
         return ["None: trained on the labels alone."]
     count = metrics.get("teacher_parameters")
@@ -183,13 +184,25 @@ def _teacher(teacher: Node, metrics: Node) -> list[str]:
         text += ", the student of an earlier run"
     elif teacher.get("decay"):
         text += ", a moving average of the student"
-    elif source := teacher.get("checkpoint") or teacher.get("outputs"):
-        text += f", from the file `{_text(source)}`"
     elif teacher.get("members"):
-        text += f", an ensemble of {len(teacher['members'])} networks"
+        count = len(teacher["members"])
+        text += f", an ensemble of {count} network{'s' if count > 1 else ''}"
     else:
-        text += f", trained on the same images for {teacher['trainer'].get('max_epochs')} epochs"
+        epochs = {**config["trainer"], **teacher["trainer"]}.get("max_epochs")
+        trained = f"trained on the same images for {epochs} epochs"
+        start = _start(teacher)
+        text += f", {start or trained}"
+        text += f", then {trained}" if start and teacher.get("finetune") else ""
     return [f"{text}."]
+
+
+def _start(node: Node) -> str:
+    """Where the weights of a student or teacher are from; empty if it was initialised randomly."""
+    if source := node.get("checkpoint") or node.get("outputs"):
+        return f"from the file `{_text(source)}`"
+    if node.get("pretrained"):
+        return f"with the pretrained weights of `{_text(node['model'].get('model_name'))}`"
+    return ""
 
 
 def _method(method: Node, metrics: Node) -> list[str]:
@@ -207,7 +220,8 @@ def _method(method: Node, metrics: Node) -> list[str]:
     ]
 
 
-def _settings(optimizer: Node, data: Node, ema: float | None, metrics: Node) -> str:
+def _settings(config: Node, data: Node, metrics: Node) -> str:
+    optimizer, start = config["optimizer"], _start(config["student"])
     name = str(optimizer["_target_"]).rpartition(".")[2]
     settings = {
         "optimizer": f"{name}, learning rate {optimizer.get('lr')}",
@@ -215,14 +229,15 @@ def _settings(optimizer: Node, data: Node, ema: float | None, metrics: Node) -> 
         "batch size": data.get("batch_size"),
         "training views": _target(data.get("augmentation")),
         "mixing": _target(data.get("mixing")),
-        "moving average of the weights": ema,
+        "moving average of the weights": config.get("ema"),
         "seed": metrics["seed"],
         "precision": metrics.get("precision"),
         "device": metrics.get("device"),
         "torch": metrics.get("torch"),
         "commit of kd_lightning": metrics.get("git_commit"),
     }
-    shown = [f"- {key}: {_text(value)}" for key, value in settings.items() if value is not None]
+    shown = [f"- student: initialised {start}"] if start else []
+    shown += [f"- {key}: {_text(value)}" for key, value in settings.items() if value is not None]
     listed = "\n".join(shown)
     return f"Settings (the complete configuration is in `config.yaml`):\n\n{listed}"
 

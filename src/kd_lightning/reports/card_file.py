@@ -23,12 +23,17 @@ def write_card(path: Path, card: str, overwrite: bool = False) -> None:
         InputError: the file is no generated card, or was edited since.
         OSError: it cannot be read or written.
     """
+    check_card(path, overwrite)
+    write_text(path, card + _END.format(_digest(card)))
+
+
+def check_card(path: Path, overwrite: bool = False) -> None:
+    """Check that `write_card` may replace a file; errors as there."""
     if not overwrite and path.exists() and not _is_generated(path.read_text("utf-8", "replace")):
         raise InputError(
             f"{path} is no generated card, or was edited since: add --overwrite to replace it, or "
             "--out FILE to write another file"
         )
-    write_text(path, card + _END.format(_digest(card)))
 
 
 def _is_generated(text: str) -> bool:

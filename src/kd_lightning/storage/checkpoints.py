@@ -76,8 +76,11 @@ def load_checkpoint(
     origin = f"{role}.checkpoint={path}"
     own, state = model.state_dict(), read_checkpoint(path, key, role)
     renamed = rename(state, rename_keys or {})
+    fits, unique = own.keys() <= state.keys(), len(renamed) == len(state)
+    if not (fits or unique):
+        raise InputError(f"{origin}: {role}.rename_keys gives several tensors the same name")
     # The model itself may have a submodule called `module`.
-    if own.keys() <= renamed.keys() or not own.keys() <= state.keys():
+    if not fits or (unique and own.keys() <= renamed.keys()):
         state = renamed
     for name in list(state):
         patterns = ignore_keys if name in own else (*ignore_keys, *COUNTERS)
@@ -216,18 +219,12 @@ def _holds_state(value: Any) -> bool:
 
 
 def rename(state: Mapping[str, Tensor], rename_keys: Mapping[str, str]) -> State:
-    """Replace key prefixes, one after the other.
-
-    Raises:
-        InputError: two keys become equal.
-    """
-    renamed: State = {}
+    """Replace key prefixes, one after the other."""
+    renamed = {}
     for key, tensor in state.items():
         for old, new in rename_keys.items():
             if key.startswith(old):
                 key = new + key[len(old) :]
-        if key in renamed:
-            raise InputError(f"rename_keys gives two tensors the name {key}")
         renamed[key] = tensor
     return renamed
 

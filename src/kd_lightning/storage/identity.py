@@ -96,7 +96,7 @@ def stamps(config: Node, memo: dict[Path, str] | None = None) -> str:
     if "cache_dir" not in config.get("data", {}):  # a download, whose archive has a checksum
         paths.discard(Path(str(config["data_dir"])).expanduser())
     written = (config.get("output_dir"), config.get("data", {}).get("cache_dir"))
-    own = {Path(folder).expanduser().absolute() for folder in written if folder}
+    own = {Path(folder).expanduser().resolve() for folder in written if folder}
     for path in paths - memo.keys():
         memo[path] = _stamp(path, own)
     return _digest([*(memo[path] for path in sorted(paths)), *_library_versions(nodes)])
@@ -158,7 +158,7 @@ def _stamp(path: Path, own: Collection[Path]) -> str:
             for entry in sorted(entries, key=lambda entry: entry.name):
                 if not entry.is_dir(follow_symlinks=False):  # links may be circular
                     yield _status(entry)
-                elif Path(entry.path).absolute() not in own:
+                elif Path(entry.path).resolve() not in own:
                     yield from walk(entry.path)
 
     # The JSON text of the list of all files, one by one: there may be millions.

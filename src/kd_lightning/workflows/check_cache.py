@@ -132,17 +132,18 @@ def _check(
         PLAIN if path.stem == "view-plain" else int(path.stem.removeprefix("view-"))
         for path in sorted(rows.folder.glob("view-*.rows"))
     ]
-    places, damaged = [], sum(map(rows.damaged, views))
+    places, damaged = [torch.empty(0, 2, dtype=torch.int64)], sum(map(rows.damaged, views))
     for number in views:
         index = torch.arange(rows.images)
-        valid = rows.read(index, torch.full_like(index, number))[1]
-        places += [(int(image), number) for image in index[valid]]
-    if not places:
+        valid = index[rows.read(index, torch.full_like(index, number))[1]]
+        places.append(torch.stack([valid, torch.full_like(valid, number)], dim=1))
+    known = torch.cat(places)
+    if not len(known):
         return (
             Checked(rows.folder.name, 0, damaged, 0.0, TOLERANCE[rows.dtype]) if damaged else None
         )
-    chosen = torch.randperm(len(places), generator=generator)[:count].tolist()
-    index, view = torch.tensor([places[number] for number in chosen]).unbind(dim=1)
+    chosen = torch.randperm(len(known), generator=generator)[:count]
+    index, view = known[chosen].unbind(dim=1)
     difference = 0.0
     for part, numbers in zip(index.split(256), view.split(256), strict=True):
         cached = values(rows.read(part, numbers)[0])

@@ -1,6 +1,7 @@
 """Training of the runs whose students are the teachers of another run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 from omegaconf import DictConfig
 
@@ -8,9 +9,25 @@ from kd_lightning.config.checks import check_sections
 from kd_lightning.config.complete import plain
 from kd_lightning.config.earlier_run import earlier_runs
 from kd_lightning.config.finished import finished, finished_elsewhere
+from kd_lightning.config.nodes import Node
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.storage.identity import unchanged
 from kd_lightning.terminal import say
+
+
+def unfinished_runs(config: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[Node, Path]]:
+    """The configurations and folders of the runs that `teacher.run` names by their overrides, in
+    the order of their training, except finished ones. For the arguments see `train_earlier_runs`.
+
+    Raises:
+        InputError: an override of such a run is invalid.
+    """
+    for earlier in earlier_runs(config, overrides):
+        node = plain(earlier.config, earlier.overrides)
+        check_sections(node)
+        metrics = finished(earlier.folder, node) or finished_elsewhere(earlier.folder, node)
+        if not (metrics and unchanged(metrics, node)):
+            yield node, earlier.folder
 
 
 def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -23,21 +40,16 @@ def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         InputError, RunError: as `workflows.student.run`.
     """
-    for earlier in earlier_runs(config, overrides):
-        node = plain(earlier.config, earlier.overrides)
-        check_sections(node)
-        metrics = finished(earlier.folder, node) or finished_elsewhere(earlier.folder, node)
-        if metrics and unchanged(metrics, node):
-            continue
+    for node, folder in unfinished_runs(config, overrides):
         # Needs torch, which takes seconds to import.
         from kd_lightning.engine.quiet import quiet_lightning
         from kd_lightning.workflows.student import run
 
         quiet_lightning()
-        say(f"the teacher is trained first: {earlier.folder}")
+        say(f"the teacher is trained first: {folder}")
         try:
-            run(node, earlier.folder)
+            run(node, folder)
         except InputError as error:
             raise InputError(f"teacher.run: {error}") from error
         except RunError as error:
-            raise RunError(f"teacher.run: {error}, in {earlier.folder}") from error
+            raise RunError(f"teacher.run: {error}, in {folder}") from error

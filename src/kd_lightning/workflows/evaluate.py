@@ -17,6 +17,7 @@ from kd_lightning.data.module import ImageDataModule
 from kd_lightning.distill.module import DistillationModule
 from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError
+from kd_lightning.models.preparing import takes_channels_last
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.weights import load_weights
 
@@ -59,14 +60,16 @@ def evaluate(
         settings["accelerator"] = "auto"  # trained on other hardware
     # The original test precision, unless the hardware differs.
     plan = resolve_trainer(settings, student_model(config))
+    size = config["data"]["image_size"]
+    student, _ = directory.load_student(trust)
     module = DistillationModule(
         student=student_model(config),
         terms=SUPERVISED,
         optimizer=config["optimizer"],
         scheduler=None,
         num_classes=config["data"]["num_classes"],
-        image_size=config["data"]["image_size"],
-        channels_last=plan.channels_last,
+        image_size=size,
+        channels_last=plan.channels_last and takes_channels_last(student, size),
     )
     load_weights(module.student, directory.path / "student.safetensors")
     data: ImageDataModule = build(student_data(config), "data")

@@ -35,6 +35,7 @@ from kd_lightning.reports import explanation_plots, plots
 from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.storage.weights import load_weights
 from kd_lightning.workflows.initial import load_initial
+from kd_lightning.workflows.jobs import output_dir
 
 log = logging.getLogger(__name__)
 
@@ -90,6 +91,8 @@ def explain(
     if metrics.get("status") != "finished":
         raise InputError(f"{run_dir} contains no finished run (status: {metrics.get('status')})")
     _check_teacher(run_dir, config, metrics)
+    config["teacher"] = single_teachers(config)[0]["teacher"]  # of an ensemble of one, too
+    config["output_dir"] = str(output_dir(config, directory))
     for path, node in (
         ("student.model", student_model(config)),
         ("teacher.model", config["teacher"]["model"]),
@@ -102,6 +105,8 @@ def explain(
     teacher = _load_teacher(config, metrics)
     data: ImageDataModule = build(student_data(config), "data")
     data.setup()
+    if metrics.get("images_sha256", data.fingerprint()) != data.fingerprint():
+        log.warning("the images differ from those that the run was trained and tested on")
     comparison = _Comparison(student.to(place), teacher, config["data"], place)
     test = data.splits["test"]
     order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0))
@@ -158,8 +163,8 @@ def _load_teacher(config: Node, metrics: Node) -> FrozenTeacher:
     if weights is not None:
         load_initial(model, section["model"], weights)
     else:
-        name = f"{section['name']}-{str(metrics.get('teacher_key'))[:16]}"
         store = Path(config["output_dir"]) / "teachers"
+        name = f"{section['name']}-{str(metrics.get('teacher_key'))[:16]}"
         load_weights(model, store / name / "teacher.safetensors")
     return FrozenTeacher(
         model,

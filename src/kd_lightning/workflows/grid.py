@@ -105,7 +105,7 @@ class Results(Callback):
         names = Path(os.environ.pop(FOLDERS))
         jobs = read_jobs(names)
         names.unlink(missing_ok=True)
-        exit_codes.extend(job.exit_code for job in jobs)  # those of other processes, too
+        exit_codes.extend(job.exit_code for job in jobs if job.exit_code)  # in any process
         folders = sorted({Path(job.folder) for job in jobs})
         for folder in folders:
             update(folder)

@@ -168,9 +168,13 @@ def prepare_again(directory: RunDirectory, trust: Iterable[str] = ()) -> Job:
     for section, node in config.items():
         if section != "logger":
             check_trusted(node, section, trust)
+    trainer, place = of_one_process(config["trainer"]), str(output_dir(config, directory))
+    return prepare({**config, "output_dir": place, "trainer": trainer})
+
+
+def output_dir(config: Node, directory: RunDirectory) -> Path:
+    """The `output_dir` of a run, or the folder that it has been moved to."""
     place = Path(config["output_dir"])
     here = directory.path.absolute().parent.parent.parent  # of its runs/SETTING/NAME
-    if not (place / "teachers").is_dir() and (here / "teachers").is_dir():  # it has been moved
-        place = here
-    trainer = of_one_process(config["trainer"])
-    return prepare({**config, "output_dir": str(place), "trainer": trainer})
+    moved = not (place / "teachers").is_dir() and (here / "teachers").is_dir()
+    return here if moved else place

@@ -19,7 +19,12 @@ from kd_lightning.config.stored import student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.errors import InputError
 from kd_lightning.models.cost import measure_latency, peak_memory
-from kd_lightning.models.preparing import materialize, resize, to_memory_format
+from kd_lightning.models.preparing import (
+    materialize,
+    resize,
+    takes_channels_last,
+    to_memory_format,
+)
 from kd_lightning.reports.card_results import MEASURED
 from kd_lightning.results import BATCHES
 from kd_lightning.storage.provenance import device_name
@@ -82,7 +87,8 @@ def measure(
     for directory, config in runs:
         size = config["data"]["image_size"]
         student, _ = directory.load_student(trust)
-        teachers = _teachers(config)
+        taught = directory.read_metrics().get("teacher_test_accuracy") is not None
+        teachers = _teachers(config) if taught else []
         found: dict[str, Any] = count_costs(
             student, directory.path / "student.safetensors", teachers, size
         )
@@ -92,7 +98,7 @@ def measure(
         if teachers:
             networks["teacher_"] = (_Together(teachers), [nodes, sizes])
         for prefix, (network, node) in networks.items():
-            channels_last = _channels_last(config, place)
+            channels_last = _channels_last(config, place) and takes_channels_last(network, size)
             key = json.dumps([node, size, channels_last], sort_keys=True, default=str)
             if key not in known:
                 network = network.eval().to(place)

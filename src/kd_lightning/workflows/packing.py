@@ -11,7 +11,7 @@ import torch
 from kd_lightning.config.hardware import device_type
 from kd_lightning.config.packed import is_name, read_packed
 from kd_lightning.data.views import PLAIN
-from kd_lightning.distill.caching import open_caches
+from kd_lightning.distill.caching import open_caches, used_views
 from kd_lightning.engine.quiet import quiet_lightning
 from kd_lightning.errors import InputError
 from kd_lightning.models.features import LayerShapes
@@ -105,7 +105,7 @@ def _complete(rows: Rows, name: str, job: Job) -> list[str]:
             "and the overrides of the run, with enough room in remember.disk_gb, and a "
             "remember.dtype of sufficient range"
         )
-    wanted = job.data.views or job.plan.student.trainer.arguments["max_epochs"]
+    wanted = len(used_views(job.plan, job.data))
     if name != "evaluation" and len(found) < wanted:
         log.warning(
             "%d of %d views of %s are packed, the others are incomplete: scripts/cache.py fill "

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from kd_lightning.data.decoding import is_image_name
+from kd_lightning.data.scanning import is_hidden
 from kd_lightning.errors import InputError
 from kd_lightning.files import readable
 from kd_lightning.inference.images import Pixels, to_pixels
@@ -40,22 +41,36 @@ class Prediction(NamedTuple):
 def find_images(places: Iterable[str | Path]) -> list[Path]:
     """Files as given, and the image files in and below folders, in alphabetical order.
 
-    In folders, hidden entries and files whose names are not those of images are ignored.
+    In folders, hidden entries, those of file managers, and files whose names are not those of
+    images are ignored. A folder that cannot be read is among the files, to be reported as one.
 
     Raises:
         InputError: there is no image at all.
     """
     found: list[Path] = []
     for place in map(Path, places):
-        if not place.is_dir():
-            found.append(place)
-            continue
-        for folder, below, files in os.walk(place):
-            below[:] = sorted(name for name in below if not name.startswith("."))
-            names = (name for name in files if is_image_name(name) and not name.startswith("."))
-            found += [Path(folder, name) for name in sorted(names)]
+        # Unlike `Path.is_dir`, False if a folder above cannot be searched.
+        found += _below(place) if os.path.isdir(place) else [place]  # noqa: PTH112
     if not found:
         raise InputError(f"there is no image in {', '.join(map(readable, places))}")
+    return found
+
+
+def _below(root: Path) -> list[Path]:
+    found: list[Path] = []
+    entered = {root.resolve()}  # links may be circular
+
+    def is_new(folder: Path) -> bool:
+        real = folder.resolve()
+        return real not in entered and not entered.add(real)
+
+    def unreadable(error: OSError) -> None:
+        found.append(Path(error.filename))
+
+    for folder, below, files in os.walk(root, onerror=unreadable, followlinks=True):
+        below[:] = [n for n in sorted(below) if not is_hidden(n) and is_new(Path(folder, n))]
+        names = (name for name in files if is_image_name(name) and not is_hidden(name))
+        found += [Path(folder, name) for name in sorted(names)]
     return found
 
 

@@ -69,11 +69,12 @@ def parse_range(text: str) -> tuple[str, Range]:
 
 def default_space(config: Node) -> dict[str, Range]:
     """The part of `SPACE` that exists in this configuration, and the weights and temperatures of
-    other terms; weights only with several terms, and none of terms that are switched off.
+    other terms; weights only with several terms. Terms of weight 0 are left as they are, except
+    those whose range contains 0.
 
     Every range contains the configured value.
     """
-    space = {}
+    space: dict[str, Range | None] = {}
     for key, usual in SPACE.items():
         with contextlib.suppress(KeyError):
             space[key] = _around(_number(config, key), usual)
@@ -82,7 +83,9 @@ def default_space(config: Node) -> dict[str, Range]:
         if weight > 0:
             space.setdefault(f"{path}.weight", Range(weight / WIDTH, weight * WIDTH, log=True))
         temperature = float(term.get("temperature", 0))
-        if temperature >= TEMPERATURE.low:  # not that of contrastive terms
+        if weight == 0:
+            space[f"{path}.temperature"] = None
+        elif temperature >= TEMPERATURE.low:  # not that of contrastive terms
             space.setdefault(f"{path}.temperature", _around(temperature, TEMPERATURE))
     several = len(config["method"]["terms"]) > 1
     return {
