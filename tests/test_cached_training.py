@@ -6,6 +6,7 @@ import shutil
 from collections import Counter
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from conftest import FOLDER, TINY, write_folder
 from kd_lightning import api
 from kd_lightning.data import FolderDataModule
 from kd_lightning.data.views import PLAIN
-from kd_lightning.distill.caching import _term_key
+from kd_lightning.distill.caching import _term_key, used_views
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.errors import InputError
 from kd_lightning.losses import DIST, DKD, MLKD, NKD, HardLabel, Logit
@@ -151,6 +152,13 @@ def test_k_views_are_repeated_cyclically(train, tmp_path, asked):
     assert views == {"logit": 2, "evaluation": 1}
 
 
+def test_views_that_no_epoch_uses_are_not_wanted():
+    plan = SimpleNamespace(student=SimpleNamespace(trainer=SimpleNamespace(arguments={})))
+    for epochs, views, used in ((2, 9, 2), (9, 2, 2), (3, None, 3)):
+        plan.student.trainer.arguments["max_epochs"] = epochs
+        assert used_views(plan, SimpleNamespace(views=views)) == range(used)
+
+
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory):
     """Prepare a run in bfloat16, with the weights of a file as its teacher, and open its caches."""
@@ -188,6 +196,8 @@ def opened(prepared):
 OTHER_OUTPUTS = [
     "data.padding=1", "data.flip=false", "data.cutout=4", "data.view_seed=1",
     "data.val_fraction=0.2", "data.mean=[0.4,0.5,0.5]", "teacher.layers=[stage1]",
+    "data.split_seed=1", "data.std=[0.4,0.5,0.5]", "teacher.mean=[0.4,0.5,0.5]",
+    "teacher.std=[0.4,0.5,0.5]",
     "remember.dtype=bfloat16", "trainer.precision=32-true",
 ]  # fmt: skip
 SAME_OUTPUTS = [

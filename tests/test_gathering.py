@@ -1,8 +1,11 @@
 """Gathering: relational terms get the batches of all processes, with gradients."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.distributed as dist
+from test_distillation import frozen, make_module
 from test_terms import Relations
 from torch import nn
 
@@ -76,3 +79,16 @@ def test_error_of_rank_0_is_raised_unchanged():
 def test_error_of_another_worker_names_it():
     with pytest.raises(RunError, match="worker 1 of 2: disk is full"):
         launch(2, fails, 1, OSError("disk is full"))
+
+
+def test_gathered_terms_are_not_weighted_by_the_share_of_a_process():
+    terms = {
+        "cross_entropy": {"_target_": "kd_lightning.losses.CrossEntropy", "weight": 1.0},
+        "mine": {"_target_": "test_terms.Relations", "weight": 1.0},
+    }
+    module = make_module(frozen(), terms=terms)
+    losses = {"cross_entropy": torch.tensor(2.0), "mine": torch.tensor(3.0)}
+    for processes, expected in ((1, 5.0), (2, 2 * 0.5 + 3)):
+        module._trainer = SimpleNamespace(world_size=processes)
+        loss = module._of_this_process(torch.tensor(5.0), losses, {"loss_weight": 0.5})
+        assert loss == expected

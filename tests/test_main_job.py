@@ -1,5 +1,6 @@
 """End-to-end tests of the main command: from data to a tested student."""
 
+import csv
 import json
 import shutil
 from pathlib import Path
@@ -213,9 +214,14 @@ def test_sweep_continues_after_a_failed_run(train, tmp_path):
 
 
 def test_best_epoch_and_last_epoch_are_both_recorded(train):
-    metrics = train("method=none", "trainer.max_epochs=6", "optimizer.lr=0.05").metrics
-    assert 1 <= metrics["best_epoch"] <= metrics["epochs"] == 6
-    assert metrics["best_val_accuracy"] >= metrics["val_accuracy"]
+    done = train("method=none", "trainer.max_epochs=6", "optimizer.lr=0.05")
+    metrics, (run,) = done.metrics, done.runs
+    with (run / "history.csv").open() as file:
+        accuracies = [float(row["val_accuracy"]) for row in csv.DictReader(file)]
+    assert metrics["epochs"] == len(accuracies) == 6
+    assert metrics["best_epoch"] == 1 + accuracies.index(max(accuracies))
+    assert metrics["best_val_accuracy"] == pytest.approx(max(accuracies), abs=1e-6)
+    assert metrics["val_accuracy"] == pytest.approx(accuracies[-1], abs=1e-6)
 
 
 @pytest.mark.parametrize(

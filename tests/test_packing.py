@@ -88,6 +88,37 @@ def test_forged_manifest_is_rejected(tmp_path, packed, change):
     assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("name", "its name does not match its key"),
+        ("member", r"it contains \.\./view-00000\.rows"),
+        ("shape", "larger than the file"),
+        ("format", "its format 3 is not known"),
+    ],
+)
+def test_a_manifest_with_valid_hashes_does_not_lead_outside(tmp_path, packed, change, message):
+    with zipfile.ZipFile(packed) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    manifest = json.loads(parts.pop("manifest.json"))
+    if change == "name":
+        manifest["name"] = folder_name("../../x", "logits", manifest["key"])
+    elif change == "member":
+        manifest["files"] = {"../view-00000.rows": manifest["files"]["view-00000.rows"]}
+        parts["../view-00000.rows"] = parts["view-00000.rows"]
+    elif change == "shape":
+        manifest["rows"]["shape"] = [2**33]
+    else:
+        manifest["format"] = 3
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in {**parts, "manifest.json": json.dumps(manifest)}.items():
+            archive.writestr(name, content)
+    before = {path for path in tmp_path.rglob("*") if path.is_file()}
+    with pytest.raises(InputError, match=message):
+        unpack(packed, tmp_path / "a" / "two")
+    assert {path for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_two_processes_may_unpack_the_same_cache(tmp_path, packed, monkeypatch):
     extract = packing._extract
 

@@ -251,10 +251,14 @@ TERMS = {
     "pkt": PKT,
     "crd": lambda: CRD(size=4),
     "crd, memory": lambda: CRD(size=4, memory=True, negatives=5),
+    "crd, mixed": lambda: CRD(size=4),
+    "crd, memory, mixed": lambda: CRD(size=4, memory=True, negatives=5),
 }
 INPUTS = torch.randn(7, 5, generator=torch.Generator().manual_seed(1))
 TEACHER = torch.randn(7, 6, generator=torch.Generator().manual_seed(2))
 INDEX = torch.tensor([4, 9, 1, 0, 7, 3, 5])
+PARTNERS = torch.tensor([2, 0, 2, 1, 0, 0, 1])
+RATIO = torch.tensor([0.1, 0.9, 0.2, 0.3, 0.8, 0.4, 0.45])
 
 
 def trained(name, process=None):
@@ -268,7 +272,8 @@ def trained(name, process=None):
         model.zero_grad()
         term.zero_grad()
         output = Output(torch.zeros(len(INDEX[own]), 3), {"embedding": model(INPUTS[own])})
-        targets, batch = TEACHER[own], batch_of((INDEX[own] % 3).tolist(), INDEX[own])
+        mixed = {"partner_labels": PARTNERS[own], "ratio": RATIO[own]} if "mixed" in name else {}
+        targets, batch = TEACHER[own], batch_of((INDEX[own] % 3).tolist(), INDEX[own], **mixed)
         if process is not None:
             whole = gather(output, {"": targets}, batch, len(targets))
             output, targets, batch = whole[0], whole[1][""], whole[2]

@@ -40,6 +40,13 @@ def test_mean_deviation_and_paired_gain_of_a_cell(runs):
     assert row.gap_closed == pytest.approx(row.gain / (0.9 - 0.8))
 
 
+@pytest.mark.parametrize("teacher", [0.7, 0.8])
+def test_no_gap_is_closed_to_a_teacher_that_is_not_better(tmp_path, teacher):
+    write_run(tmp_path, "none", "small", 0, 0.80)
+    write_run(tmp_path, "logit", "small", 0, 0.82, teacher_test_accuracy=teacher)
+    assert math.isnan(cell(summarise(read_runs([tmp_path])), "logit", "small").gap_closed)
+
+
 def test_pairs_have_equal_seeds(tmp_path):
     write_run(tmp_path, "none", "small", 0, 0.80)
     write_run(tmp_path, "none", "small", 7, 0.20)

@@ -1,5 +1,6 @@
 """Rows of the teacher-output cache: bit-identical or invalid, whatever happens to their files."""
 
+import errno
 import os
 import signal
 import time
@@ -200,3 +201,21 @@ def test_a_row_of_another_image_or_view_is_not_valid(tmp_path):
     assert not rows.valid(content, index.roll(1), view).any()
     assert not rows.valid(content, index, view + 1).any()
     assert not rows.valid(torch.zeros_like(content), index, view).any()
+
+
+def test_a_truncated_file_that_cannot_be_extended_is_kept(tmp_path, monkeypatch):
+    """Neither removed nor left with blocks that are not allocated, whose use would kill."""
+    rows, _ = filled(tmp_path)
+    half = rows.file_size // 2
+    os.truncate(rows.path(0), half)
+
+    def full(file, *_):
+        os.ftruncate(file, rows.file_size)
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    for view, expected in ((0, half), (1, None)):
+        with pytest.raises(OSError, match="full"):
+            make_rows(tmp_path).reserve(view)
+        path = rows.path(view)
+        assert (path.stat().st_size if path.exists() else None) == expected

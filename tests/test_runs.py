@@ -7,13 +7,13 @@ import os
 import subprocess  # noqa: F401 (named by test_user_packages_can_be_trusted)
 import sys
 import threading
-import time
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 from safetensors.torch import load_file, save_file
+from test_teachers import until_said
 from torch import nn
 
 from kd_lightning.config import stored
@@ -145,7 +145,7 @@ def test_run_lock_waits_by_default(run, caplog):
     def work():
         with run.lock():
             held.set()
-            time.sleep(0.2)
+            until_said(caplog)
             order.append("the other's work")
 
     other = threading.Thread(target=work)

@@ -1,5 +1,6 @@
 """From class folders to predictions of an exported file: each step one documented command."""
 
+import contextlib
 import csv
 import functools
 import json
@@ -18,7 +19,9 @@ from PIL import Image
 
 from kd_lightning import api
 from kd_lightning.errors import InputError, RunError
+from kd_lightning.storage.run_directory import RunDirectory
 from kd_lightning.workflows import export as exporting
+from kd_lightning.workflows.jobs import prepare_again
 
 
 def test_a_strangers_path(distilled, photographs, script, quick):
@@ -55,6 +58,7 @@ def test_exported_files_agree_with_the_student(distilled, exported, exported_pt2
         assert result.agreement == 1
         assert result.difference < 1e-4
         assert result.accuracy == result.student_accuracy
+        assert result.accuracy == RunDirectory(distilled).read_metrics()["test_accuracy"]
         loaded = api.load_student(result.path, trust=[result.path])
         assert loaded.description == student.description
         for count in (5, 1):  # the batch size is dynamic
@@ -155,6 +159,26 @@ def test_a_lossy_quantization_is_not_written(distilled, quick, tmp_path, monkeyp
     assert "percentage points" in said
     assert list(tmp_path.iterdir()) == []
     assert script("export.py", distilled, "--int8", "--out", file, "--max-loss", "100")[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("difference", "magnitude", "allowed"),
+    [(0.9e-4, 0.1, True), (1.1e-4, 0.1, False), (0.9e-3, 10.0, True), (1.1e-3, 10.0, False)],
+)
+def test_exported_logits_may_differ_by_rounding_only(difference, magnitude, allowed):
+    compared = exporting.Exported(Path("x"), 100, False, difference, magnitude, 1.0, 0.8, 0.8)
+    with contextlib.nullcontext() if allowed else pytest.raises(RunError):
+        exporting._judge(compared, None)
+
+
+def test_calibration_images_are_spread_over_the_training_images(distilled, monkeypatch):
+    monkeypatch.setattr(exporting, "CALIBRATION", 4)
+    data = prepare_again(RunDirectory(distilled)).data
+    (batch,) = exporting._calibration_batches(data)
+    train = data.splits["train"]
+    chosen = train[[0, len(train) // 4, len(train) // 2, 3 * len(train) // 4]]
+    assert torch.equal(batch[0], data.pixel_source.pixels[chosen])
+    assert torch.equal(batch[1], data.labels[chosen])
 
 
 def test_exactly_the_allowed_loss_is_allowed():

@@ -147,12 +147,19 @@ def test_teacher_without_manifest_is_retrained(tmp_path, facts):
     assert len(calls) == 3
 
 
+def until_said(caplog):
+    """Wait for a message of another thread, at most ten seconds."""
+    end = time.monotonic() + 10
+    while not caplog.messages and time.monotonic() < end:
+        time.sleep(0.01)
+
+
 def test_teacher_in_training_is_waited_for(tmp_path, caplog):
     store, started = TeacherStore(tmp_path), threading.Event()
 
     def slow(folder):
         started.set()
-        time.sleep(0.2)
+        until_said(caplog)
         return trainer([])(folder)
 
     other = threading.Thread(target=store.obtain, args=("tiny", KEY, slow))

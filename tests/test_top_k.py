@@ -188,3 +188,21 @@ def test_invalid_top_k_is_rejected(train):
     done = train("method=logit", "remember.top_k=0")
     assert done.code == 2
     assert "remember.top_k must be auto, null or a whole number of at least 1, not 0" in done.err
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_logits_are_restored_at_the_temperature_of_the_term(members):
+    images, terms = torch.randn(5, 3, 16, 16), {"a": Logit(1.0), "b": Logit(4.0)}
+    networks = [teacher(number) for number in range(members)]
+    whole = Ensemble(networks) if members > 1 else networks[0]
+    targets = TeacherTargets(whole, terms, classes=3)
+    exact = targets.of_terms(targets.ask(images))
+    targets.top_k = 1
+    found = targets.of_terms(targets.ask(images))
+    for name, temperature in (("a", 1.0), ("b", 4.0)):
+        p, q = ((each[name] / temperature).softmax(dim=1) for each in (exact, found))
+        if members == 1:
+            largest = p.argmax(dim=1, keepdim=True)
+            torch.testing.assert_close(q.gather(1, largest), p.gather(1, largest))
+        else:
+            assert not torch.allclose(found["a"], found["b"])
