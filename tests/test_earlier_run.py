@@ -240,6 +240,54 @@ def test_api_trains_the_earlier_run_first(folder, tmp_path):
     assert metrics["teacher"].startswith("none-small-s0")
 
 
+def test_members_that_are_earlier_runs_change_the_configured_one(command, tmp_path):
+    done = command(
+        "method=logit", "teacher=run", "teacher.run={method: none}",
+        "teacher.members=[{run: {seed: 1}},{run: {seed: 2}}]",
+    )  # fmt: skip
+    assert done.code == 0, done.err
+    names = {path.name.partition("-model")[0] for path in tmp_path.glob("outputs/runs/*/*")}
+    assert {"none-small-s1", "none-small-s2", "logit-small-s0"} == names
+    (last,) = [run for run in done.runs if run.name.startswith("logit")]
+    assert metrics_of(last)["teacher"].count("none-small") == 2
+
+
+def test_layers_of_members_are_those_of_the_runs(trained, tmp_path):
+    run = shutil.copytree(trained, tmp_path / "date=today" / "run")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["student"]["layers"] = ["stage2"]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    composed = api.compose(
+        "data=digits", "method=attention", "teacher=run",
+        f'teacher.members=[{{run: "{run}"}},{{run: "{trained}"}}]',
+    )  # fmt: skip
+    assert composed["teacher"]["layers"] == ["stage2"]
+    terms = [member.get("terms") for member in composed["teacher"]["members"]]
+    assert terms[0] is None
+    assert composed["method"]["terms"]["attention"]["teacher_layers"] == ["stage2"]
+    assert terms[1]["attention"]["teacher_layers"] != ["stage2"]
+
+
+@pytest.mark.parametrize("name", ["../../../elsewhere/x", "a/b", "x" * 200, 7, ""])
+def test_name_of_an_earlier_run_stays_within_folders(earlier, name):
+    metrics = {**metrics_of(earlier), "name": name}
+    (earlier / "metrics.json").write_text(json.dumps(metrics))
+    composed = api.compose("data=digits", "method=logit", "teacher=run", f"teacher.run={earlier}")
+    assert composed["teacher"]["name"] == ("7" if name == 7 else "earlier")
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [("student", "layers"), ("data", "mean"), ("student", "model")]
+)
+def test_interpolations_of_an_earlier_run_are_rejected(earlier, section, key):
+    config = yaml.safe_load((earlier / "config.yaml").read_text())
+    value = ["${oc.env:HOME}"]
+    config[section][key] = {**config[section][key], "hidden": value} if key == "model" else value
+    (earlier / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match="interpolation"):
+        api.compose("data=digits", "method=logit", "teacher=run", f"teacher.run={earlier}")
+
+
 def test_composing_trains_nothing(folder, tmp_path):
     given = ("data=folder", f"data.root={folder}", f"output_dir={tmp_path / 'out'}", *SMALL)
     with pytest.raises(InputError, match="not finished"):

@@ -78,3 +78,22 @@ def test_long_variant_is_shortened_and_unique():
     names = {naming.variant([f"method.terms.logit.{'x' * 100}={n}"]) for n in range(3)}
     assert len(names) == 3
     assert all(len(name) < 20 for name in names)
+
+
+@pytest.mark.parametrize(
+    ("override", "as_in_a_grid"),
+    [
+        ("method.terms.attention.weight=1e3", "method.terms.attention.weight=1000.0"),
+        ("method.terms.logit.temperature=2.50", "method.terms.logit.temperature=2.5"),
+        ("student={name: a}", "student={name:a}"),
+        ("+method.terms.mine.name=x", "+method.terms.mine.name=x"),
+        ("~method.terms.logit", "~method.terms.logit"),
+        ("method.terms.a='b c'", "method.terms.a='b c'"),
+    ],
+)
+def test_a_grid_and_a_single_run_have_the_same_name(override, as_in_a_grid):
+    assert naming.variant([override]) == naming.variant([as_in_a_grid]) != ""
+
+
+def test_names_of_method_and_student_are_one_part_of_a_path():
+    assert composed("student.name=hf-hub:a/b")["name"].startswith("combined-hf-hub_a_b-s0")

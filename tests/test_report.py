@@ -47,6 +47,17 @@ def test_no_gap_is_closed_to_a_teacher_that_is_not_better(tmp_path, teacher):
     assert math.isnan(cell(summarise(read_runs([tmp_path])), "logit", "small").gap_closed)
 
 
+def test_a_run_that_was_not_tested_is_no_pair(tmp_path):
+    for seed, accuracy in ((0, 0.82), (1, 0.84), (2, None)):
+        write_run(tmp_path, "none", "small", seed, 0.80)
+        write_run(tmp_path, "logit", "small", seed, accuracy)
+    row = cell(summarise(read_runs([tmp_path])), "logit", "small")
+    assert row.pairs == 2
+    # t of 97.5 % with one degree of freedom is 12.7062.
+    half = 12.7062 * statistics.stdev([0.02, 0.04]) / math.sqrt(2)
+    assert row.gain_high - row.gain == pytest.approx(half, rel=1e-4)
+
+
 def test_pairs_have_equal_seeds(tmp_path):
     write_run(tmp_path, "none", "small", 0, 0.80)
     write_run(tmp_path, "none", "small", 7, 0.20)

@@ -310,6 +310,27 @@ def test_untrusted_targets_are_rejected_at_any_depth(target, nest):
     assert "--trust" in sentence
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["${oc.env:HOME}", "a ${b}", ["x", {"y": "${oc.create:{_target_: torch.load, f: evil.pt}}"}]],
+)
+def test_interpolations_are_rejected(value):
+    """Resolved, one could become a target of its own, or a secret of this machine."""
+    node = {"_target_": "kd_lightning.models.ConvNet", "channels": value}
+    with pytest.raises(InputError, match=r"student\.model contains the interpolation"):
+        check_trusted(node, "student.model", ("mine",))
+
+
+@pytest.mark.parametrize(
+    "target",
+    ["torchvision.models.resnet.WeightsEnum.get_state_dict", "torch.nn.Linear.load_state_dict",
+     "torchvision.models._api.get_model", "torch.nn.modules._functions.BackwardHookFunction"],
+)  # fmt: skip
+def test_private_functions_and_methods_are_rejected(target):
+    with pytest.raises(InputError, match="rejected"):
+        check_trusted({"_target_": target}, "student.model")
+
+
 def test_untrusted_modules_are_not_imported():
     sys.modules.pop("this", None)
     with pytest.raises(InputError, match="rejected"):

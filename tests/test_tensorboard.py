@@ -147,3 +147,5 @@ def test_description_of_terms():
         "attention": {"_target_": "x", "weight": 10.0, "student_layers": ["a"]},
     }
     assert describe_terms(terms) == "0.6 1.1 10 T=5: cross_entropy logit attention"
+    terms["logit"]["temperature"] = {"_target_": "mine.Schedule"}
+    assert describe_terms(terms) == "0.6 1.1 10: cross_entropy logit attention"

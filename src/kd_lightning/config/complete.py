@@ -7,7 +7,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import InterpolationToMissingValueError, OmegaConfBaseException
 
 from kd_lightning.config.earlier_run import fill_in_runs
-from kd_lightning.config.members import expand_members
+from kd_lightning.config.members import add_terms, expand_members
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.packed import fill_in_packed
 from kd_lightning.errors import InputError
@@ -27,6 +27,7 @@ def plain(config: DictConfig, overrides: Sequence[str] = ()) -> Node:
     """
     try:
         config = fill_in_runs(expand_members(fill_in_packed(config)), overrides, plain)
+        config = add_terms(config)
         resolved = OmegaConf.to_container(config, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         key = error.full_key or "the configuration"

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -22,7 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from kd_lightning.config import naming
 from kd_lightning.config.commandline import check_overrides, composition_error, hydra_text
 from kd_lightning.config.finished import finished_elsewhere
+from kd_lightning.config.members import expand_members
 from kd_lightning.config.nodes import Node
+from kd_lightning.config.packed import is_name
 from kd_lightning.config.stored import read_config, student_data, student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.errors import InputError
@@ -57,7 +60,7 @@ def earlier_runs(config: DictConfig, overrides: Sequence[str]) -> list[EarlierRu
         InputError: an override of such a run is invalid.
     """
     runs: list[EarlierRun] = []
-    for section in sections(config):
+    for section in sections(expand_members(config)):
         if isinstance(section.get("run"), DictConfig):
             run = _compose(section.run, overrides)
             runs += [*earlier_runs(run.config, run.overrides), run]
@@ -86,7 +89,7 @@ def fill_in_runs(
             if section.get("name") == "run" and section.get("model") is None:
                 raise InputError(f"teacher=run needs teacher.run: {_EXAMPLE}")
             continue
-        if isinstance(run, str) and "=" not in run:
+        if isinstance(run, str) and ("=" not in run or Path(home(run)).is_dir()):
             folder = Path(home(run))
         elif isinstance(run, DictConfig):
             folder = _folder_of(_compose(run, overrides), plain)
@@ -97,7 +100,7 @@ def fill_in_runs(
             size = OmegaConf.select(config, "data.image_size")
             section.merge_with(_teacher(folder, section, size, checked=isinstance(run, str)))
             config.merge_with(folder_of_run)
-    members = [part.name for part in sections(config)[1:]]
+    members = [part.name for part in config.teacher.get("members") or []]
     if members and config.teacher.name == f"run x{len(members)}":
         with open_dict(config):
             config.teacher.name = "+".join(members)
@@ -111,12 +114,11 @@ def _folder_of(run: EarlierRun, plain: Callable[[DictConfig, Sequence[str]], Nod
 
 
 def sections(config: DictConfig) -> list[DictConfig]:
-    """The teacher's section, and those of an ensemble's members."""
+    """The teacher's section, or those of an ensemble's members."""
     teacher = OmegaConf.select(config, "teacher")
     if not isinstance(teacher, DictConfig):
         return []
-    members = teacher.get("members") or []
-    return [teacher, *(part for part in members if isinstance(part, DictConfig))]
+    return list(teacher.get("members") or [teacher])
 
 
 def _compose(own: DictConfig, inherited: Sequence[str]) -> EarlierRun:
@@ -133,7 +135,7 @@ def _compose(own: DictConfig, inherited: Sequence[str]) -> EarlierRun:
     loader = GlobalHydra.instance().config_loader()
     try:
         check_overrides(overrides)
-        config = loader.load_configuration("train", overrides, RunMode.RUN)
+        config = loader.load_configuration(_config_name(), overrides, RunMode.RUN)
     except InputError as error:
         raise InputError(f"teacher.run: {error}") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -144,6 +146,11 @@ def _compose(own: DictConfig, inherited: Sequence[str]) -> EarlierRun:
         config.name = naming.run_name(config, overrides)
     folder = Path(home(config.output_dir)) / "runs" / config.setting / config.name
     return EarlierRun(config, overrides, folder)
+
+
+def _config_name() -> str:
+    """Of the command: `--config-name`."""
+    return HydraConfig.get().job.config_name if HydraConfig.initialized() else "train"
 
 
 def _sections(override: str) -> set[str]:
@@ -166,20 +173,24 @@ def _teacher(folder: Path, section: DictConfig, image_size: int | None, checked:
     config, metrics = read_config(folder), read_json(folder / "metrics.json")
     if metrics.get("status") != "finished":
         raise InputError(f"teacher.run: {folder} is not finished; run its command again")
-    if checked:
-        trust = section.get("trust") or []
-        if not isinstance(trust, Sequence) or isinstance(trust, str):
-            raise InputError(f"teacher.trust must be a list of packages, not {trust!r}")
-        check_trusted(student_model(config), "teacher.run: student.model", map(str, trust))
+    trust = section.get("trust") or []
+    if not isinstance(trust, Sequence) or isinstance(trust, str):
+        raise InputError(f"teacher.trust must be a list of packages, not {trust!r}")
     data, name = student_data(config), section.get("name")
+    if name == "run":
+        name = str(metrics.get("name"))  # it becomes a part of paths
+        name = name if is_name(name) else naming.tidy(folder.name)
     # Part of a teacher's identity, so that it is only given where it matters.
     own_size = {} if data["image_size"] == image_size else {"image_size": data["image_size"]}
-    return {
+    found = {
         **({} if section.get("image_size") else own_size),
-        "name": str(metrics.get("name", folder.name)) if name == "run" else name,
+        "name": name,
         "model": student_model(config),
         "layers": config["student"].get("layers"),
         "checkpoint": str(folder / "student.safetensors"),
         "mean": data["mean"],
         "std": data["std"],
     }
+    if checked:
+        check_trusted(found, "teacher.run: student.model", map(str, trust))
+    return found

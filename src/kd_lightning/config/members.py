@@ -20,8 +20,7 @@ from kd_lightning.errors import InputError
 def expand_members(config: DictConfig) -> DictConfig:
     """A configuration in which every member of the ensemble is a complete teacher section.
 
-    The terms of the method, which may refer to the layers of the teacher, are added to a member if
-    they differ. Without members, the configuration itself.
+    Without members, the configuration itself.
 
     Args:
         config: composed, with interpolations.
@@ -55,16 +54,28 @@ def expand_members(config: DictConfig) -> DictConfig:
             config.teacher.name = f"{names[0]} x{len(names)}"
         elif config.teacher.name == "ensemble":
             config.teacher.name = "+".join(names)
-        if not config.teacher.layers:
-            config.teacher.layers = sections[0].get("layers")
-        common = OmegaConf.to_container(config.method.terms, resolve=True)
-        for section in sections:
+        config.teacher.members = sections
+    return config
+
+
+def add_terms(config: DictConfig) -> DictConfig:
+    """Add the terms of the method to each member for which they differ, because they refer to the
+    layers of the teacher; those of the ensemble are by default those of its first member.
+
+    Args:
+        config: with complete members; changed in place.
+    """
+    members = config.teacher.get("members") or []
+    with open_dict(config):
+        if members and not config.teacher.layers:
+            config.teacher.layers = members[0].get("layers")
+        common = OmegaConf.to_container(config.method.terms, resolve=True) if members else {}
+        for member in members:
             alone = copy.deepcopy(config)
-            alone.teacher = section
+            alone.teacher = copy.deepcopy(member)
             terms = OmegaConf.to_container(alone.method.terms, resolve=True)
             if terms != common:
-                section["terms"] = terms
-        config.teacher.members = sections
+                member["terms"] = terms
     return config
 
 

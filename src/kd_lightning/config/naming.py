@@ -6,6 +6,7 @@ This is how a repeated command, or a larger grid, finds runs that are interrupte
     outputs/runs/<setting>/<name>        cifar10-convnet-15e-1f0c3a5b/combined-small-s0
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -13,6 +14,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, OmegaConf
 
 from kd_lightning.config.nodes import Node
@@ -102,7 +105,8 @@ def choose(key: Any, values: Mapping[Any, Any], default: Any) -> Any:
 
 def run_name(config: DictConfig, overrides: list[str]) -> str:
     """Name of the run with this configuration and these command-line overrides."""
-    return f"{config.method.name}-{config.student.name}-s{config.seed}{variant(overrides)}"
+    axes = f"{tidy(str(config.method.name))}-{tidy(str(config.student.name))}-s{config.seed}"
+    return axes + variant(overrides)
 
 
 def variant(overrides: list[str]) -> str:
@@ -113,19 +117,31 @@ def variant(overrides: list[str]) -> str:
     """
     changes = []
     named = any(override.lstrip("+").startswith("student.name=") for override in overrides)
-    for override in sorted(overrides):
+    for override in sorted(map(_as_in_a_grid, overrides)):
         key, _, value = override.lstrip("+~").partition("=")
         if key == "student.model.model_name" and not named:
             continue  # is the student's name
         if key in ("method", "student") and value.startswith("{"):
             changes.append(f"-{value}")
-        elif key.startswith(("method.", "student.")) and not key.endswith(".name"):
+        elif key.startswith(("method.", "student.")) and key not in ("method.name", "student.name"):
             sign = "no-" if override.startswith("~") else ""
             changes.append(
                 f"-{sign}{key.split('.', 1)[1].removeprefix('terms.')}={value}".rstrip("=")
             )
     text = tidy("".join(changes))
     return text if len(text) <= 80 else f"-{_hash(changes)[:8]}"
+
+
+@functools.lru_cache(maxsize=1024)
+def _as_in_a_grid(override: str) -> str:
+    """An override with its value as Hydra's sweeper writes it: `1e3` is `1000.0`."""
+    if override.startswith("~"):
+        return override
+    try:
+        parsed = OverridesParser.create().parse_override(override)
+    except HydraException:  # reported elsewhere
+        return override
+    return f"{parsed.get_key_element()}={parsed.get_value_element_as_str()}"
 
 
 def config_key(config: Node, *without: str) -> str:

@@ -31,32 +31,48 @@ def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
         trust: your own packages and modules to trust in addition.
 
     Raises:
-        InputError: a target, after resolving its name, is not defined in a trusted package.
+        InputError: a target, after resolving its name, is not a public class or function of a
+            trusted package; or a value is an interpolation, which could become a target.
     """
-    packages = (*TRUSTED, *trust)
-
-    def trusted(name: str) -> bool:
-        return name.startswith(tuple(f"{package}." for package in packages))
-
-    for nested in _targets(node):
-        if nested in NAMED:
-            continue
-        # Untrusted names are not even imported. The name alone is not sufficient, as
-        # `kd_lightning.models.convnet.nn.Module` is defined elsewhere.
-        if not trusted(nested) or not trusted(
-            f"{getattr(find_target(nested, path), '__module__', '')}."
-        ):
+    own = tuple(trust)
+    for name in _targets(node, path):
+        if name not in NAMED and not _trusted(name, path, own):
             raise InputError(
-                f"{path}._target_={nested} is not in {', '.join(packages)}: rejected, because "
-                "untrusted files could run arbitrary code; if it is your own code, trust its "
-                "package by name: --trust PACKAGE, or trust=[PACKAGE] in Python"
+                f"{path}._target_={name} is not in {', '.join((*TRUSTED, *own))}: rejected, "
+                "because untrusted files could run arbitrary code; if it is your own code, trust "
+                "its package by name: --trust PACKAGE, or trust=[PACKAGE] in Python"
             )
 
 
-def _targets(node: Any) -> list[str]:
+def _trusted(name: str, path: str, own: tuple[str, ...]) -> bool:
+    # Untrusted names are not even imported.
+    if not _within(name, (*TRUSTED, *own)):
+        return False
+    # The name alone is not sufficient, as `kd_lightning.models.convnet.nn.Module` is defined
+    # elsewhere.
+    found = find_target(name, path)
+    module = f"{getattr(found, '__module__', '')}."
+    if _within(module, own):
+        return True
+    # Private functions, and methods of any object that a file describes, may read other files.
+    private = any(part.startswith("_") for part in name.split("."))
+    method = "." in getattr(found, "__qualname__", "")
+    return _within(module, TRUSTED) and not private and not method
+
+
+def _within(name: str, packages: Iterable[str]) -> bool:
+    return name.startswith(tuple(f"{package}." for package in packages))
+
+
+def _targets(node: Any, path: str) -> list[str]:
     if isinstance(node, dict):
         own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [target for value in node.values() for target in _targets(value)]
+        return own + [target for value in node.values() for target in _targets(value, path)]
     if isinstance(node, list):
-        return [target for value in node for target in _targets(value)]
+        return [target for value in node for target in _targets(value, path)]
+    if isinstance(node, str) and "${" in node:
+        raise InputError(
+            f"{path} contains the interpolation {node!r}: rejected, because a run writes values "
+            "only, and untrusted files could run arbitrary code"
+        )
     return []

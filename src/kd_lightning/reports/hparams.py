@@ -81,7 +81,7 @@ def _settings(plan: Plan) -> tuple[dict[str, Any], dict[str, Any]]:
     others = {
         "batch_size": plan.data.node["batch_size"],
         "data": plan.data.name,
-        "lr": plan.student.optimizer.get("lr"),
+        "lr": rate if _is_number(rate := plan.student.optimizer.get("lr")) else None,
     }
     for name, term in plan.student.terms.items():
         others |= {f"{name}.{key}": value for key, value in term.items() if _is_number(value)}
@@ -99,7 +99,8 @@ def describe_terms(terms: Mapping[str, Node]) -> str:
     The dashboard shows about 15 characters, so the numbers come first.
     """
     numbers = [f"{term['weight']:.3g}" for term in terms.values()]
-    numbers += [f"T={term['temperature']:.3g}" for term in terms.values() if "temperature" in term]
+    temperatures = [term.get("temperature") for term in terms.values()]  # or a schedule
+    numbers += [f"T={value:.3g}" for value in temperatures if _is_number(value)]
     return f"{' '.join(numbers)}: {' '.join(terms)}"
 
 

@@ -209,13 +209,13 @@ def _runs_without_teacher(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Added]
     searched = set()
     for row in _teacher_known_first(rows):
         key, folder = row.get("baseline_key"), row.get("folder")
-        if key is None or folder is None or (key, row["setting"]) in searched:
+        if key is None or folder is None or (key, row.get("setting")) in searched:
             continue
-        searched.add((key, row["setting"]))
+        searched.add((key, row.get("setting")))
         name = glob.escape(f"-{row['student']}-s{row['seed']}")
         for path in sorted(Path(folder).parent.parent.glob(f"*/*{name}*/metrics.json")):
             metrics = read_json(path)
-            identity = (*_without_teacher(metrics), row["setting"])
+            identity = (*_without_teacher(metrics), row.get("setting"))
             if identity[0] is None or identity in known:
                 continue
             same = all(metrics.get(k) == row.get(k) for k in ("baseline_key", "images_sha256"))
@@ -270,12 +270,12 @@ def _teacher_settings(settings: Settings) -> Settings:
 
 def _of_teacher(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of a baseline that are taken from a run of another setting."""
-    parameters = row.get("teacher_parameters")
+    parameters, count = row.get("teacher_parameters"), baseline.get("parameters")
     return {
-        "setting": row["setting"],
-        "teacher": row["teacher"],
+        "setting": row.get("setting"),
+        "teacher": row.get("teacher"),
         "teacher_parameters": parameters,
-        "compression_ratio": parameters / baseline["parameters"] if parameters else None,
+        "compression_ratio": parameters / count if parameters and count else None,
     }
 
 

@@ -237,7 +237,7 @@ def _cell(cell: pd.DataFrame, none: pd.DataFrame, seeds: set[int]) -> dict[str, 
         row[short] = _over_seeds(finished, f"{short}_accuracy")
         row[f"{short}_std"] = finished[f"{short}_accuracy"].std(ddof=1)
     compared = ["seed", "test_accuracy"]
-    pairs = finished[compared].merge(none[compared], on="seed", suffixes=("", "_none"))
+    pairs = finished[compared].merge(none[compared], on="seed", suffixes=("", "_none")).dropna()
     difference = (pairs["test_accuracy"] - pairs["test_accuracy_none"]).astype(float)
     row["pairs"] = len(pairs)
     if len(pairs):
