@@ -48,9 +48,9 @@ def main() -> None:
         return
     check_card(out, arguments.overwrite)
     where = arguments.push, options, arguments.file, arguments.private
-    address = publish(arguments.run, *where)
+    print(publish(arguments.run, *where))
     write_card(out, card, arguments.overwrite)  # it says where the student is published
-    print(f"{out}\n{address}")
+    print(out)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from conftest import FOLDER, write_folder
 from hydra import compose, initialize_config_dir
@@ -268,7 +269,23 @@ def test_layers_of_members_are_those_of_the_runs(trained, tmp_path):
     assert terms[1]["attention"]["teacher_layers"] != ["stage2"]
 
 
-@pytest.mark.parametrize("name", ["../../../elsewhere/x", "a/b", "x" * 200, 7, ""])
+def test_api_takes_users_code_in_the_earlier_run(folder, tmp_path):
+    arguments = (
+        "data=folder", f"data.root={folder}", "data.image_size=16", "data.batch_size=16",
+        "data.padding=2", f"output_dir={tmp_path / 'out'}", *SMALL, *FAST, "method=logit",
+        "optimizer={_target_: test_earlier_run.Own, lr: 0.01}",
+        "teacher=run", "teacher.run={method: none}",
+    )  # fmt: skip
+    first, second = (api.run(*arguments) for _ in range(2))
+    assert first["test_accuracy"] == second["test_accuracy"]
+    assert api.compose(*arguments)["teacher"]["name"].startswith("none-small-s0")
+
+
+class Own(torch.optim.SGD):
+    """A user's optimizer."""
+
+
+@pytest.mark.parametrize("name", ["../../../elsewhere/x", "a/b", "x" * 200, 7, "", None])
 def test_name_of_an_earlier_run_stays_within_folders(earlier, name):
     metrics = {**metrics_of(earlier), "name": name}
     (earlier / "metrics.json").write_text(json.dumps(metrics))

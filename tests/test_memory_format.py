@@ -61,7 +61,15 @@ class PerChannel(nn.Module):
         return maps.view(-1, maps[0, 0].numel()).mean(dim=1).view(len(images), -1)
 
 
+class Rearranging(Flattening):
+    """Its convolution returns channels-last maps because of its weights only."""
+
+    def forward(self, images):
+        return super().forward(images.contiguous())
+
+
 def test_which_networks_take_channels_last_images():
+    assert not takes_channels_last(Rearranging(), 16)
     assert takes_channels_last(nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), 8)
     assert not takes_channels_last(Flattening(), 16)
     assert not takes_channels_last(PerChannel(), 8)

@@ -300,7 +300,7 @@ def test_num_batches_tracked_is_optional():
      "kd_lightning.data.folder.os.system",
      "torchvision.models.squeezenet.torch.load", "kd_lightning.data.views.PLAIN"],
 )  # fmt: skip
-@pytest.mark.parametrize("nest", [lambda n: n, lambda n: {"a": [1, {"b": n}]}, lambda n: [n]])
+@pytest.mark.parametrize("nest", [lambda n: n, lambda n: {"a": [(1, {"b": n})]}, lambda n: [n]])
 def test_untrusted_targets_are_rejected_at_any_depth(target, nest):
     node = {"_target_": "torch.nn.Identity", "inner": nest({"_target_": target, "x": 1})}
     with pytest.raises(InputError, match=r"student\.model") as refused:

@@ -62,6 +62,11 @@ def test_every_folder_is_searched_or_reported(tmp_path, monkeypatch):
         (place / "a.png").touch()
     (photos / "linked").symlink_to(elsewhere)
     (photos / "again").symlink_to(photos)
+    (photos / "first").symlink_to(photos / "really")
+    (photos / "really").mkdir()
+    (photos / "really" / "b.png").touch()
+    (photos / "up").symlink_to(tmp_path)
+    (elsewhere / "back").symlink_to(photos)
     scan = os.scandir
 
     def refuse(folder):
@@ -70,7 +75,8 @@ def test_every_folder_is_searched_or_reported(tmp_path, monkeypatch):
         return scan(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    assert api.find_images([photos]) == [photos / "closed", photos / "linked" / "a.png"]
+    expected = [photos / "closed", photos / "linked" / "a.png", photos / "really" / "b.png"]
+    assert api.find_images([photos]) == expected
     long = tmp_path / ("x" * 300)
     assert api.find_images([long]) == [long]
 

@@ -31,7 +31,7 @@ from kd_lightning.inference.loading import load_student
 from kd_lightning.inference.student import Student
 from kd_lightning.reports.runs import read_runs
 from kd_lightning.workflows import student as workflow
-from kd_lightning.workflows.earlier import train_earlier_runs, unfinished_runs
+from kd_lightning.workflows.earlier import check_earlier_runs, train_earlier_runs
 from kd_lightning.workflows.evaluate import evaluate
 from kd_lightning.workflows.export import Exported, export
 from kd_lightning.workflows.predict import Prediction, find_images, predict_files
@@ -52,7 +52,7 @@ __all__ = [
 
 
 def compose(*arguments: str, train_earlier: bool = False) -> Node:
-    """Compose the complete configuration of a command, exactly as `train.py` does.
+    """Compose the complete configuration of a command, as `train.py` does, but without training.
 
     `run` completes it: with the number of classes of an image folder, for instance, and the name of
     the setting that follows from it.
@@ -80,8 +80,8 @@ def compose(*arguments: str, train_earlier: bool = False) -> Node:
             raise InputError(composition_error(error)) from error
         if train_earlier:
             train_earlier_runs(composed, given)
-        for _, folder in unfinished_runs(composed, given):
-            raise InputError(f"teacher.run: the run in {folder} is not finished; train it first")
+        else:
+            check_earlier_runs(composed, given)
         config = plain(composed, given)
     if not any(argument.startswith("name=") for argument in given):
         config["name"] += naming.variant(given)

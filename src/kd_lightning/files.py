@@ -112,3 +112,8 @@ def readable(path: str | os.PathLike[str]) -> str:
     except UnicodeEncodeError:  # not a valid name on this file system
         text = text.encode("utf-8", "backslashreplace").decode()
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
+
+
+def tidy(text: str) -> str:
+    """Replace characters that are special to a file system, a shell or Hydra's grammar."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "_", re.sub(r"[\[\]{}'\"]", "", text))

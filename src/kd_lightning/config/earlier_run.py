@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple, cast
 
 from hydra.core.global_hydra import GlobalHydra
-from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -23,13 +22,13 @@ from omegaconf.errors import OmegaConfBaseException
 from kd_lightning.config import naming
 from kd_lightning.config.commandline import check_overrides, composition_error, hydra_text
 from kd_lightning.config.finished import finished_elsewhere
-from kd_lightning.config.members import expand_members
+from kd_lightning.config.members import config_name, expand_members
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.packed import is_name
 from kd_lightning.config.stored import read_config, student_data, student_model
 from kd_lightning.config.trust import check_trusted
 from kd_lightning.errors import InputError
-from kd_lightning.files import home, read_json
+from kd_lightning.files import home, read_json, tidy
 
 _NOT_INHERITED = {"method", "teacher", "name", "setting"}
 _EXAMPLE = "a run's folder, or overrides as {method: none, student: large}"
@@ -100,7 +99,7 @@ def fill_in_runs(
             size = OmegaConf.select(config, "data.image_size")
             section.merge_with(_teacher(folder, section, size, checked=isinstance(run, str)))
             config.merge_with(folder_of_run)
-    members = [part.name for part in config.teacher.get("members") or []]
+    members = [part.name for part in OmegaConf.select(config, "teacher.members") or []]
     if members and config.teacher.name == f"run x{len(members)}":
         with open_dict(config):
             config.teacher.name = "+".join(members)
@@ -135,7 +134,7 @@ def _compose(own: DictConfig, inherited: Sequence[str]) -> EarlierRun:
     loader = GlobalHydra.instance().config_loader()
     try:
         check_overrides(overrides)
-        config = loader.load_configuration(_config_name(), overrides, RunMode.RUN)
+        config = loader.load_configuration(config_name(), overrides, RunMode.RUN)
     except InputError as error:
         raise InputError(f"teacher.run: {error}") from error
     except (HydraException, OmegaConfBaseException) as error:
@@ -146,11 +145,6 @@ def _compose(own: DictConfig, inherited: Sequence[str]) -> EarlierRun:
         config.name = naming.run_name(config, overrides)
     folder = Path(home(config.output_dir)) / "runs" / config.setting / config.name
     return EarlierRun(config, overrides, folder)
-
-
-def _config_name() -> str:
-    """Of the command: `--config-name`."""
-    return HydraConfig.get().job.config_name if HydraConfig.initialized() else "train"
 
 
 def _sections(override: str) -> set[str]:
@@ -178,8 +172,8 @@ def _teacher(folder: Path, section: DictConfig, image_size: int | None, checked:
         raise InputError(f"teacher.trust must be a list of packages, not {trust!r}")
     data, name = student_data(config), section.get("name")
     if name == "run":
-        name = str(metrics.get("name"))  # it becomes a part of paths
-        name = name if is_name(name) else naming.tidy(folder.name)
+        name = str(metrics.get("name") or folder.name)  # it becomes a part of paths
+        name = name if is_name(name) else tidy(folder.name)
     # Part of a teacher's identity, so that it is only given where it matters.
     own_size = {} if data["image_size"] == image_size else {"image_size": data["image_size"]}
     found = {
@@ -192,5 +186,5 @@ def _teacher(folder: Path, section: DictConfig, image_size: int | None, checked:
         "std": data["std"],
     }
     if checked:
-        check_trusted(found, "teacher.run: student.model", map(str, trust))
+        check_trusted(found, "teacher.run: its student", map(str, trust))
     return found

@@ -9,6 +9,7 @@ from typing import Any, cast
 
 from hydra.core.config_loader import ConfigLoader
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.types import RunMode
 from omegaconf import DictConfig, ListConfig, OmegaConf, open_dict
 
@@ -65,7 +66,7 @@ def add_terms(config: DictConfig) -> DictConfig:
     Args:
         config: with complete members; changed in place.
     """
-    members = config.teacher.get("members") or []
+    members = OmegaConf.select(config, "teacher.members") or []
     with open_dict(config):
         if members and not config.teacher.layers:
             config.teacher.layers = members[0].get("layers")
@@ -121,7 +122,13 @@ def _loader() -> ConfigLoader:
 
 def _choice(name: str) -> Node:
     """A choice of the group teacher, with interpolations."""
-    return _plain(_loader().load_configuration("train", [f"teacher={name}"], RunMode.RUN).teacher)
+    choices = [f"teacher={name}"]
+    return _plain(_loader().load_configuration(config_name(), choices, RunMode.RUN).teacher)
+
+
+def config_name() -> str:
+    """The name of the primary configuration, `--config-name` of the command."""
+    return HydraConfig.get().job.config_name if HydraConfig.initialized() else "train"
 
 
 def _plain(section: DictConfig) -> Node:

@@ -20,6 +20,7 @@ from omegaconf import Container, DictConfig, OmegaConf
 
 from kd_lightning.config.nodes import Node
 from kd_lightning.config.published import FOLDERS
+from kd_lightning.files import tidy
 
 AXES = ("method", "student", "seed")
 """The axes of a comparison: what may differ between runs of one setting."""
@@ -117,7 +118,7 @@ def variant(overrides: list[str]) -> str:
     """
     changes = []
     named = any(override.lstrip("+").startswith("student.name=") for override in overrides)
-    for override in sorted(map(_as_in_a_grid, overrides)):
+    for override in sorted(map(_spelt, overrides)):
         key, _, value = override.lstrip("+~").partition("=")
         if key == "student.model.model_name" and not named:
             continue  # is the student's name
@@ -133,15 +134,19 @@ def variant(overrides: list[str]) -> str:
 
 
 @functools.lru_cache(maxsize=1024)
-def _as_in_a_grid(override: str) -> str:
-    """An override with its value as Hydra's sweeper writes it: `1e3` is `1000.0`."""
+def _spelt(override: str) -> str:
+    """An override in one spelling, whether it is as typed or as Hydra's sweeper writes it: numbers
+    as the sweeper does (`1e3` as `1000.0`), `true` and `false` as in YAML.
+    """
     if override.startswith("~"):
-        return override
+        return override.removesuffix("=null")
     try:
         parsed = OverridesParser.create().parse_override(override)
-    except HydraException:  # reported elsewhere
+    except (HydraException, ValueError, TypeError):  # reported elsewhere
         return override
-    return f"{parsed.get_key_element()}={parsed.get_value_element_as_str()}"
+    text = parsed.get_value_element_as_str()
+    value = re.sub(r"\b(True|False)\b", lambda found: found[0].lower(), text)
+    return f"{parsed.get_key_element()}={value}"
 
 
 def config_key(config: Node, *without: str) -> str:
@@ -203,8 +208,3 @@ def _without_place(teacher: Node) -> Node:
 
 def _hash(value: Any) -> str:
     return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()
-
-
-def tidy(text: str) -> str:
-    """Replace characters that are special to a file system, a shell or Hydra's grammar."""
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", re.sub(r"[\[\]{}'\"]", "", text))

@@ -38,9 +38,10 @@ def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
     for name in _targets(node, path):
         if name not in NAMED and not _trusted(name, path, own):
             raise InputError(
-                f"{path}._target_={name} is not in {', '.join((*TRUSTED, *own))}: rejected, "
-                "because untrusted files could run arbitrary code; if it is your own code, trust "
-                "its package by name: --trust PACKAGE, or trust=[PACKAGE] in Python"
+                f"{path}._target_={name} is not in {', '.join((*TRUSTED, *own))}, or private or a "
+                "method there: rejected, because untrusted files could run arbitrary code; if it "
+                "is your own code, trust its package by name: --trust PACKAGE, or trust=[PACKAGE] "
+                "in Python"
             )
 
 
@@ -52,8 +53,8 @@ def _trusted(name: str, path: str, own: tuple[str, ...]) -> bool:
     # elsewhere.
     found = find_target(name, path)
     module = f"{getattr(found, '__module__', '')}."
-    if _within(module, own):
-        return True
+    if _within(name, own):
+        return _within(module, (*TRUSTED, *own))
     # Private functions, and methods of any object that a file describes, may read other files.
     private = any(part.startswith("_") for part in name.split("."))
     method = "." in getattr(found, "__qualname__", "")
@@ -68,7 +69,7 @@ def _targets(node: Any, path: str) -> list[str]:
     if isinstance(node, dict):
         own = [str(node["_target_"])] if "_target_" in node else []
         return own + [target for value in node.values() for target in _targets(value, path)]
-    if isinstance(node, list):
+    if isinstance(node, list | tuple):  # tuples in checkpoints
         return [target for value in node for target in _targets(value, path)]
     if isinstance(node, str) and "${" in node:
         raise InputError(

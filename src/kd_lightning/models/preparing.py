@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kd_lightning.errors import InputError
-from kd_lightning.models.trial import blank, evaluation_mode, stand_in
+from kd_lightning.models.trial import blank, copied, evaluation_mode, stand_in
 
 
 def materialize(model: nn.Module, image_size: int, whose: str = "the model") -> None:
@@ -65,9 +65,10 @@ def to_memory_format(model: nn.Module, memory_format: torch.memory_format) -> No
 
 def takes_channels_last(model: nn.Module, image_size: int) -> bool:
     """Whether a model takes channels-last images; `Tensor.view` may fail on their maps."""
-    trial = stand_in(model)
-    images = blank(trial, image_size).contiguous(memory_format=torch.channels_last)
+    images = blank(model, image_size).contiguous(memory_format=torch.channels_last)
     try:
+        trial = copied(model)
+        to_memory_format(trial, torch.channels_last)
         with torch.random.fork_rng(devices=[]), evaluation_mode(trial):
             trial(images)
     except Exception:  # if there is another reason, it is found where the model is used

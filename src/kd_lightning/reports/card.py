@@ -10,12 +10,12 @@ from typing import Any
 
 import yaml
 
-from kd_lightning.config.naming import tidy
 from kd_lightning.config.nodes import Node, find_target
 from kd_lightning.config.published import published_config, published_metrics
 from kd_lightning.config.stored import student_data, student_model
 from kd_lightning.config.trust import TRUSTED
 from kd_lightning.errors import InputError
+from kd_lightning.files import tidy
 from kd_lightning.reports.card_results import result_tables
 from kd_lightning.results import FIGURE
 from kd_lightning.storage.identity import target_paths
@@ -89,9 +89,9 @@ def model_card(run_dir: str | Path, options: CardOptions | None = None) -> str:
         f"# {_text(name.rpartition('/')[2])}",
         _summary(data, metrics, title),
         *_section("Data", _data(data, metrics, title, dataset)),
-        *_section("Teacher", _teacher(config, metrics)),
+        *_section("Teacher", _teacher(config["teacher"], config["trainer"], metrics)),
         *_section("Method", _method(config["method"], metrics)),
-        _settings(config, data, metrics),
+        _settings(config["student"], config["optimizer"], data, config.get("ema"), metrics),
         *_section("Results", result_tables(directory.path, metrics)),
         *_section("Limitations", _limitations(data, metrics, title)),
         *_section("Licence", _licence(options, title)),
@@ -173,8 +173,7 @@ def _data(data: Node, metrics: Node, title: str, dataset: str | None) -> list[st
     return [text, f"Classes: {', '.join(names[:MOST_CLASSES])}{more}."]
 
 
-def _teacher(config: Node, metrics: Node) -> list[str]:
-    teacher = config["teacher"]
+def _teacher(teacher: Node, trainer: Node, metrics: Node) -> list[str]:
     if metrics.get("teacher_test_accuracy") is None:
         return ["None: trained on the labels alone."]
     count = metrics.get("teacher_parameters")
@@ -188,7 +187,7 @@ def _teacher(config: Node, metrics: Node) -> list[str]:
         count = len(teacher["members"])
         text += f", an ensemble of {count} network{'s' if count > 1 else ''}"
     else:
-        epochs = {**config["trainer"], **teacher["trainer"]}.get("max_epochs")
+        epochs = {**trainer, **teacher["trainer"]}.get("max_epochs")
         trained = f"trained on the same images for {epochs} epochs"
         start = _start(teacher)
         text += f", {start or trained}"
@@ -220,8 +219,8 @@ def _method(method: Node, metrics: Node) -> list[str]:
     ]
 
 
-def _settings(config: Node, data: Node, metrics: Node) -> str:
-    optimizer, start = config["optimizer"], _start(config["student"])
+def _settings(student: Node, optimizer: Node, data: Node, ema: float | None, metrics: Node) -> str:
+    start = _start(student)
     name = str(optimizer["_target_"]).rpartition(".")[2]
     settings = {
         "optimizer": f"{name}, learning rate {optimizer.get('lr')}",
@@ -229,7 +228,7 @@ def _settings(config: Node, data: Node, metrics: Node) -> str:
         "batch size": data.get("batch_size"),
         "training views": _target(data.get("augmentation")),
         "mixing": _target(data.get("mixing")),
-        "moving average of the weights": config.get("ema"),
+        "moving average of the weights": ema,
         "seed": metrics["seed"],
         "precision": metrics.get("precision"),
         "device": metrics.get("device"),

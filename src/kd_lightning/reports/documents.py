@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
-from kd_lightning.config.naming import tidy
-from kd_lightning.files import replacing, write_text
+from kd_lightning.files import replacing, tidy, write_text
 from kd_lightning.reports import plots
 from kd_lightning.reports.differences import IMAGES, TEACHER
 from kd_lightning.reports.quality_plots import accuracy_by_cost, reliability_diagram

@@ -17,7 +17,7 @@ from typing import Any, ParamSpec, TypeVar, cast
 import pandas as pd
 
 from kd_lightning.errors import InputError
-from kd_lightning.files import read_json
+from kd_lightning.files import read_json, tidy
 from kd_lightning.reports.differences import (
     ALWAYS,
     CODE,
@@ -212,7 +212,7 @@ def _runs_without_teacher(rows: Sequence[Mapping[str, Any]]) -> Iterator[_Added]
         if key is None or folder is None or (key, row.get("setting")) in searched:
             continue
         searched.add((key, row.get("setting")))
-        name = glob.escape(f"-{row['student']}-s{row['seed']}")
+        name = glob.escape(f"-{tidy(str(row['student']))}-s{row['seed']}")
         for path in sorted(Path(folder).parent.parent.glob(f"*/*{name}*/metrics.json")):
             metrics = read_json(path)
             identity = (*_without_teacher(metrics), row.get("setting"))
@@ -282,7 +282,7 @@ def _of_teacher(row: Mapping[str, Any], baseline: Mapping[str, Any]) -> dict[str
 def _suffix(metrics: Mapping[str, Any]) -> str:
     """The part of a run's name after method, student and seed."""
     name, seed = str(metrics.get("name", "")), f"-s{metrics.get('seed')}"
-    usual = f"{metrics.get('method')}-{metrics.get('student')}{seed}"
+    usual = f"{tidy(str(metrics.get('method')))}-{tidy(str(metrics.get('student')))}{seed}"
     rest = name.removeprefix(usual) if name.startswith(usual) else name.partition(seed)[2]
     return rest.lstrip("-")
 

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from kd_lightning.data.views import PLAIN
 from kd_lightning.errors import InputError
-from kd_lightning.files import read_json
+from kd_lightning.files import read_json, tidy
 from kd_lightning.storage.rows import DTYPES, LoadedView, Rows
 from kd_lightning.transfer import ToHost, to_device
 
@@ -349,4 +349,4 @@ def _size(file: Path) -> int:
 def folder_name(teacher: str, term: str, key: Mapping[str, Any]) -> str:
     """`<teacher>-<term>-<hash>`."""
     digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
-    return f"{teacher}-{term}-{digest[:16]}"
+    return f"{tidy(teacher)}-{tidy(term)}-{digest[:16]}"

@@ -15,7 +15,7 @@ from typing import Any
 
 from kd_lightning.config.plan import TeacherPlan
 from kd_lightning.errors import InputError
-from kd_lightning.files import hold, write_json
+from kd_lightning.files import hold, tidy, write_json
 from kd_lightning.storage.identity import file_sha256, source_sha256
 
 log = logging.getLogger(__name__)
@@ -84,7 +84,7 @@ class TeacherStore:
         Raises:
             InputError: the store cannot be written, or a file of the teacher cannot be read.
         """
-        place = self.root / f"{name}-{key[:16]}"
+        place = self.root / f"{tidy(name)}-{key[:16]}"
         busy = f"another process is training the teacher {place.name}"
         try:
             held = hold(place.with_name(f"{place.name}.lock"), busy)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig
 
@@ -15,19 +16,19 @@ from kd_lightning.storage.identity import unchanged
 from kd_lightning.terminal import say
 
 
-def unfinished_runs(config: DictConfig, overrides: Sequence[str]) -> Iterator[tuple[Node, Path]]:
-    """The configurations and folders of the runs that `teacher.run` names by their overrides, in
-    the order of their training, except finished ones. For the arguments see `train_earlier_runs`.
+def check_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
+    """Check that the runs that `teacher.run` names by their overrides are finished.
+
+    Args:
+        config: composed, with interpolations.
+        overrides: of the command.
 
     Raises:
-        InputError: an override of such a run is invalid.
+        InputError: one is not finished, or an override is invalid.
     """
-    for earlier in earlier_runs(config, overrides):
-        node = plain(earlier.config, earlier.overrides)
-        check_sections(node)
-        metrics = finished(earlier.folder, node) or finished_elsewhere(earlier.folder, node)
-        if not (metrics and unchanged(metrics, node)):
-            yield node, earlier.folder
+    for _, folder, metrics in _earlier_runs(config, overrides):
+        if metrics is None:
+            raise InputError(f"teacher.run: the run in {folder} is not finished; train it first")
 
 
 def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
@@ -40,7 +41,9 @@ def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
     Raises:
         InputError, RunError: as `workflows.student.run`.
     """
-    for node, folder in unfinished_runs(config, overrides):
+    for node, folder, metrics in _earlier_runs(config, overrides):
+        if metrics and unchanged(metrics, node):
+            continue
         # Needs torch, which takes seconds to import.
         from kd_lightning.engine.quiet import quiet_lightning
         from kd_lightning.workflows.student import run
@@ -53,3 +56,17 @@ def train_earlier_runs(config: DictConfig, overrides: Sequence[str]) -> None:
             raise InputError(f"teacher.run: {error}") from error
         except RunError as error:
             raise RunError(f"teacher.run: {error}, in {folder}") from error
+
+
+def _earlier_runs(
+    config: DictConfig, overrides: Sequence[str]
+) -> Iterator[tuple[Node, Path, dict[str, Any] | None]]:
+    """Configuration and folder of each, in the order of their training; metrics if finished."""
+    for earlier in earlier_runs(config, overrides):
+        node = plain(earlier.config, earlier.overrides)
+        check_sections(node)
+        yield (
+            node,
+            earlier.folder,
+            (finished(earlier.folder, node) or finished_elsewhere(earlier.folder, node)),
+        )

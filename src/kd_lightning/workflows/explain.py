@@ -21,7 +21,7 @@ from kd_lightning.data.module import ImageDataModule
 from kd_lightning.data.views import PLAIN, Normalization
 from kd_lightning.distill.teacher import FrozenTeacher
 from kd_lightning.errors import InputError
-from kd_lightning.files import replacing
+from kd_lightning.files import replacing, tidy
 from kd_lightning.losses import Context
 from kd_lightning.losses.pairs import LayerPairs, Pair
 from kd_lightning.models.features import FeatureReader, Output, layer_shapes
@@ -164,7 +164,7 @@ def _load_teacher(config: Node, metrics: Node) -> FrozenTeacher:
         load_initial(model, section["model"], weights)
     else:
         store = Path(config["output_dir"]) / "teachers"
-        name = f"{section['name']}-{str(metrics.get('teacher_key'))[:16]}"
+        name = f"{tidy(section['name'])}-{str(metrics.get('teacher_key'))[:16]}"
         load_weights(model, store / name / "teacher.safetensors")
     return FrozenTeacher(
         model,

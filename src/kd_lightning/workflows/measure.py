@@ -108,7 +108,8 @@ def measure(
         found["measured_on"] = _measured_on(place, threads)
         with directory.lock():
             metrics = directory.read_metrics()
-            kept = {key: metrics[key] for key in metrics if not key.startswith(MEASURED)}
+            old = (*MEASURED, *(("teacher_macs", "teacher_bytes") if not taught else ()))
+            kept = {key: metrics[key] for key in metrics if not key.startswith(old)}
             directory.write_metrics({**kept, **found})
         yield directory.path, found
 

@@ -57,18 +57,24 @@ def find_images(places: Iterable[str | Path]) -> list[Path]:
 
 
 def _below(root: Path) -> list[Path]:
+    """The images below a folder. Links are followed to folders outside of it, each once."""
     found: list[Path] = []
-    entered = {root.resolve()}  # links may be circular
+    real_root, entered = root.resolve(), set()
 
-    def is_new(folder: Path) -> bool:
+    def is_entered(folder: Path) -> bool:
+        if not folder.is_symlink():
+            return True
         real = folder.resolve()
-        return real not in entered and not entered.add(real)
+        within = real.is_relative_to(real_root) or real_root.is_relative_to(real)
+        new = not within and real not in entered
+        entered.add(real)
+        return new
 
     def unreadable(error: OSError) -> None:
         found.append(Path(error.filename))
 
     for folder, below, files in os.walk(root, onerror=unreadable, followlinks=True):
-        below[:] = [n for n in sorted(below) if not is_hidden(n) and is_new(Path(folder, n))]
+        below[:] = [n for n in sorted(below) if not is_hidden(n) and is_entered(Path(folder, n))]
         names = (name for name in files if is_image_name(name) and not is_hidden(name))
         found += [Path(folder, name) for name in sorted(names)]
     return found

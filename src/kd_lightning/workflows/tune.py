@@ -22,6 +22,7 @@ from kd_lightning.config.naming import config_key, register
 from kd_lightning.config.nodes import Node, select
 from kd_lightning.config.tree import tree_folder
 from kd_lightning.errors import InputError, RunError
+from kd_lightning.files import tidy
 from kd_lightning.workflows.student import run
 
 FAILURES = 3
@@ -82,10 +83,11 @@ def default_space(config: Node) -> dict[str, Range]:
         path, weight = f"method.terms.{name}", float(term["weight"])
         if weight > 0:
             space.setdefault(f"{path}.weight", Range(weight / WIDTH, weight * WIDTH, log=True))
-        temperature = float(term.get("temperature", 0))
+        temperature = term.get("temperature")
         if weight == 0:
             space[f"{path}.temperature"] = None
-        elif temperature >= TEMPERATURE.low:  # not that of contrastive terms
+        elif isinstance(temperature, int | float) and temperature >= TEMPERATURE.low:
+            # Not that of contrastive terms.
             space.setdefault(f"{path}.temperature", _around(temperature, TEMPERATURE))
     several = len(config["method"]["terms"]) > 1
     return {
@@ -190,7 +192,7 @@ def tune(
     space = dict(space or default_space(config))
     composed([override(path, space[path].low) for path in space])  # there must be such keys
     given = {path: _number(config, path) for path in space}  # of the unmodified configuration
-    start = f"{config['method']['name']}-{config['student']['name']}-{config['setting']}"
+    start = tidy(f"{config['method']['name']}-{config['student']['name']}-{config['setting']}")
     name = name or f"{start}-{key[:8]}"
     folder = Path(config["output_dir"]) / "tuning"
     folder.mkdir(parents=True, exist_ok=True)
