@@ -65,7 +65,8 @@ def main() -> None:
     command = commands.add_parser("remove", help="remove caches", parents=[place])
     command.add_argument("names", nargs="+", metavar="NAME", help="or: all")
     arguments = parser.parse_args()
-    find_own_packages()
+    if arguments.command == "fill" or getattr(arguments, "trust", ()):
+        find_own_packages()
     root = Path(getattr(arguments, "output_dir", "outputs")) / "teachers" / "remembered"
     run(arguments, root)
 

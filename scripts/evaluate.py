@@ -22,7 +22,8 @@ def main() -> None:
         help="your own packages that contain the run's model or data",
     )
     arguments = parser.parse_args()
-    find_own_packages()
+    if arguments.trust:
+        find_own_packages()
 
     with importing():
         from kd_lightning import api

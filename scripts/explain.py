@@ -28,7 +28,8 @@ def main() -> None:
         help="your own packages that contain the run's models or data",
     )
     arguments = parser.parse_args()
-    find_own_packages()
+    if arguments.trust:
+        find_own_packages()
     if arguments.images < 2:
         raise InputError("--images must be at least 2")
 

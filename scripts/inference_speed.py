@@ -36,7 +36,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--trust", nargs="+", default=[], metavar="PACKAGE")
     arguments = parser.parse_args()
-    find_own_packages()
+    if arguments.trust:
+        find_own_packages()
     for place in arguments.images:
         if not Path(place).exists():
             raise InputError(f"{place} does not exist")

@@ -30,7 +30,8 @@ def main() -> None:
         help="your own packages that contain the models of a run",
     )
     arguments = parser.parse_args()
-    find_own_packages()
+    if arguments.trust:
+        find_own_packages()
     # A glob of a setting's folder also matches its tables and pictures.
     runs = [run for run in arguments.runs if not Path(run).is_file()] or arguments.runs
     if arguments.seconds <= 0 or (arguments.threads is not None and arguments.threads < 1):

@@ -44,7 +44,8 @@ def main() -> None:
         help="your own packages that contain the run's model, or the .pt2 file itself",
     )  # fmt: skip
     arguments = parser.parse_args()
-    find_own_packages()
+    if arguments.trust:
+        find_own_packages()
     if run(arguments):
         sys.exit(SKIPPED)
 
@@ -73,7 +74,10 @@ def run(arguments: argparse.Namespace) -> int:
             best = zip(prediction.classes, prediction.probabilities, strict=True)
             for rank, (name, probability) in enumerate(best, start=1):
                 suffix = "" if rank == 1 else f"_{rank}"
-                row |= {f"class{suffix}": name, f"probability{suffix}": round(probability, 6)}
+                row |= {
+                    f"class{suffix}": readable(name),
+                    f"probability{suffix}": round(probability, 6),
+                }
             yield row
 
     with _opened(out) as stream:

@@ -339,10 +339,12 @@ def test_evaluate_rejects_folder_without_finished_run(run, break_it, message):
 def test_untrusted_run_cannot_execute_code(run, target):
     assert evaluate(run)["accuracy"] >= 0
     config = yaml.safe_load((run / "config.yaml").read_text())
-    config["student"]["model"] = {"_target_": target}
-    (run / "config.yaml").write_text(yaml.safe_dump(config))
-    with pytest.raises(InputError, match="rejected"):
-        evaluate(run)
+    for key in ("mean", "model"):
+        config["student"][key] = {"_target_": target}
+        (run / "config.yaml").write_text(yaml.safe_dump(config))
+        with pytest.raises(InputError, match="rejected"):
+            evaluate(run)
+        config["student"][key] = None
 
 
 def test_decompression_bomb_is_rejected(refused, folder, monkeypatch):

@@ -138,6 +138,10 @@ def test_untrusted_lightning_checkpoint_cannot_name_code(folder, tmp_path, part)
     for kwargs in ({}, {"weights_only": False}, {"trust": ["numpy"]}):
         with pytest.raises(InputError, match=r"hyper_parameters\._target_=os\.mkdir .* rejected"):
             DistillationModule.load_from_checkpoint(path, teacher=frozen(), **kwargs)
+    for key in ("hparams", "module_arguments"):  # Lightning takes these, too
+        torch.save({**content, "hyper_parameters": {}, key: {"student": evil}}, path)
+        with pytest.raises(InputError, match=rf"{key}\._target_=os\.mkdir .* rejected"):
+            DistillationModule.load_from_checkpoint(path, teacher=frozen())
     assert not (tmp_path / "made").exists()
 
     class Bomb:

@@ -75,13 +75,13 @@ def test_report_shows_costs_reliability_and_the_explanation_of_the_best_run(tmp_
     for method, accuracy in (("logit", 0.7), ("combined", 0.75)):
         run = write_run(tmp_path / "runs", method, val_accuracy=accuracy, **KNOWN)
         (run / "explanation").mkdir()
-        (run / "explanation" / "cka.png").write_bytes(method.encode())
+        (run / "explanation" / "cka.png").write_bytes(b"\x89PNG" + method.encode())
     out = tmp_path / "out"
     write_report([tmp_path / "runs"], out, page=True)
     text = (out / "results.md").read_text()
     for name in ("cost", "reliability", "cka"):
         assert f"![{name}]({name}.png)" in text
-    assert (out / "cka.png").read_bytes() == b"combined"
+    assert (out / "cka.png").read_bytes() == b"\x89PNGcombined"
     assert "![attention]" not in text
     assert "Calibration and cost" in (out / "report.html").read_text()
     # A table of runs gives the same figures.

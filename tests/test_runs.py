@@ -4,8 +4,6 @@ import csv
 import errno
 import json
 import os
-import subprocess  # noqa: F401 (named by test_user_packages_can_be_trusted)
-import sys
 import threading
 from pathlib import Path
 
@@ -17,7 +15,6 @@ from test_teachers import until_said
 from torch import nn
 
 from kd_lightning.config import stored
-from kd_lightning.config.trust import TRUSTED, check_trusted
 from kd_lightning.errors import InputError, RunError
 from kd_lightning.files import replacing
 from kd_lightning.models import ConvNet
@@ -289,91 +286,3 @@ def test_num_batches_tracked_is_optional():
     assert int(net.num_batches_tracked) == 7
     with pytest.raises(InputError):  # nothing else may be missing
         fit_state(net, state, "it")
-
-
-# --- trust -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "target",
-    ["os.system", "builtins.eval", "torch.hub.load", "subprocess.Popen", "torch.load",
-     "kd_lightning.data.folder.os.system",
-     "torchvision.models.squeezenet.torch.load", "kd_lightning.data.views.PLAIN"],
-)  # fmt: skip
-@pytest.mark.parametrize("nest", [lambda n: n, lambda n: {"a": [(1, {"b": n})]}, lambda n: [n]])
-def test_untrusted_targets_are_rejected_at_any_depth(target, nest):
-    node = {"_target_": "torch.nn.Identity", "inner": nest({"_target_": target, "x": 1})}
-    with pytest.raises(InputError, match=r"student\.model") as refused:
-        check_trusted(node, "student.model")
-    sentence = str(refused.value)
-    assert sentence.startswith(f"student.model._target_={target} is not in {', '.join(TRUSTED)}")
-    assert "--trust" in sentence
-
-
-@pytest.mark.parametrize(
-    "value",
-    ["${oc.env:HOME}", "a ${b}", ["x", {"y": "${oc.create:{_target_: torch.load, f: evil.pt}}"}]],
-)
-def test_interpolations_are_rejected(value):
-    """Resolved, one could become a target of its own, or a secret of this machine."""
-    node = {"_target_": "kd_lightning.models.ConvNet", "channels": value}
-    with pytest.raises(InputError, match=r"student\.model contains the interpolation"):
-        check_trusted(node, "student.model", ("mine",))
-
-
-@pytest.mark.parametrize(
-    "target",
-    ["torchvision.models.resnet.WeightsEnum.get_state_dict", "torch.nn.Linear.load_state_dict",
-     "torchvision.models._api.get_model", "torch.nn.modules._functions.BackwardHookFunction"],
-)  # fmt: skip
-def test_private_functions_and_methods_are_rejected(target):
-    with pytest.raises(InputError, match="rejected"):
-        check_trusted({"_target_": target}, "student.model")
-
-
-def test_untrusted_modules_are_not_imported():
-    sys.modules.pop("this", None)
-    with pytest.raises(InputError, match="rejected"):
-        check_trusted({"_target_": "this.s"}, "student.model")
-    assert "this" not in sys.modules
-
-
-def test_user_packages_can_be_trusted(run):
-    run.write_config({**CONFIG, "student": {"model": {"_target_": "test_runs.own"}}})
-    run.save_weights(model())
-    for trust in ((), ("test",), ("elsewhere", "kd_lightning.files")):
-        with pytest.raises(InputError, match="--trust"):
-            run.load_student(trust)
-    student, _ = run.load_student(trust=("elsewhere", "test_runs"))
-    assert type(student) is ConvNet
-    # A function that is only imported there is still rejected.
-    with pytest.raises(InputError, match="--trust"):
-        check_trusted({"_target_": "test_runs.subprocess.run"}, "x", ("test_runs",))
-
-
-def own():
-    return model()
-
-
-@pytest.mark.parametrize(
-    "target", ["kd_lightning.models.ConvNet", "torch.nn.Linear", "torchvision.models.resnet18"]
-)
-def test_models_and_layers_are_trusted(target):
-    check_trusted({"_target_": target, "parts": [{"_target_": "torch.nn.ReLU"}]}, "student.model")
-
-
-def test_untrusted_student_is_not_built(run):
-    config = json.loads(json.dumps(CONFIG))
-    config["student"]["model"] = {"_target_": "os.mkdir", "path": str(run.path / "made")}
-    run.write_config(config)
-    run.save_weights(model())
-    with pytest.raises(InputError, match=r"^student\.model\._target_=os.mkdir .* rejected"):
-        run.load_student()
-    assert not (run.path / "made").exists()
-
-
-def test_invalid_student_node_is_reported(run):
-    for node in ({**MODEL, "depth": 3}, {"_target_": "kd_lightning.models.Nothing"}):
-        run.write_config({**CONFIG, "student": {"model": node}})
-        with pytest.raises(InputError, match=r"^student\.model"):
-            run.load_student()

@@ -3,6 +3,7 @@
 import argparse
 import codecs
 import os
+import re
 import sys
 import unicodedata
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,7 @@ _ASCII = {
     "ß": "ss",
 }
 _ERRORS = "kd_lightning.ascii"
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but tabs and line ends
 
 
 def _replace(error: UnicodeError) -> tuple[str, int]:
@@ -85,7 +87,8 @@ def say(what: str | Table, error: bool = False) -> None:
         return
     out = console(error)
     if isinstance(what, str):
-        text = f"{what}\n".replace("±", printable("±", error))
+        text = _CONTROL.sub(lambda found: repr(found[0])[1:-1], f"{what}\n")
+        text = text.replace("±", printable("±", error))
     else:
         with out.capture() as captured:
             out.print(what)

@@ -121,7 +121,7 @@ def read_packed(file: str | Path) -> PackedTeacher:
         raise InputError(f"teacher.outputs={file} does not exist")
     try:
         with zipfile.ZipFile(path) as archive:
-            manifest = json.loads(archive.read(MANIFEST))
+            manifest = read_manifest(archive)
         if manifest["format"] == 1:
             raise InputError(
                 f"{file} is a single cache, which does not describe its teacher: pack it again "
@@ -130,6 +130,17 @@ def read_packed(file: str | Path) -> PackedTeacher:
         return _teacher(path, manifest)
     except DAMAGED as error:
         raise InputError(f"{file} is damaged, or not a packed teacher: {error}") from error
+
+
+def read_manifest(archive: zipfile.ZipFile) -> Any:
+    """The manifest of a packed file, which is small.
+
+    Raises:
+        ValueError, KeyError, ...: see `DAMAGED`.
+    """
+    if archive.getinfo(MANIFEST).file_size > _LARGEST:
+        raise ValueError("its manifest is too large")
+    return json.loads(archive.read(MANIFEST))
 
 
 def _teacher(path: Path, manifest: Mapping[str, Any]) -> PackedTeacher:

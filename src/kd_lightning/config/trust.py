@@ -1,14 +1,18 @@
-"""Restricts which code a `_target_` in a file on disk may refer to."""
+"""Restricts which code a `_target_` in a file on disk may refer to.
 
-from collections.abc import Iterable
+An untrusted file must not run arbitrary code. So it may name only networks, data sets, loss terms,
+optimizers and schedulers of these packages, which do nothing but what they are for: not any
+function there, of which some load files or import modules that their arguments name.
+"""
+
+import inspect
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from kd_lightning.config.nodes import Node, find_target
 from kd_lightning.config.packed import NETWORK
 from kd_lightning.errors import InputError
 
-# A `_target_` in a file on disk is accepted only if it is a class or function defined in one of
-# these packages, so that an untrusted file cannot run arbitrary code.
 TRUSTED = (
     "kd_lightning.models",
     "kd_lightning.data",
@@ -21,6 +25,18 @@ TRUSTED = (
 NAMED = ("lightning.pytorch.Trainer", NETWORK)
 """Classes elsewhere that configurations of runs name, without side effects when constructed."""
 
+FUNCTIONS = ("kd_lightning.schedules", "torch.nn.functional")
+"""Modules of which public functions are accepted, too."""
+
+BUILDERS = ("kd_lightning.models.named.timm_model", "kd_lightning.models.named.torchvision_model")
+
+_WEIGHTS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
+"""Arguments by which a builder of torchvision reads a pickled file, or downloads it."""
+
+_ARGUMENTS = ("hyper_parameters", "hparams", "module_arguments")  # the last two: of old versions
+
+_VALUES = (str, int, float, type(None))
+
 
 def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
     """Check that a node read from a file may be instantiated.
@@ -31,49 +47,91 @@ def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
         trust: your own packages and modules to trust in addition.
 
     Raises:
-        InputError: a target, after resolving its name, is not a public class or function of a
-            trusted package; or a value is an interpolation, which could become a target.
+        InputError: a target, after resolving its name, is not a network, a data set, a loss term,
+            an optimizer or a scheduler of a trusted package; or a value is an interpolation, which
+            could become a target, or none that a run writes.
     """
     own = tuple(trust)
-    for name in _targets(node, path):
-        if name not in NAMED and not _trusted(name, path, own):
+    for nested in _nodes(node, path):
+        name = str(nested["_target_"])
+        if name not in NAMED and not _trusted(name, nested, path, own):
             raise InputError(
-                f"{path}._target_={name} is not in {', '.join((*TRUSTED, *own))}, or private or a "
-                "method there: rejected, because untrusted files could run arbitrary code; if it "
-                "is your own code, trust its package by name: --trust PACKAGE, or trust=[PACKAGE] "
-                "in Python"
+                f"{path}._target_={name} is not in {', '.join((*TRUSTED, *own))}, or is no "
+                "network, data set, loss term, optimizer or scheduler there, or has pretrained "
+                "weights: rejected, because untrusted files could run arbitrary code; if it is "
+                "your own code, trust its package by name: --trust PACKAGE, or trust=[PACKAGE] in "
+                "Python"
             )
 
 
-def _trusted(name: str, path: str, own: tuple[str, ...]) -> bool:
+def check_arguments(checkpoint: Any, trust: Iterable[str] = ()) -> None:
+    """Check the arguments of a module that Lightning takes from a checkpoint.
+
+    Raises:
+        InputError: as `check_trusted`.
+    """
+    for key in _ARGUMENTS:
+        if isinstance(checkpoint, dict):
+            check_trusted(checkpoint.get(key, {}), key, trust)
+
+
+def _trusted(name: str, node: Node, path: str, own: tuple[str, ...]) -> bool:
     # Untrusted names are not even imported.
     if not _within(name, (*TRUSTED, *own)):
         return False
     # The name alone is not sufficient, as `kd_lightning.models.convnet.nn.Module` is defined
     # elsewhere.
     found = find_target(name, path)
-    module = f"{getattr(found, '__module__', '')}."
+    module = str(getattr(found, "__module__", ""))
     if _within(name, own):
-        return _within(module, (*TRUSTED, *own))
-    # Private functions, and methods of any object that a file describes, may read other files.
-    private = any(part.startswith("_") for part in name.split("."))
-    method = "." in getattr(found, "__qualname__", "")
-    return _within(module, TRUSTED) and not private and not method
+        return _within(f"{module}.", (*TRUSTED, *own))
+    qualified = str(getattr(found, "__qualname__", "."))
+    if not _within(f"{module}.", TRUSTED) or "." in qualified or qualified.startswith("_"):
+        return False
+    if inspect.isclass(found):
+        return module.startswith("kd_lightning.") or _is_part_of_training(found)
+    if module in FUNCTIONS or f"{module}.{qualified}" in BUILDERS:
+        return True
+    return _builds_classifier(qualified, module) and not any(node.get(key) for key in _WEIGHTS)
+
+
+def _is_part_of_training(found: type) -> bool:
+    """Whether a class of torch or torchvision is a network, an optimizer or a scheduler."""
+    from torch import nn, optim
+
+    kinds = (nn.Module, optim.Optimizer, optim.lr_scheduler.LRScheduler)
+    wraps_objects = found.__module__.startswith(("torch.nn.cpp", "torch.nn.parallel"))
+    return issubclass(found, kinds) and not wraps_objects
+
+
+def _builds_classifier(name: str, module: str) -> bool:
+    """Whether a function is one of torchvision's that build a network for classification."""
+    import torchvision
+
+    models: Any = torchvision.models
+    if not module.startswith("torchvision.models.") or name not in models.list_models(models):
+        return False
+    return str(models.get_model_builder(name).__module__) == module
 
 
 def _within(name: str, packages: Iterable[str]) -> bool:
     return name.startswith(tuple(f"{package}." for package in packages))
 
 
-def _targets(node: Any, path: str) -> list[str]:
+def _nodes(node: Any, path: str) -> Iterator[Node]:
+    """All nodes with a `_target_`."""
     if isinstance(node, dict):
-        own = [str(node["_target_"])] if "_target_" in node else []
-        return own + [target for value in node.values() for target in _targets(value, path)]
-    if isinstance(node, list | tuple):  # tuples in checkpoints
-        return [target for value in node for target in _targets(value, path)]
-    if isinstance(node, str) and "${" in node:
+        if "_target_" in node:
+            yield node
+        for value in node.values():
+            yield from _nodes(value, path)
+    elif isinstance(node, list | tuple):  # tuples in checkpoints
+        for value in node:
+            yield from _nodes(value, path)
+    elif isinstance(node, str) and "${" in node:
         raise InputError(
             f"{path} contains the interpolation {node!r}: rejected, because a run writes values "
             "only, and untrusted files could run arbitrary code"
         )
-    return []
+    elif not isinstance(node, _VALUES):
+        raise InputError(f"{path} contains {node!r}, which no run writes: rejected")

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from kd_lightning.config.nodes import Node, build, without
-from kd_lightning.config.trust import check_trusted
+from kd_lightning.config.trust import check_arguments
 from kd_lightning.data.loading import Batch, Shown
 from kd_lightning.distill import metrics
 from kd_lightning.distill.batchnorm import min_batch_size
@@ -134,7 +134,7 @@ class DistillationModule(LightningModule):
             InputError: the checkpoint refers to untrusted code.
         """
         content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        check_trusted(content.get("hyper_parameters", {}), "hyper_parameters", trust)
+        check_arguments(content, trust)
         kwargs["weights_only"] = True
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 

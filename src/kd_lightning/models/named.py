@@ -5,8 +5,10 @@ are loaded once, at the start of a training (`pretrained_state`), so that a run'
 stored teacher is rebuilt from its file alone.
 """
 
+import contextlib
 import difflib
-from collections.abc import Callable, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -129,16 +131,37 @@ def pretrained_state(
     settings = pretrained_settings(builder, arguments)
     options = {key: value for key, value in arguments.items() if key != "num_classes"}
     if builder is timm_model:
-        network = _timm().create_model(**options, num_classes=settings.num_classes, pretrained=True)
+        with _no_pickled_code():
+            network = _timm().create_model(
+                **options, num_classes=settings.num_classes, pretrained=True
+            )
     else:
         chosen = _torchvision_weights(**arguments)
         options = {key: value for key, value in options.items() if key != "weights"}
         name = options.pop("model_name")
-        network = models.get_model(name, weights=chosen, progress=False, **options)
+        with _no_pickled_code():
+            network = models.get_model(name, weights=chosen, progress=False, **options)
         # GoogLeNet and Inception v3 normalise their input themselves.
         if getattr(network, "transform_input", False) != options.get("transform_input", False):
             raise ValueError(f"the weights of {name} need the model's option transform_input: true")
     return network.state_dict()
+
+
+@contextlib.contextmanager
+def _no_pickled_code() -> Iterator[None]:
+    """Let `torch.load` read tensors only, whatever its caller says: files in the cache of
+    downloaded weights are not compared with their hashes.
+    """
+    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
+    before = os.environ.get(key)
+    os.environ[key] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[key]
+        else:
+            os.environ[key] = before
 
 
 def _timm() -> ModuleType:

@@ -1,6 +1,7 @@
 """Preparation of a newly built model for training or loading."""
 
 import itertools
+import re
 
 import torch
 import torch.nn.functional as F
@@ -31,6 +32,9 @@ def materialize(model: nn.Module, image_size: int, whose: str = "the model") -> 
                 f"{whose} cannot be stored: its state contains {key}, which is not a tensor but of "
                 f"type {type(value).__name__}"
             )
+    for name in (*dict(model.named_modules()), *model.state_dict()):
+        if re.search(r"[\"'\\\n\r]", name):  # torch generates programs that contain the names
+            raise InputError(f"{whose} has a module or weight of the name {name!r}, with quotes")
     images = blank(model, image_size)
     if not any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         trial = stand_in(model)

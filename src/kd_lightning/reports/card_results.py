@@ -1,5 +1,6 @@
 """The results of a model card: accuracy with intervals, calibration and cost."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -15,6 +16,7 @@ CALIBRATION = (
 COST = ("parameters", "macs", "file_bytes", "teacher_parameters", "teacher_macs", "teacher_bytes")
 MEASURED = ("latency_", "memory_", "teacher_latency_", "teacher_memory_")
 BAR = r"\|"
+UNUSUAL = r"[^\w .,:%()/+@-]"  # characters in the name of a machine
 UNITS = {"fraction": " %", "milliseconds": " ms"}
 
 
@@ -45,7 +47,7 @@ def result_tables(folder: Path, metrics: Node) -> list[str]:
     if cost := _figures(metrics, [*COST, *measured]):
         found += ["### Cost", _table(cost)]
         if metrics.get("measured_on"):
-            found.append(f"Measured on: {metrics['measured_on']}.")
+            found.append(f"Measured on: {re.sub(UNUSUAL, ' ', str(metrics['measured_on']))}.")
     return found
 
 

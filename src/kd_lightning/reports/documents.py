@@ -168,7 +168,8 @@ def _explanation_of_best(finished: pd.DataFrame) -> dict[str, bytes]:
     paths = [
         Path(str(_best(explained)["folder"])) / "explanation" / f"{n}.png" for n in EXPLANATIONS
     ]
-    return {path.stem: path.read_bytes() for path in paths if path.exists()}
+    found = ((path.stem, path.read_bytes()) for path in paths if path.exists())
+    return {name: picture for name, picture in found if picture.startswith(b"\x89PNG")}
 
 
 def _reliability_of_best(finished: pd.DataFrame) -> "Figure | None":

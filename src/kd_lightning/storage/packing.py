@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kd_lightning.config.packed import DAMAGED, MANIFEST, TEACHER_FORMAT
+from kd_lightning.config.packed import DAMAGED, MANIFEST, TEACHER_FORMAT, read_manifest
 from kd_lightning.data.views import PLAIN
 from kd_lightning.errors import InputError
 from kd_lightning.files import hold, read_json, replacing
@@ -144,7 +144,7 @@ def unpack(file: Path, root: Path, restore: bool = False) -> list[Unpacked]:
             largest = max(part.file_size for part in archive.infolist())
             caches = [
                 (_rows(cache, root, largest), prefix, dict(cache["files"]))
-                for prefix, cache in _caches(json.loads(archive.read(MANIFEST)))
+                for prefix, cache in _caches(read_manifest(archive))
             ]
             new = [[name for name in files if _is_new(name, rows)] for rows, _, files in caches]
             differ = [

@@ -51,7 +51,7 @@ def evaluate(
         raise InputError(
             f"{run_dir} contains a run that was never tested, such as those of a search"
         )
-    for path, node in (("student.model", student_model(config)), ("data", config["data"])):
+    for path, node in (("student.model", student_model(config)), ("data", student_data(config))):
         check_trusted(node, path, trust)
     if data_root is not None:
         config["data"]["root"] = data_root

@@ -96,7 +96,7 @@ def explain(
     for path, node in (
         ("student.model", student_model(config)),
         ("teacher.model", config["teacher"]["model"]),
-        ("data", config["data"]),
+        ("data", student_data(config)),
     ):
         check_trusted(node, path, trust)
     if data_root is not None:

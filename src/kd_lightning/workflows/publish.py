@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import yaml
+from safetensors import SafetensorError, safe_open
 
 from kd_lightning.config.published import published_config, published_metrics
 from kd_lightning.errors import InputError, RunError
@@ -79,6 +80,10 @@ def _contents(directory: RunDirectory, options: CardOptions) -> dict[str, bytes 
     weights = directory.path / WEIGHTS
     if not weights.is_file():
         raise InputError(f"{directory.path} has no {WEIGHTS}")
+    try:
+        safe_open(weights, framework="pt")  # a link may lead to any other file
+    except SafetensorError as error:
+        raise InputError(f"{weights} is damaged: {error}") from error
     config = yaml.safe_dump(published_config(directory.read_config()), sort_keys=False)
     metrics = json.dumps(published_metrics(directory.read_metrics()), indent=2)
     return {
