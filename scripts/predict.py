@@ -19,7 +19,13 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from kd_lightning.errors import InputError
-from kd_lightning.files import find_own_packages, home, readable, replacing
+from kd_lightning.files import (
+    find_own_packages,
+    home,
+    readable,
+    replacing,
+    without_controls,
+)
 from kd_lightning.startup import importing, run_script
 
 SKIPPED = 3
@@ -75,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
             for rank, (name, probability) in enumerate(best, start=1):
                 suffix = "" if rank == 1 else f"_{rank}"
                 row |= {
-                    f"class{suffix}": readable(name),
+                    f"class{suffix}": without_controls(name),
                     f"probability{suffix}": round(probability, 6),
                 }
             yield row

@@ -142,6 +142,8 @@ def test_untrusted_lightning_checkpoint_cannot_name_code(folder, tmp_path, part)
         torch.save({**content, "hyper_parameters": {}, key: {"student": evil}}, path)
         with pytest.raises(InputError, match=rf"{key}\._target_=os\.mkdir .* rejected"):
             DistillationModule.load_from_checkpoint(path, teacher=frozen())
+    with pytest.raises(InputError, match="hparams_file is not supported"):
+        DistillationModule.load_from_checkpoint(path, hparams_file=tmp_path / "other.yaml")
     assert not (tmp_path / "made").exists()
 
     class Bomb:

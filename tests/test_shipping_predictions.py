@@ -67,6 +67,10 @@ def test_every_folder_is_searched_or_reported(tmp_path, monkeypatch):
     (photos / "really" / "b.png").touch()
     (photos / "up").symlink_to(tmp_path)
     (elsewhere / "back").symlink_to(photos)
+    (photos / "twice").symlink_to(elsewhere)
+    (photos / ".cache").mkdir()
+    (photos / ".cache" / "c.png").touch()
+    (photos / "cached").symlink_to(photos / ".cache")
     scan = os.scandir
 
     def refuse(folder):
@@ -75,7 +79,8 @@ def test_every_folder_is_searched_or_reported(tmp_path, monkeypatch):
         return scan(folder)
 
     monkeypatch.setattr(os, "scandir", refuse)
-    expected = [photos / "closed", photos / "linked" / "a.png", photos / "really" / "b.png"]
+    names = ("closed", "cached/c.png", "linked/a.png", "really/b.png")
+    expected = [photos / name for name in names]
     assert api.find_images([photos]) == expected
     long = tmp_path / ("x" * 300)
     assert api.find_images([long]) == [long]

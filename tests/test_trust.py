@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torchvision  # noqa: F401 (as well)
 import yaml
 from test_runs import CONFIG, MODEL, model
 
@@ -63,6 +64,8 @@ def test_private_functions_and_methods_are_rejected(target):
         {"_target_": "torchvision.models.get_model", "name": "resnet18"},
         {"_target_": "torchvision.models.resnet18", "weights": "DEFAULT"},
         {"_target_": "torchvision.models.resnet18", "pretrained": True},
+        {"_target_": "torchvision.models.resnet18", "_args_": ["DEFAULT"]},
+        {"_target_": "kd_lightning.data.decoded_rows.DecodedRows", "path": "x"},
         {"_target_": "torch.nn.cpp.ModuleWrapper"},
         {"_target_": "kd_lightning.models.named.pretrained_state"},
         {"_target_": "kd_lightning.data.decoding.decode", "file": "x"},
@@ -111,8 +114,11 @@ def test_user_packages_can_be_trusted(run):
     student, _ = run.load_student(trust=("elsewhere", "test_trust"))
     assert type(student) is ConvNet
     # A function that is only imported there is still rejected.
-    with pytest.raises(InputError, match="--trust"):
-        check_trusted({"_target_": "test_trust.subprocess.run"}, "x", ("test_trust",))
+    weights = "torchvision.models.resnet.ResNet18_Weights.DEFAULT.get_state_dict"
+    for name in ("subprocess.run", weights, "torchvision.models.get_model"):
+        with pytest.raises(InputError, match="--trust"):
+            check_trusted({"_target_": f"test_trust.{name}"}, "x", ("test_trust",))
+    check_trusted({"_target_": "test_trust.torchvision.models.resnet18"}, "x", ("test_trust",))
 
 
 def own():
@@ -120,7 +126,16 @@ def own():
 
 
 @pytest.mark.parametrize(
-    "target", ["kd_lightning.models.ConvNet", "torch.nn.Linear", "torchvision.models.resnet18"]
+    "target",
+    [
+        "kd_lightning.models.ConvNet",
+        "torch.nn.Linear",
+        "torchvision.models.resnet18",
+        "torchvision.models.convnext.CNBlockConfig",
+        "torch.nn.init.normal_",
+        "torch.optim.lr_scheduler.CosineAnnealingLR",
+        "torch.nn.functional.relu",
+    ],
 )
 def test_models_and_layers_are_trusted(target):
     check_trusted({"_target_": target, "parts": [{"_target_": "torch.nn.ReLU"}]}, "student.model")

@@ -111,6 +111,11 @@ def readable(path: str | os.PathLike[str]) -> str:
         text = os.fsencode(text).decode("utf-8", "backslashreplace")
     except UnicodeEncodeError:  # not a valid name on this file system
         text = text.encode("utf-8", "backslashreplace").decode()
+    return without_controls(text)
+
+
+def without_controls(text: str) -> str:
+    """Replace control characters, which a terminal would obey, by backslash escapes."""
     return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda found: repr(found[0])[1:-1], text)
 
 

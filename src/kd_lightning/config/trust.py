@@ -6,6 +6,7 @@ function there, of which some load files or import modules that their arguments 
 """
 
 import inspect
+import sys
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -25,10 +26,20 @@ TRUSTED = (
 NAMED = ("lightning.pytorch.Trainer", NETWORK)
 """Classes elsewhere that configurations of runs name, without side effects when constructed."""
 
-FUNCTIONS = ("kd_lightning.schedules", "torch.nn.functional")
+FUNCTIONS = ("kd_lightning.schedules", "torch.nn.functional", "torch.nn.init")
 """Modules of which public functions are accepted, too."""
 
 BUILDERS = ("kd_lightning.models.named.timm_model", "kd_lightning.models.named.torchvision_model")
+
+SETTINGS = (
+    "torchvision.models.convnext.CNBlockConfig",
+    "torchvision.models.efficientnet.FusedMBConvConfig",
+    "torchvision.models.efficientnet.MBConvConfig",
+    "torchvision.models.mobilenetv3.InvertedResidualConfig",
+    "torchvision.models.regnet.BlockParams",
+    "torchvision.models.vision_transformer.ConvStemConfig",
+)
+"""Classes of numbers that networks of torchvision are built from."""
 
 _WEIGHTS = ("weights", "weights_backbone", "pretrained", "pretrained_backbone")
 """Arguments by which a builder of torchvision reads a pickled file, or downloads it."""
@@ -59,20 +70,37 @@ def check_trusted(node: Node, path: str, trust: Iterable[str] = ()) -> None:
                 f"{path}._target_={name} is not in {', '.join((*TRUSTED, *own))}, or is no "
                 "network, data set, loss term, optimizer or scheduler there, or has pretrained "
                 "weights: rejected, because untrusted files could run arbitrary code; if it is "
-                "your own code, trust its package by name: --trust PACKAGE, or trust=[PACKAGE] in "
-                "Python"
+                "your own run, trust its package or module by name: --trust PACKAGE, or "
+                "trust=[PACKAGE] in Python"
             )
 
 
-def check_arguments(checkpoint: Any, trust: Iterable[str] = ()) -> None:
+def check_arguments(
+    checkpoint: Any,
+    trust: Iterable[str] = (),
+    map_location: Any = None,
+    hparams_file: object = None,
+    *_: object,
+    **__: object,
+) -> None:
     """Check the arguments of a module that Lightning takes from a checkpoint.
+
+    Args:
+        checkpoint: its content.
+        trust: see `check_trusted`.
+        map_location: see `LightningModule.load_from_checkpoint`; not used.
+        hparams_file: see there; not accepted, as it would replace what is checked.
 
     Raises:
         InputError: as `check_trusted`.
     """
+    if hparams_file is not None:
+        raise InputError("hparams_file is not supported: the arguments are those of the checkpoint")
     for key in _ARGUMENTS:
-        if isinstance(checkpoint, dict):
-            check_trusted(checkpoint.get(key, {}), key, trust)
+        arguments = checkpoint.get(key, {}) if isinstance(checkpoint, dict) else {}
+        check_trusted(arguments, key, trust)
+        if isinstance(arguments, dict) and "_instantiator" in arguments:  # names a function
+            raise InputError(f"{key} contains _instantiator: rejected")
 
 
 def _trusted(name: str, node: Node, path: str, own: tuple[str, ...]) -> bool:
@@ -83,19 +111,28 @@ def _trusted(name: str, node: Node, path: str, own: tuple[str, ...]) -> bool:
     # elsewhere.
     found = find_target(name, path)
     module = str(getattr(found, "__module__", ""))
-    if _within(name, own):
-        return _within(f"{module}.", (*TRUSTED, *own))
+    if _within(name, own) and _within(f"{module}.", own):
+        return True
     qualified = str(getattr(found, "__qualname__", "."))
     if not _within(f"{module}.", TRUSTED) or "." in qualified or qualified.startswith("_"):
         return False
-    if inspect.isclass(found):
-        return module.startswith("kd_lightning.") or _is_part_of_training(found)
-    if module in FUNCTIONS or f"{module}.{qualified}" in BUILDERS:
+    if f"{module}.{qualified}" in (*BUILDERS, *SETTINGS) or module in FUNCTIONS:
         return True
-    return _builds_classifier(qualified, module) and not any(node.get(key) for key in _WEIGHTS)
+    if inspect.isclass(found):
+        return (
+            _is_exported(found) if _within(module, ("kd_lightning",)) else _is_for_training(found)
+        )
+    with_weights = node.get("_args_") or any(node.get(key) for key in _WEIGHTS)
+    return _builds_classifier(qualified, module) and not with_weights
 
 
-def _is_part_of_training(found: type) -> bool:
+def _is_exported(found: type) -> bool:
+    """Whether a class is part of the public interface of one of this project's packages."""
+    package = sys.modules[".".join(found.__module__.split(".")[:2])]
+    return getattr(package, found.__name__, None) is found
+
+
+def _is_for_training(found: type) -> bool:
     """Whether a class of torch or torchvision is a network, an optimizer or a scheduler."""
     from torch import nn, optim
 

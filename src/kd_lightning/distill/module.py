@@ -128,13 +128,13 @@ class DistillationModule(LightningModule):
             checkpoint_path: the file.
             args: see Lightning.
             trust: your own packages that the checkpoint may import; see `check_trusted`.
-            kwargs: arguments not stored in the checkpoint: the ``teacher``.
+            kwargs: arguments not stored in the checkpoint: the ``teacher``; not ``hparams_file``.
 
         Raises:
             InputError: the checkpoint refers to untrusted code.
         """
         content = torch.load(checkpoint_path, map_location="cpu", weights_only=True)
-        check_arguments(content, trust)
+        check_arguments(content, trust, *args, **kwargs)
         kwargs["weights_only"] = True
         return super().load_from_checkpoint(checkpoint_path, *args, **kwargs)
 

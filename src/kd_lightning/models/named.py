@@ -152,16 +152,14 @@ def _no_pickled_code() -> Iterator[None]:
     """Let `torch.load` read tensors only, whatever its caller says: files in the cache of
     downloaded weights are not compared with their hashes.
     """
-    key = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
-    before = os.environ.get(key)
-    os.environ[key] = "1"
+    keys = ("TORCH_FORCE_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD")
+    before = {key: os.environ.pop(key) for key in keys if key in os.environ}
+    os.environ[keys[0]] = "1"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[key]
-        else:
-            os.environ[key] = before
+        os.environ.pop(keys[0], None)
+        os.environ.update(before)
 
 
 def _timm() -> ModuleType:

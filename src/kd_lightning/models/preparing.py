@@ -32,9 +32,13 @@ def materialize(model: nn.Module, image_size: int, whose: str = "the model") -> 
                 f"{whose} cannot be stored: its state contains {key}, which is not a tensor but of "
                 f"type {type(value).__name__}"
             )
-    for name in (*dict(model.named_modules()), *model.state_dict()):
+    parts = [model.named_modules, model.named_parameters, model.named_buffers]
+    for name in (name for part in parts for name, _ in part(remove_duplicate=False)):
         if re.search(r"[\"'\\\n\r]", name):  # torch generates programs that contain the names
-            raise InputError(f"{whose} has a module or weight of the name {name!r}, with quotes")
+            raise InputError(
+                f"{whose} has a module or weight of the name {name!r}; quotes, backslashes and "
+                "line ends are not supported"
+            )
     images = blank(model, image_size)
     if not any(map(is_lazy, [*model.parameters(), *model.buffers()])):
         trial = stand_in(model)
@@ -73,6 +77,9 @@ def takes_channels_last(model: nn.Module, image_size: int) -> bool:
     try:
         trial = copied(model)
         to_memory_format(trial, torch.channels_last)
+    except Exception:  # copying a model's attributes may raise anything
+        trial = model
+    try:
         with torch.random.fork_rng(devices=[]), evaluation_mode(trial):
             trial(images)
     except Exception:  # if there is another reason, it is found where the model is used

@@ -57,27 +57,33 @@ def find_images(places: Iterable[str | Path]) -> list[Path]:
 
 
 def _below(root: Path) -> list[Path]:
-    """The images below a folder. Links are followed to folders outside of it, each once."""
+    """The images below a folder, and in folders that links lead to; each folder is read once."""
     found: list[Path] = []
-    real_root, entered = root.resolve(), set()
-
-    def is_entered(folder: Path) -> bool:
-        if not folder.is_symlink():
-            return True
-        real = folder.resolve()
-        within = real.is_relative_to(real_root) or real_root.is_relative_to(real)
-        new = not within and real not in entered
-        entered.add(real)
-        return new
+    entered: set[Path] = set()
+    outside = set(root.resolve().parents)
+    waiting = [root]  # links last, so that a folder below `root` has its own name
 
     def unreadable(error: OSError) -> None:
         found.append(Path(error.filename))
 
-    for folder, below, files in os.walk(root, onerror=unreadable, followlinks=True):
-        below[:] = [n for n in sorted(below) if not is_hidden(n) and is_entered(Path(folder, n))]
-        names = (name for name in files if is_image_name(name) and not is_hidden(name))
-        found += [Path(folder, name) for name in sorted(names)]
-    return found
+    for start in waiting:
+        for folder, below, files in os.walk(start, onerror=unreadable):
+            real = Path(folder).resolve()
+            if real in entered or real in outside:
+                below.clear()
+                continue
+            entered.add(real)
+            below[:] = [name for name in sorted(below) if not is_hidden(name)]
+            waiting += [link for name in below if (link := Path(folder, name)).is_symlink()]
+            names = (name for name in files if is_image_name(name) and not is_hidden(name))
+            found += [Path(folder, name) for name in names]
+    return sorted(found, key=_place)
+
+
+def _place(file: Path) -> list[tuple[int, str]]:
+    """Sort key: by folder, its files before the folders in it."""
+    *folders, name = file.parts
+    return [*((1, folder) for folder in folders), (0, name)]
 
 
 def predict_files(
