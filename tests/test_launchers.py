@@ -226,6 +226,9 @@ def test_trainer_of_a_command():
     assert trainer_of(["seed=0,1", "trainer=ddp", "-m"])["devices"] == "auto"
     assert trainer_of(["experiment=grid", "+trainer.num_nodes=2"])["num_nodes"] == 2
     assert trainer_of(["trainer.max_epochs=1,2"])["devices"] == 1
+    assert trainer_of(["experiment=grid,demo", "trainer=ddp", "-m"])["devices"] == "auto"
+    with pytest.raises(InputError, match="different numbers of processes"):
+        trainer_of(["trainer=ddp", "trainer.devices=1,2", "-m"])
 
 
 def test_processes_follow_from_the_launcher(variables):

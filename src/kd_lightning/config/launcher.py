@@ -6,8 +6,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, cast
 
 from hydra._internal.config_loader_impl import ConfigLoaderImpl
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
@@ -107,6 +109,9 @@ def trainer_of(arguments: Sequence[str]) -> Node:
 
     Args:
         arguments: of the command, as `commandline.prepare` returns them.
+
+    Raises:
+        InputError: it is a grid whose runs need different numbers of processes.
     """
     options = get_args_parser().parse_args(list(arguments))
     own = [
@@ -117,5 +122,12 @@ def trainer_of(arguments: Sequence[str]) -> Node:
         folder = f"file://{Path(options.config_dir).absolute()}"
         search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
     loader, name = ConfigLoaderImpl(search_path), options.config_name or "train"
-    composed: Any = loader.load_configuration(name, own, RunMode.RUN)
-    return cast(Node, OmegaConf.to_container(composed.trainer, resolve=True))
+    sweeper: Any = BasicSweeper
+    (runs,) = sweeper.split_arguments(OverridesParser.create().parse_overrides(own), None)
+    found = []
+    for run in runs:
+        composed: Any = loader.load_configuration(name, run, RunMode.RUN)
+        found.append(cast(Node, OmegaConf.to_container(composed.trainer, resolve=True)))
+    if len({str([trainer.get("devices"), trainer.get("num_nodes")]) for trainer in found}) > 1:
+        raise InputError("the runs of this grid need different numbers of processes")
+    return found[0]
