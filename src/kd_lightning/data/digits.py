@@ -47,7 +47,7 @@ def _values() -> np.ndarray:
     package = find_spec("sklearn")
     if package is None or package.origin is None:
         raise InputError(
-            "data=digits needs scikit-learn; install it with: pip install 'kd-lightning[digits]'"
+            "data=digits needs scikit-learn; install it with: pip install -e '.[digits]'"
         )
     path = Path(package.origin).with_name("datasets") / "data" / "digits.csv.gz"
     if path.exists():

@@ -42,7 +42,7 @@ def onnx_package(name: str) -> ModuleType:
         return importlib.import_module(name)
     except ImportError as error:
         raise InputError(
-            f"ONNX files need the package {error.name or name}: pip install 'kd-lightning[export]'"
+            f"ONNX files need the package {error.name or name}: pip install -e '.[export]'"
         ) from error
 
 

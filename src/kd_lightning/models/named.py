@@ -167,7 +167,7 @@ def _timm() -> ModuleType:
         import timm
     except ImportError as error:
         raise InputError(
-            "models by name need timm; install it with: pip install 'kd-lightning[timm]'"
+            "models by name need timm; install it with: pip install -e '.[timm]'"
         ) from error
     return timm
 
