@@ -80,7 +80,7 @@ def test_unknown_models_and_misplaced_options_are_refused(model, sentence):
 
 def test_missing_timm_is_one_sentence_with_the_command(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
-    with pytest.raises(InputError, match=r"pip install 'kd-lightning\[timm\]'"):
+    with pytest.raises(InputError, match=r"pip install -e '\.\[timm\]'"):
         build(node("test_resnet"), "student.model")
 
 

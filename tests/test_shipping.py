@@ -220,7 +220,7 @@ def test_invalid_exports_are_rejected(distilled, arguments, sentence):
 
 def test_missing_packages_are_named(distilled, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxscript", None)
-    with pytest.raises(InputError, match=r"onnxscript: pip install 'kd-lightning\[export\]'"):
+    with pytest.raises(InputError, match=r"onnxscript: pip install -e '\.\[export\]'"):
         api.export(distilled)
 
 
