@@ -40,6 +40,9 @@ sweeps.install()
 stamped: dict[Path, str] = {}
 """File digests by path, cached so that restarting a grid does not rehash for every finished run."""
 
+LOST_WORKERS = ("TerminatedWorkerError", "BrokenProcessPool", "UncompletedJobError")
+"""Errors of joblib and submitit."""
+
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -53,6 +56,7 @@ def main() -> None:
     128 + signal number.
     """
     find_own_packages()
+    logging.raiseExceptions = False  # of a log file on a full disk
     try:
         _main()
     except SystemExit as stop:
@@ -95,6 +99,10 @@ def _main() -> None:
         _fail(composition_error(error), 2)
     except OSError as error:
         _fail(f"output_dir cannot be written: {error.strerror}: {error.filename}", 2)
+    except RuntimeError as error:
+        if type(error).__name__ not in LOST_WORKERS:
+            raise
+        _fail("a process of the grid was killed; run the same command again to resume", 1)
     except (ValueError, TypeError) as error:  # other errors raised by Hydra's parser
         _fail(f"the command line cannot be read: {error}", 2)
     if exit_codes:

@@ -29,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 from kd_lightning.config.launcher import Launcher
 from kd_lightning.engine.supervision import handling_signals
 from kd_lightning.engine.worker import Task, Worker, check_environment, portable
-from kd_lightning.errors import InputError, RunError
+from kd_lightning.errors import InputError, RunError, Stopped
 from kd_lightning.terminal import say
 
 JOIN = 600.0
@@ -164,6 +164,8 @@ class Leader:
                     kind, value = follower.connection.recv()
                 except (OSError, EOFError) as error:
                     raise RunError(LOST.format(rank=follower.rank)) from error
+                if kind == "stop":
+                    raise Stopped(value)
                 if kind == "error":
                     errors.append((follower.host, value))
                 results[follower.host] = value
@@ -209,7 +211,10 @@ class Follower:
             port, token = self._store.get("leader").decode().split()
         except RuntimeError as error:
             raise _late(launcher) from error
-        connected = socket.create_connection((address, int(port)), timeout=JOIN)
+        try:
+            connected = socket.create_connection((address, int(port)), timeout=JOIN)
+        except OSError as error:
+            raise _late(launcher) from error
         connected.settimeout(None)
         _keep_alive(connected)
         self._link = Connection(connected.detach())
@@ -327,6 +332,10 @@ def _late(launcher: Launcher) -> RunError:
 def _keep_alive(connection: socket.socket) -> None:
     """Let the loss of a machine break the connection, within about a minute."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (("TCP_KEEPIDLE", 30), ("TCP_KEEPINTVL", 10), ("TCP_KEEPCNT", 3)):
+    # The last one while data is on the way, which suspends the probes.
+    options = {
+        "TCP_KEEPIDLE": 30, "TCP_KEEPINTVL": 10, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 60_000
+    }  # fmt: skip
+    for option, value in options.items():
         if hasattr(socket, option):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)

@@ -122,10 +122,10 @@ class TeacherStore:
         partial = place.with_name(f"{place.name}.partial")
         partial.mkdir(exist_ok=True)
         facts = train(partial)
-        shutil.rmtree(partial / "checkpoints", ignore_errors=True)
         digest = file_sha256(partial / "teacher.safetensors")
         write_json(partial / "teacher.json", {"key": key, "sha256": digest, "facts": facts})
         partial.rename(place)
+        shutil.rmtree(place / "checkpoints", ignore_errors=True)  # not before it is complete
         return StoredTeacher(place, key, facts, digest)
 
 

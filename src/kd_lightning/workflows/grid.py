@@ -1,8 +1,10 @@
 """Results and remaining time of a grid while it runs."""
 
+import contextlib
 import json
 import logging
 import os
+import secrets
 import statistics
 import time
 from collections import defaultdict
@@ -68,9 +70,8 @@ class Results(Callback):
         self._began = time.time()
         self._cells = cells_of(config)
         own = Path(config.hydra.sweep.dir).absolute()
-        names = own / f".folders-{os.getpid()}"
-        names.unlink(missing_ok=True)  # from a killed process with the same PID
-        os.environ[FOLDERS] = str(names)
+        # Not the PID: processes of other machines, and of containers, may have the same.
+        os.environ[FOLDERS] = str(own / f".folders-{secrets.token_hex(4)}")
 
     def on_job_start(self, config: DictConfig, **_: Any) -> None:
         """Record the start of a run, and whether it is already finished."""
@@ -106,6 +107,12 @@ class Results(Callback):
         jobs = read_jobs(names)
         names.unlink(missing_ok=True)
         exit_codes.extend(job.exit_code for job in jobs if job.exit_code)  # in any process
+        lost = set(range(len(self._cells))) - {job.number for job in jobs}
+        if lost:
+            from kd_lightning.terminal import say
+
+            say(f"error: {len(lost)} of {len(self._cells)} runs left no record of their end", True)
+            exit_codes.append(1)
         folders = sorted({Path(job.folder) for job in jobs})
         for folder in folders:
             update(folder)
@@ -141,7 +148,11 @@ def cells_of(config: DictConfig) -> list[str]:
 def read_jobs(path: Path) -> list[CompletedRun]:
     """Read the completed jobs of a grid."""
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    return [CompletedRun(*json.loads(line)) for line in lines]
+    jobs = []
+    for line in lines:
+        with contextlib.suppress(ValueError, TypeError):  # of several machines at once, over NFS
+            jobs.append(CompletedRun(*json.loads(line)))
+    return jobs
 
 
 def time_left(cells: Sequence[str], jobs: Sequence[CompletedRun], elapsed: float) -> float:

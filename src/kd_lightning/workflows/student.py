@@ -20,6 +20,7 @@ from kd_lightning.distill.mean_teacher import MeanTeacher
 from kd_lightning.engine import fitting, group
 from kd_lightning.engine.callbacks.averaging import AverageWeights
 from kd_lightning.engine.callbacks.following import FollowStudent
+from kd_lightning.engine.callbacks.stopping import stoppable
 from kd_lightning.engine.callbacks.users import build_callbacks
 from kd_lightning.engine.fitting import metric
 from kd_lightning.engine.launch import launch
@@ -165,7 +166,7 @@ def train_student(
         plan.trainer, folder, job.plan.name, resume, [*average, *callbacks, *own], plan.pictures,
         plan.loggers,
     )  # fmt: skip
-    with closing(trainer.loggers):
+    with closing(trainer.loggers), stoppable():
         return _train_and_test(job, directory, trainer, resume, bool(own), test)
 
 

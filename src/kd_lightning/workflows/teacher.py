@@ -21,6 +21,7 @@ from kd_lightning.distill.ensemble import Ensemble
 from kd_lightning.distill.recorded import RecordedTeacher
 from kd_lightning.distill.teacher import FrozenTeacher, Teacher
 from kd_lightning.engine import fitting
+from kd_lightning.engine.callbacks.stopping import stoppable
 from kd_lightning.engine.loggers import closing
 from kd_lightning.engine.trainer import build_trainer
 from kd_lightning.errors import InputError
@@ -201,7 +202,7 @@ def train_teacher(
         training.trainer, folder, name, resume, (), training.pictures, training.loggers
     )
     try:
-        with closing(trainer.loggers):
+        with closing(trainer.loggers), stoppable():
             results = fitting.fit(trainer, module, data, directory, "teacher", resume)
             results |= fitting.test(trainer, module, data, directory, results, update_bn=False)
     finally:

@@ -1,7 +1,9 @@
 """State needed for an exact resume beyond what Lightning restores."""
 
+import random
 from typing import Any, cast
 
+import numpy as np
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, distributed
@@ -24,14 +26,20 @@ class ExactResume(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         """The state of torch's generators, of the CPU and of the GPU if it trains on one, whatever
-        its number; of every process.
+        its number, and of those of Python and NumPy, from which users' code may draw; of every
+        process.
         """
-        own = {"cpu": torch.get_rng_state()}
+        kind, keys, *rest = np.random.get_state()
+        own: dict[str, Any] = {
+            "cpu": torch.get_rng_state(),
+            "python": random.getstate(),
+            "numpy": (kind, torch.from_numpy(keys.astype(np.int64)), *rest),
+        }
         if self._device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self._device)
         if not distributed.is_available() or not distributed.is_initialized():
             return own
-        ranks: list[dict[str, Tensor]] = [{}] * distributed.get_world_size()
+        ranks: list[dict[str, Any]] = [{}] * distributed.get_world_size()
         distributed.all_gather_object(ranks, own)
         return {"ranks": ranks}
 
@@ -77,6 +85,10 @@ class ExactResume(Callback):
         own = states[trainer.global_rank % len(states)]
         if "cpu" in own:
             torch.set_rng_state(own["cpu"].cpu())
+        if "python" in own:  # not in earlier checkpoints
+            random.setstate(own["python"])
+            kind, keys, *rest = own["numpy"]
+            np.random.set_state((kind, keys.numpy().astype(np.uint32), *rest))
         # Earlier checkpoints have the states of all GPUs by their names.
         gpu = own.get("cuda", own.get(str(self._device)))
         if gpu is not None and self._device.type == "cuda":

@@ -3,12 +3,15 @@
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from kd_lightning.engine.agreement import Agreement
 from kd_lightning.engine.worker import ask_parent, tell_training
@@ -106,13 +109,59 @@ class StopWhenAsked(Callback):
         come = Checkpoint(self._path, epochs, steps, self._saved)
         raise Stopped(self._asked, self._what, come.place if epochs or self._saved else None)
 
+    def on_validation_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Stop at once after a signal outside of the training: nothing is lost."""
+        if trainer.state.fn != TrainerFn.FITTING and trainer.world_size == 1:
+            self._stop_at_once()
+
+    def on_test_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """As `on_validation_start`."""
+        self.on_validation_start(trainer, module)
+
+    def on_validation_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Restore the signal handlers."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._leave()
+
+    def on_test_end(self, trainer: Trainer, module: LightningModule) -> None:
+        """Restore the signal handlers."""
+        self._leave()
+
     def on_exception(
         self, trainer: Trainer, module: LightningModule, exception: BaseException
     ) -> None:
         """Restore the signal handlers."""
         self._leave()
 
+    def _stop_at_once(self) -> None:
+        def stop(number: int, frame: FrameType | None) -> NoReturn:
+            raise Stopped(number, self._what)
+
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, stop) for number in SIGNALS}
+
     def _leave(self) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before = {}
+
+
+@contextmanager
+def stoppable() -> Iterator[None]:
+    """Raise `Stopped` where Lightning ends the process after a signal, before and after training.
+
+    It would end with the exit code 0, or 1 without a message.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    try:
+        yield
+    except SIGTERMException as error:
+        raise Stopped(signal.SIGTERM) from error
+    except KeyboardInterrupt as error:
+        raise Stopped(signal.SIGINT) from error
+    except SystemExit as error:
+        if not isinstance(error.__context__, KeyboardInterrupt):
+            raise
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, before)  # Lightning ignores it from here on
+        raise Stopped(signal.SIGINT) from error
