@@ -128,7 +128,8 @@ def _choice(name: str) -> Node:
 
 def config_name() -> str:
     """The name of the primary configuration, `--config-name` of the command."""
-    return HydraConfig.get().job.config_name if HydraConfig.initialized() else "train"
+    given = HydraConfig.get().job.config_name if HydraConfig.initialized() else None
+    return given or "train"
 
 
 def _plain(section: DictConfig) -> Node:

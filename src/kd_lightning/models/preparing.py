@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,7 +33,7 @@ def materialize(model: nn.Module, image_size: int, whose: str = "the model") -> 
                 f"{whose} cannot be stored: its state contains {key}, which is not a tensor but of "
                 f"type {type(value).__name__}"
             )
-    parts = [model.named_modules, model.named_parameters, model.named_buffers]
+    parts: list[Any] = [model.named_modules, model.named_parameters, model.named_buffers]
     for name in (name for part in parts for name, _ in part(remove_duplicate=False)):
         if re.search(r"[\"'\\\n\r]", name):  # torch generates programs that contain the names
             raise InputError(

@@ -29,7 +29,8 @@ class ExactResume(Callback):
         its number, and of those of Python and NumPy, from which users' code may draw; of every
         process.
         """
-        kind, keys, *rest = np.random.get_state()
+        state: Any = np.random.get_state()
+        kind, keys, *rest = state
         own: dict[str, Any] = {
             "cpu": torch.get_rng_state(),
             "python": random.getstate(),
