@@ -46,6 +46,7 @@ class Signal(Callback):
 )  # fmt: skip
 def test_signals_before_and_after_the_training(tmp_path, whole, hook, number):  # noqa: F811
     root, _ = whole
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in the background of a shell
     before = [signal.getsignal(each) for each in (signal.SIGTERM, signal.SIGINT)]
     with pytest.raises(Stopped) as stopped:
         training.run(configuration(root), tmp_path / "run", callbacks=[Signal(hook, number)])

@@ -232,7 +232,10 @@ def test_documented_use_of_onnx_files(exported, photographs, tmp_path, monkeypat
     Image.open(photographs / "test" / "bright" / "4.bmp").save(tmp_path / "photo.jpg")
     monkeypatch.chdir(tmp_path)
     exec(program, {})
-    assert capsys.readouterr().out == "bright\n"
+    name, probability = capsys.readouterr().out.split()
+    assert name == "bright"
+    expected = api.load_student(exported.path).probabilities(["photo.jpg"]).max()
+    assert float(probability) == pytest.approx(float(expected), abs=1e-5)
 
 
 def test_no_student_of_a_run_is_overwritten(distilled, tmp_path):

@@ -335,7 +335,7 @@ def test_answer_has_no_gradient_and_device_may_be_text(tmp_path):
 @pytest.mark.parametrize("view", [-2, 2**31, 2**32 - 2])
 def test_view_numbers_are_limited(tmp_path, view):
     """The checksum of a row of zeros would be that of image 0 in view -2."""
-    with pytest.raises(InputError, match="view number from -1"):
+    with pytest.raises(InputError, match="view number for each index, from -1"):
         recall(make_memory(tmp_path), [0, 1], [view, view])
     values, _ = recall(make_memory(tmp_path), [0, 1], [-1, -1])
     assert torch.equal(values["a"].flatten(), expected([0, 1], [-1, -1]))

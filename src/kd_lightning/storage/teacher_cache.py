@@ -143,7 +143,7 @@ class TeacherCache:
         known_views = len(view) == len(index) and view.min() >= PLAIN and view.max() <= LAST_VIEW
         if not (known_images and known_views):
             raise InputError(
-                "a batch needs one view number from -1 for each index, and indices from 0 to the "
+                "a batch needs one view number for each index, from -1 on, and indices from 0 to the "
                 "number of images - 1"
             )
         result = {}
