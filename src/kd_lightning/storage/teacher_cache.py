@@ -143,8 +143,8 @@ class TeacherCache:
         known_views = len(view) == len(index) and view.min() >= PLAIN and view.max() <= LAST_VIEW
         if not (known_images and known_views):
             raise InputError(
-                "a batch needs one view number for each index, from -1 on, and indices from 0 to the "
-                "number of images - 1"
+                "a batch needs one view number for each index, from -1 on, and indices from 0 to "
+                "the number of images - 1"
             )
         result = {}
         if loaded := self._load(index, view, device):
