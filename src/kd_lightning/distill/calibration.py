@@ -103,7 +103,7 @@ class RecordedLogits(Metric):
         super().__init__()
         self.add_state("logits", [], dist_reduce_fx="cat")
         self.add_state("labels", [], dist_reduce_fx="cat")
-        self._images, self._step = 0, 1
+        self._images, self._values, self._step = 0, 0, 1
 
     def update(self, logits: Tensor, labels: Tensor, counts: bool = True) -> None:
         """Add a batch.
@@ -118,15 +118,16 @@ class RecordedLogits(Metric):
         self._images += len(labels) if counts else 0
         self.logits.append(logits[kept].detach().float())
         self.labels.append(labels[kept])
-        while sum(part.numel() for part in self.logits) > max(MOST_VALUES, logits.shape[1]):
+        self._values += logits[kept].numel()
+        while self._values > max(MOST_VALUES, logits.shape[1]):
             self.logits = [torch.cat(self.logits)[::2].clone()]
             self.labels = [torch.cat(self.labels)[::2].clone()]
-            self._step *= 2
+            self._values, self._step = self.logits[0].numel(), 2 * self._step
 
     def reset(self) -> None:
         """Forget the pass."""
         super().reset()
-        self._images, self._step = 0, 1
+        self._images, self._values, self._step = 0, 0, 1
 
     def compute(self) -> tuple[Tensor, Tensor]:
         """Logits (N, C), float32, and labels (N,)."""
