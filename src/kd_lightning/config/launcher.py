@@ -9,11 +9,11 @@ from hydra._internal.config_loader_impl import ConfigLoaderImpl
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra._internal.utils import create_config_search_path, get_args_parser
 from hydra.core.config_search_path import SearchPathQuery
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.types import RunMode
 from omegaconf import OmegaConf
 
 from kd_lightning.config.nodes import Node
+from kd_lightning.config.overrides import override_parser
 from kd_lightning.config.tree import tree
 from kd_lightning.errors import InputError
 
@@ -123,7 +123,7 @@ def trainer_of(arguments: Sequence[str]) -> Node:
         search_path.prepend("command-line", folder, SearchPathQuery(provider="schema"))
     loader, name = ConfigLoaderImpl(search_path), options.config_name or "train"
     sweeper: Any = BasicSweeper
-    (runs,) = sweeper.split_arguments(OverridesParser.create().parse_overrides(own), None)
+    (runs,) = sweeper.split_arguments(override_parser().parse_overrides(own), None)
     found = []
     for run in runs:
         composed: Any = loader.load_configuration(name, run, RunMode.RUN)

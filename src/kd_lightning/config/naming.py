@@ -14,11 +14,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from hydra.core.hydra_config import HydraConfig
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import Container, DictConfig, OmegaConf
 
 from kd_lightning.config.nodes import Node
+from kd_lightning.config.overrides import override_parser
 from kd_lightning.config.published import FOLDERS
 from kd_lightning.files import tidy
 
@@ -141,7 +141,7 @@ def _spelt(override: str) -> str:
     if override.startswith("~"):
         return override.removesuffix("=null")
     try:
-        parsed = OverridesParser.create().parse_override(override)
+        parsed = override_parser().parse_override(override)
     except (HydraException, ValueError, TypeError):  # reported elsewhere
         return override
     text = parsed.get_value_element_as_str()
